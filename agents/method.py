@@ -1,0 +1,202 @@
+"""What a method is to the rest of the system, and how one is found by name.
+
+A method is one module of this package, `agents/<name>.py`, beside `agents/<name>.yaml` with its papers' settings. The
+module defines `METHOD`, a class with the interface of `Method`. Nothing else has to be edited to add one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from agents.dynamics import Ensemble
+from agents.networks import StackedMLP
+from agents.randomness import generator
+from agents.rollout import Penalty, RolloutStatistics, rollout
+from envs.dataset import Dataset
+from envs.errors import UserError
+from envs.termination import termination_rule
+
+
+def per_member(default: Any) -> Any:
+    """A config field that only enters arithmetic: runs that differ in it can share a pack."""
+    return dataclasses.field(default=default, metadata={"per_member": True})
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """A dataset on the learner's device, actions mapped from the environment's bounds to [-1, 1].
+
+    Shapes: `(N, S)`, `(N, A)`, `(N,)`, `(N, S)`, `(N,)`.
+    """
+
+    env_id: str
+    observations: Tensor
+    actions: Tensor
+    rewards: Tensor
+    next_observations: Tensor
+    terminals: Tensor
+
+    @classmethod
+    def from_dataset(
+        cls, dataset: Dataset, action_low: np.ndarray, action_high: np.ndarray, device: torch.device | str = "cpu"
+    ) -> TrainingData:
+        """Copy a dataset to a device; `action_low` and `action_high` are the environment's bounds, `(A,)`."""
+        center, scale = (action_high + action_low) / 2, (action_high - action_low) / 2
+        actions = ((dataset.actions - center) / scale).astype(np.float32)
+        arrays = (dataset.observations, actions, dataset.rewards, dataset.next_observations, dataset.terminals)
+        return cls(dataset.env_id, *(torch.tensor(a, dtype=torch.float32, device=device) for a in arrays))
+
+    @property
+    def observation_dim(self) -> int:
+        return self.observations.shape[1]
+
+    @property
+    def action_dim(self) -> int:
+        return self.actions.shape[1]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step that produces a reusable artifact, built once per content key and shared by every run that needs it.
+
+    The key is made of `kind`, `settings` and the dataset's hash: `settings` must name everything else the result
+    depends on.
+    """
+
+    kind: str
+    settings: Mapping[str, Any]
+    build: Callable[[TrainingData, Callable[[int, Mapping[str, float]], None]], dict[str, Any]]
+    # data, report(step, metrics) -> what is stored (tensors and plain values)
+
+
+@dataclass(frozen=True)
+class RolloutJob:
+    """One shard of one member's model rollouts: a pure function of its fields and the ensemble."""
+
+    member: int
+    seed: int
+    epoch: int
+    shard: int
+    env_id: str
+    actor: StackedMLP
+    starts: Tensor  # (B, S)
+    length: int
+    penalty: Penalty | None
+    penalty_coef: float
+
+    def run(self, ensemble: Ensemble) -> RolloutResult:
+        rows, statistics = rollout(
+            self.actor, ensemble, termination_rule(self.env_id), self.starts, self.length,
+            generator(self.seed, "rollout", self.epoch, self.shard), self.penalty, self.penalty_coef,
+        )  # fmt: skip
+        return RolloutResult(self.member, rows, statistics)
+
+
+@dataclass(frozen=True)
+class RolloutResult:
+    member: int
+    rows: Tensor
+    statistics: RolloutStatistics
+
+
+class Method(Protocol):
+    """A pack of runs of one method. Epochs are counted from 0; all randomness follows from the seeds and the epoch."""
+
+    Config: ClassVar[type]
+
+    @staticmethod
+    def stages(config: Any) -> dict[str, Stage]:
+        """What has to exist before a run can start, by the name under which `__init__` receives it."""
+
+    def __init__(
+        self,
+        configs: Sequence[Any],
+        seeds: Sequence[int],
+        data: TrainingData,
+        artifacts: Mapping[str, dict[str, Any]],
+        device: torch.device | str,
+    ) -> None: ...
+
+    @property
+    def num_members(self) -> int: ...
+
+    @property
+    def ensemble(self) -> Ensemble:
+        """The dynamics that the rollout jobs are to be run in."""
+
+    def rollout_jobs(self, epoch: int) -> list[RolloutJob]:
+        """The model rollouts this epoch begins with."""
+
+    def add_rollouts(self, results: Sequence[RolloutResult]) -> list[dict[str, float]]:
+        """Take the rollouts in, in the order of the jobs; statistics per member."""
+
+    def train_epoch(self, epoch: int) -> list[dict[str, float]]:
+        """One epoch of gradient updates; metrics per member."""
+
+    def actor(self, member: int) -> StackedMLP:
+        """The policy of a member: a squashed Gaussian over actions in [-1, 1]."""
+
+    def select(self, members: Sequence[int]) -> Method:
+        """The same pack with some of its members only."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def method_names() -> list[str]:
+    """Every method of this package."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
+
+
+def load_method(name: str) -> type[Method]:
+    """The class of a method.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in method_names():
+        near = difflib.get_close_matches(name, method_names(), n=1, cutoff=0.0)
+        raise UserError(f"unknown method {name!r}; did you mean {near[0]!r}? (known: {', '.join(method_names())})")
+    return importlib.import_module(f"agents.{name}").METHOD
+
+
+@cache
+def settings_file(name: str) -> dict[str, Any]:
+    """The content of `agents/<name>.yaml`."""
+    return yaml.safe_load((Path(__file__).parent / f"{name}.yaml").read_text())
+
+
+def method_settings(name: str, dataset: str, variant: str | None) -> tuple[str, dict[str, Any]]:
+    """The settings a method's YAML holds for a dataset.
+
+    Args:
+        variant: which source to follow; None takes the file's `default_variant`.
+
+    Returns:
+        The variant and its settings: the blocks whose pattern matches the dataset, later ones over earlier ones.
+    """
+    content = settings_file(name)
+    variant = content["default_variant"] if variant is None else variant
+    if variant not in content["variants"]:
+        known = ", ".join(content["variants"])
+        raise UserError(f"method {name} has no variant {variant!r}; choose one of: {known}")
+    merged: dict[str, Any] = {}
+    for pattern, block in content["variants"][variant].items():
+        if fnmatch.fnmatchcase(dataset, pattern):
+            for key, value in block.items():
+                merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+    return variant, merged

@@ -1,0 +1,94 @@
+"""Adam over the flat parameters of a stack, with one learning rate per member."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from agents.networks import ParameterStack, gather_members
+
+
+@dataclass
+class _Group:
+    """What one call of the kernel updates."""
+
+    learning_rate: float
+    params: list[Tensor]
+    grads: list[Tensor]
+    first: list[Tensor]
+    second: list[Tensor]
+    steps: list[Tensor]
+
+
+class Adam:
+    """Adam (Kingma & Ba 2015) with torch's fused kernel.
+
+    Members that share a learning rate are updated by one call; others by one call each. The kernel is elementwise, so
+    a member ends with the same bits either way.
+
+    Args:
+        network: what is optimised; its `grad` holds the gradient when `step` is called.
+        learning_rates: one per member.
+    """
+
+    def __init__(self, network: ParameterStack, learning_rates: Sequence[float], eps: float = 1e-8) -> None:
+        self.network = network
+        self.learning_rates = [float(lr) for lr in learning_rates]
+        self.eps = eps
+        self.scale = 1.0  # of a schedule, multiplies every learning rate
+        self.first = torch.zeros_like(network.flat)
+        self.second = torch.zeros_like(network.flat)
+        self._groups = self._make_groups()
+
+    def _make_groups(self) -> list[_Group]:
+        vectors = (self.network.flat, self.network.grad, self.first, self.second)
+
+        def group(learning_rate: float, split: list[list[Tensor]]) -> _Group:
+            params, grads, first, second = split
+            steps = [torch.zeros((), device=self.first.device) for _ in params]
+            return _Group(learning_rate, params, grads, first, second, steps)
+
+        if len(set(self.learning_rates)) == 1:
+            return [group(self.learning_rates[0], [[v] for v in vectors])]
+        return [
+            group(lr, [[block[m] for block in self.network.blocks(v)] for v in vectors])
+            for m, lr in enumerate(self.learning_rates)
+        ]
+
+    def step(self) -> None:
+        """One update of every member from `network.grad`."""
+        for g in self._groups:
+            adam(
+                g.params, g.grads, g.first, g.second, [], g.steps, fused=True, foreach=False,
+                amsgrad=False, beta1=0.9, beta2=0.999, lr=g.learning_rate * self.scale, weight_decay=0.0, eps=self.eps,
+                maximize=False,
+            )  # fmt: skip
+
+    def select(self, network: ParameterStack, members: Sequence[int]) -> Adam:
+        """The optimiser of `network = self.network.select(members)`, with its moments."""
+        other = Adam(network, [self.learning_rates[m] for m in members], self.eps)
+        gather_members(self.network, self.first, network, other.first, members)
+        gather_members(self.network, self.second, network, other.second, members)
+        other.scale = self.scale
+        other._set_steps(self._num_steps())
+        return other
+
+    def _num_steps(self) -> float:
+        return float(self._groups[0].steps[0])
+
+    def _set_steps(self, value: float) -> None:
+        for group in self._groups:
+            for step in group.steps:
+                step.fill_(value)
+
+    def state_dict(self) -> dict[str, Tensor | float]:
+        return {"first": self.first, "second": self.second, "steps": self._num_steps()}
+
+    def load_state_dict(self, state: dict[str, Tensor | float]) -> None:
+        self.first.copy_(torch.as_tensor(state["first"]))
+        self.second.copy_(torch.as_tensor(state["second"]))
+        self._set_steps(float(state["steps"]))

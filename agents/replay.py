@@ -1,0 +1,98 @@
+"""Replay on the learner's device: the dataset once, one ring of model transitions per member.
+
+A row holds one transition, columns `[s, a, r, d, s']` (widths S, A, 1, 1, S), so a minibatch of all members is one
+gather and `[s, a]` is a slice of it. d is 1 for true terminals only: a time limit does not end the value of a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def transition_rows(obs: Tensor, action: Tensor, reward: Tensor, done: Tensor, next_obs: Tensor) -> Tensor:
+    """Join columns of shapes (..., S), (..., A), (...), (...), (..., S) to rows (..., 2S + A + 2)."""
+    return torch.cat((obs, action, reward.unsqueeze(-1), done.unsqueeze(-1).to(obs.dtype), next_obs), dim=-1)
+
+
+class Replay:
+    """Rows to learn from: `real` shared by the pack, and a ring of `capacity` model rows for each member.
+
+    Args:
+        real: `(N, W)` rows of the dataset; N may be 0.
+        num_members: M.
+        capacity: rows of each member's ring (0: none).
+        device: the learner's device; rows are kept and gathered there.
+    """
+
+    def __init__(self, real: Tensor, num_members: int, capacity: int, device: torch.device | str = "cpu") -> None:
+        self.num_real, self.width = real.shape
+        self.num_members, self.capacity = num_members, capacity
+        # allocated at once, touched (and so backed by memory) only as the rings fill
+        self._rows = torch.empty((self.num_real + num_members * capacity, self.width), device=device)
+        self._rows[: self.num_real] = real.to(device)
+        self.sizes = [0] * num_members
+        self._cursors = [0] * num_members
+
+    def _start(self, member: int) -> int:
+        return self.num_real + member * self.capacity
+
+    def add(self, member: int, rows: Tensor) -> None:
+        """Append rows `(n, W)` to a member's ring; the oldest are overwritten when it is full."""
+        if len(rows) > self.capacity:
+            raise ValueError(f"{len(rows)} rows do not fit a ring of {self.capacity}")
+        start, cursor = self._start(member), self._cursors[member]
+        first = min(len(rows), self.capacity - cursor)
+        self._rows[start + cursor : start + cursor + first] = rows[:first].to(self._rows.device)
+        self._rows[start : start + len(rows) - first] = rows[first:].to(self._rows.device)
+        self._cursors[member] = (cursor + len(rows)) % self.capacity
+        self.sizes[member] = min(self.sizes[member] + len(rows), self.capacity)
+
+    def draw_indices(
+        self, member: int, num_updates: int, num_real: int, num_model: int, generator: torch.Generator
+    ) -> Tensor:
+        """Uniform draws with replacement for a chunk of updates.
+
+        Returns:
+            `(num_updates, num_real + num_model)` row numbers for `gather`, on the CPU.
+        """
+        parts = []
+        if num_real:
+            parts.append(torch.randint(self.num_real, (num_updates, num_real), generator=generator))
+        if num_model:
+            drawn = torch.randint(self.sizes[member], (num_updates, num_model), generator=generator)
+            parts.append(drawn + self._start(member))
+        return torch.cat(parts, dim=1)
+
+    def gather(self, indices_MB: Tensor) -> Tensor:
+        """Rows `(M, B, W)` for row numbers `(M, B)`."""
+        return self._rows.index_select(0, indices_MB.reshape(-1)).view(*indices_MB.shape, self.width)
+
+    def member_rows(self, member: int) -> Tensor:
+        """The filled part of a member's ring, `(n, W)`, oldest not first."""
+        start = self._start(member)
+        return self._rows[start : start + self.sizes[member]]
+
+    def select(self, members: Sequence[int]) -> Replay:
+        """A replay with some members only; their rings are copied."""
+        other = Replay(self._rows[: self.num_real], len(members), self.capacity, self._rows.device)
+        for new, old in enumerate(members):
+            other._restore(new, self.member_rows(old), self._cursors[old])
+        return other
+
+    def _restore(self, member: int, rows: Tensor, cursor: int) -> None:
+        start = self._start(member)
+        self._rows[start : start + len(rows)] = rows.to(self._rows.device)
+        self.sizes[member], self._cursors[member] = len(rows), cursor
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rings and their cursors; the dataset's rows are not part of a checkpoint."""
+        rings = [self.member_rows(m).clone() for m in range(self.num_members)]
+        return {"rings": rings, "cursors": list(self._cursors)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for member, (rows, cursor) in enumerate(zip(state["rings"], state["cursors"], strict=True)):
+            self._restore(member, rows, cursor)

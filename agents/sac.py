@@ -1,0 +1,345 @@
+"""Soft actor-critic with N critics and EDAC's diversity term, for a pack of M runs at once.
+
+The update of one member (symbols as in Haarnoja et al. 2018 and An et al. 2021, in the order of the released code of
+RAVL and EDAC: temperature, actor, critics, targets):
+
+    a~ = tanh(u), u = mu(s) + sigma(s) * eps
+    J(alpha)  = -log_alpha * (log pi(a~|s) + target_entropy)
+    J(pi)     = mean_b [ alpha log pi(a~|s) - min_i Q_i(s, a~) ]
+    y         = r + gamma (1 - d) [ min_i Qbar_i(s', a~') - alpha log pi(a~'|s') ]
+    J(Q)      = sum_i mean_b (Q_i(s, a) - y)^2 + eta * ES
+    ES        = mean_b 1/(N-1) sum_{i != j} <g_i, g_j>,    g_i = grad_a Q_i(s, a) / (||grad_a Q_i(s, a)|| + 1e-10)
+    Qbar     <- (1 - tau) Qbar + tau Q
+
+Gradients are written out (see `agents.networks`). With v_i = d ES / d grad_a Q_i held fixed, the gradient of ES is that
+of sum_i <v_i, grad_a Q_i>, a directional derivative of Q_i: one forward pass of the tangent v_i through the masked
+layers (t_l), whose products with the back-propagated unit gradients delta_l = d Q_i / d z_l give the weight gradients.
+The squared error uses the same delta_l scaled per row by c = d J / d Q_i, so both terms share one matrix product per
+layer:
+
+    d J(Q) / d W_l = (c * h_{l-1} + eta * t_{l-1})^T delta_l
+
+Shapes: M member, N critic, G = M*N, B batch, S observation, A action.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agents.networks import StackedMLP, StackedScalar, initialise
+from agents.optim import Adam
+from agents.randomness import generator
+
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+_HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
+_relu_backward = torch.ops.aten.threshold_backward
+
+
+@dataclass(frozen=True)
+class SACHyperparameters:
+    """What one member may have to itself; the rest is common to a pack."""
+
+    eta: float = 0.0
+    actor_lr: float = 3e-4
+    critic_lr: float = 3e-4
+    alpha_lr: float = 3e-4
+
+
+@dataclass(frozen=True)
+class SACSettings:
+    """What shapes the computation, equal for all members of a pack."""
+
+    num_critics: int = 2
+    actor_hidden: tuple[int, ...] = (256, 256)
+    critic_hidden: tuple[int, ...] = (256, 256)
+    gamma: float = 0.99
+    tau: float = 0.005
+    target_entropy: float | None = None  # None: -dim(A)
+    auto_alpha: bool = True
+    alpha: float = 1.0  # initial (auto_alpha) or fixed temperature
+    max_alpha: float | None = None
+    entropy_in_target: bool = True
+    initialisation: str = "edac"  # see agents.networks.initialise
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Standard normal draws of one update, each `(M, B, A)`."""
+
+    actor: Tensor
+    target: Tensor
+
+
+class SAC:
+    """Actors, critics, targets and temperatures of a pack, and their update.
+
+    Args:
+        seeds: one per member; M is their number.
+        hyperparameters: one per member.
+        settings: common to the pack.
+        observation_dim, action_dim: S and A; actions lie in [-1, 1].
+        device: where everything lives.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        hyperparameters: Sequence[SACHyperparameters],
+        settings: SACSettings,
+        observation_dim: int,
+        action_dim: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.seeds = tuple(seeds)
+        self.hyperparameters = tuple(hyperparameters)
+        self.settings = settings
+        self.observation_dim, self.action_dim = observation_dim, action_dim
+        self.device = torch.device(device)
+        m, n = len(self.seeds), settings.num_critics
+        self.num_members, self.num_critics = m, n
+        s, a = observation_dim, action_dim
+        self.actor = StackedMLP((m,), (s, *settings.actor_hidden, 2 * a), device)
+        self.critic = StackedMLP((m, n), (s + a, *settings.critic_hidden, 1), device)
+        scheme = settings.initialisation
+        initialise(self.actor, [generator(x, "init actor") for x in seeds], scheme=scheme, last_bound=1e-3)
+        initialise(self.critic, [generator(x, "init critic") for x in seeds], scheme=scheme, last_bound=3e-3)
+        self.target = self.critic.clone()
+        self.log_alpha = StackedScalar(m, math.log(settings.alpha), device)
+        self._bind()
+        self.actor_optim = Adam(self.actor, [h.actor_lr for h in hyperparameters])
+        self.critic_optim = Adam(self.critic, [h.critic_lr for h in hyperparameters])
+        self.alpha_optim = Adam(self.log_alpha, [h.alpha_lr for h in hyperparameters])
+
+    def _bind(self) -> None:
+        """Constants of the update that follow from settings, hyperparameters and parameters."""
+        settings = self.settings
+        self.target_entropy = -float(self.action_dim) if settings.target_entropy is None else settings.target_entropy
+        self._one = torch.ones((), device=self.device)
+        self._eta_G11: Tensor | None = None
+        if any(h.eta != 0 for h in self.hyperparameters):
+            if self.num_critics < 2:
+                raise ValueError("eta > 0 needs num_critics >= 2: the diversity term compares pairs of critics")
+            eta = torch.tensor([h.eta for h in self.hyperparameters], device=self.device)
+            self._eta_G11 = eta.repeat_interleave(self.num_critics).view(-1, 1, 1)
+        self._read_alpha()
+
+    def _read_alpha(self) -> None:
+        alpha = self.log_alpha.flat.exp()
+        if self.settings.max_alpha is not None:
+            alpha.clamp_(max=self.settings.max_alpha)
+        self.alpha_M1 = alpha.unsqueeze(1)
+
+    # ---- policy ---------------------------------------------------------------------------------------------
+
+    def sample_actions(self, obs_MBS: Tensor, noise_MBA: Tensor) -> Tensor:
+        """Actions `(M, B, A)` in (-1, 1) drawn from the policies of all members."""
+        out, _ = self.actor.forward(obs_MBS)
+        return squashed_sample(out, noise_MBA)
+
+    def _policy(self, obs_MBS: Tensor, noise_MBA: Tensor) -> _PolicySample:
+        out, inputs = self.actor.forward(obs_MBS)
+        mean, raw_log_std = out.split(self.action_dim, dim=-1)
+        log_std = raw_log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+        scaled_noise = log_std.exp().mul_(noise_MBA)
+        action = (mean + scaled_noise).tanh_()
+        one_minus_sq = torch.addcmul(self._one, action, action, value=-1.0)  # 1 - a^2
+        # log N(u) - log(1 - a^2 + 1e-6), summed over action dimensions
+        terms = torch.addcmul(log_std, noise_MBA, noise_MBA, value=0.5).add_((one_minus_sq + 1e-6).log_())
+        log_prob = terms.sum(-1).neg_().sub_(self.action_dim * _HALF_LOG_2PI)
+        return _PolicySample(action, log_prob, one_minus_sq, scaled_noise, raw_log_std, inputs)
+
+    def _min_q(self, critic: StackedMLP, sa_MBX: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """min over critics `(M, B)`, its index `(M, 1, B)`, and the layers' inputs."""
+        q_GB1, inputs = critic.forward(self._to_stack(sa_MBX))
+        q_MNB = q_GB1.view(self.num_members, self.num_critics, -1)
+        q_MB, index = q_MNB.min(dim=1, keepdim=True)
+        return q_MB.squeeze(1), index, inputs
+
+    def _to_stack(self, x_MBX: Tensor) -> Tensor:
+        """(M, B, X) -> (M*N, B, X): every critic of a member sees the member's rows."""
+        m, b, x = x_MBX.shape
+        if m == 1:
+            return x_MBX.expand(self.num_critics, b, x)
+        return x_MBX.unsqueeze(1).expand(m, self.num_critics, b, x).reshape(m * self.num_critics, b, x)
+
+    # ---- update ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def update(self, rows_MBW: Tensor, noise: Noise, with_metrics: bool = False) -> dict[str, Tensor] | None:
+        """One gradient step of every member, in place.
+
+        Args:
+            rows_MBW: the minibatch, columns `[s, a, r, d, s']` (see `agents.replay`).
+            noise: standard normal draws.
+            with_metrics: also return statistics, each `(M,)` on the learner's device.
+        """
+        s, a = self.observation_dim, self.action_dim
+        obs, state_action = rows_MBW[..., :s], rows_MBW[..., : s + a]
+        reward, done, next_obs = rows_MBW[..., s + a], rows_MBW[..., s + a + 1], rows_MBW[..., s + a + 2 :]
+        batch = rows_MBW.shape[1]
+
+        sample = self._policy(obs, noise.actor)
+        if self.settings.auto_alpha:
+            self._update_alpha(sample.log_prob)
+        q_pi = self._update_actor(obs, sample, batch)
+        target = self._critic_target(reward, done, next_obs, noise.target)
+        q, squared_error, diversity = self._update_critic(state_action, target, batch, with_metrics)
+        self.target.flat.lerp_(self.critic.flat, self.settings.tau)
+        if not with_metrics:
+            return None
+        metrics = {
+            "q_mean": q.view(self.num_members, -1).mean(1),
+            "q_policy": q_pi.mean(1),
+            "q_std": q.view(self.num_members, self.num_critics, -1).std(1, correction=0).mean(1),
+            "target_q": target.mean(1),
+            "critic_loss": squared_error,
+            "entropy": -sample.log_prob.mean(1),
+            "alpha": self.alpha_M1.view(-1).clone(),
+            "actor_loss": (self.alpha_M1 * sample.log_prob - q_pi).mean(1),
+        }
+        if diversity is not None:
+            metrics["critic_diversity"] = diversity
+        return metrics
+
+    def _update_alpha(self, log_prob_MB: Tensor) -> None:
+        torch.mean(log_prob_MB, dim=1, out=self.log_alpha.grad).add_(self.target_entropy).neg_()
+        self.alpha_optim.step()
+        self._read_alpha()
+
+    def _update_actor(self, obs_MBS: Tensor, sample: _PolicySample, batch: int) -> Tensor:
+        action = sample.action
+        q_MB, index, inputs = self._min_q(self.critic, torch.cat((obs_MBS, action), dim=-1))
+        # only the smallest critic of a row passes a gradient
+        chosen = torch.zeros((self.num_members, self.num_critics, batch), device=self.device).scatter_(1, index, 1.0)
+        deltas = self.critic.hidden_gradients(inputs, chosen.view(-1, batch, 1))
+        columns = slice(self.observation_dim, self.observation_dim + self.action_dim)
+        dq_da = self.critic.input_gradient(deltas[0], columns)
+        dq_da = dq_da.view(self.num_members, self.num_critics, batch, self.action_dim).sum(1)
+        # d/da of alpha * log pi is 2 alpha a / (1 - a^2 + 1e-6); then through a = tanh(u)
+        alpha = self.alpha_M1.unsqueeze(-1)
+        grad_u = (2.0 * alpha * action / (sample.one_minus_sq + 1e-6)).sub_(dq_da).mul_(sample.one_minus_sq)
+        grad_log_std = torch.addcmul(-alpha, grad_u, sample.scaled_noise)
+        inside = (sample.raw_log_std >= LOG_STD_MIN) & (sample.raw_log_std <= LOG_STD_MAX)
+        grad_out = torch.cat((grad_u, grad_log_std.mul_(inside)), dim=-1).mul_(1.0 / batch)
+        self.actor.write_gradients(sample.inputs, self.actor.hidden_gradients(sample.inputs, grad_out), grad_out)
+        self.actor_optim.step()
+        return q_MB
+
+    def _critic_target(self, reward: Tensor, done: Tensor, next_obs: Tensor, noise: Tensor) -> Tensor:
+        if self.settings.entropy_in_target:
+            sample = self._policy(next_obs, noise)
+            action = sample.action
+        else:
+            action = self.sample_actions(next_obs, noise)
+        value, _, _ = self._min_q(self.target, torch.cat((next_obs, action), dim=-1))
+        if self.settings.entropy_in_target:
+            value = torch.addcmul(value, self.alpha_M1, sample.log_prob, value=-1.0)
+        continued = torch.addcmul(value, done, value, value=-1.0)  # (1 - d) * value
+        return torch.add(reward, continued, alpha=self.settings.gamma)
+
+    def _update_critic(
+        self, sa_MBX: Tensor, target_MB: Tensor, batch: int, with_metrics: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        critic, m, n = self.critic, self.num_members, self.num_critics
+        q_GB1, inputs = critic.forward(self._to_stack(sa_MBX))
+        error_GB1 = (q_GB1.view(m, n, batch) - target_MB.unsqueeze(1)).view(m * n, batch, 1)
+        c_GB1 = error_GB1 * (2.0 / batch)
+        diversity = None
+        if self._eta_G11 is None:
+            critic.write_gradients(inputs, critic.hidden_gradients(inputs, c_GB1), c_GB1)
+        else:
+            deltas = critic.hidden_gradients(inputs, torch.ones_like(q_GB1))
+            diversity = self._write_diverse_gradients(inputs, deltas, c_GB1, with_metrics)
+        self.critic_optim.step()
+        squared_error = error_GB1.view(m, n, batch).square().mean(2).sum(1) if with_metrics else q_GB1
+        return q_GB1, squared_error, diversity
+
+    def _write_diverse_gradients(
+        self, inputs: list[Tensor], deltas: list[Tensor], c_GB1: Tensor, with_metrics: bool
+    ) -> Tensor | None:
+        """Critic gradients of squared error plus eta * ES (module docstring, last equation)."""
+        assert self._eta_G11 is not None
+        critic, m, n = self.critic, self.num_members, self.num_critics
+        s, a, batch = self.observation_dim, self.action_dim, c_GB1.shape[1]
+        dq_da = critic.input_gradient(deltas[0], slice(s, s + a))  # (G, B, A)
+        norm = dq_da.norm(dim=-1, keepdim=True)
+        unit = dq_da / (norm + 1e-10)
+        unit_MNBA = unit.view(m, n, batch, a)
+        others = (unit_MNBA.sum(1, keepdim=True) - unit_MNBA).view(m * n, batch, a)  # sum over j != i
+        # d ES / d g_i = 2/(N-1) sum_{j != i} g_j, through g_i = x / (||x|| + 1e-10); eta and the batch mean included
+        scaled = others * (self._eta_G11 * (2.0 / ((n - 1) * batch)))
+        along = (scaled * unit).sum(-1, keepdim=True)
+        tangent = (scaled - dq_da * (along / norm.clamp_min(1e-30))) / (norm + 1e-10)
+        # layer 0: the tangent lives in the action columns only
+        x = inputs[0] * c_GB1
+        x[..., s:] += tangent
+        torch.bmm(x.mT, deltas[0], out=critic.weight_grads[0])
+        tangent = torch.bmm(tangent, critic.weights[0][:, s:])
+        for layer, (h, delta) in enumerate(zip(inputs[1:], deltas, strict=True), start=1):
+            tangent = _relu_backward(tangent, h, 0)
+            combined = torch.addcmul(tangent, h, c_GB1)
+            torch.bmm(c_GB1.mT, delta, out=critic.bias_grads[layer - 1])
+            if layer < len(deltas):
+                torch.bmm(combined.mT, deltas[layer], out=critic.weight_grads[layer])
+                tangent = torch.bmm(tangent, critic.weights[layer])
+        torch.sum(combined, dim=1, out=critic.weight_grads[-1].squeeze(-1))
+        torch.sum(c_GB1, dim=1, keepdim=True, out=critic.bias_grads[-1])
+        if not with_metrics:
+            return None
+        return (unit_MNBA * others.view_as(unit_MNBA)).sum((1, 3)).mean(1) / (n - 1)
+
+    # ---- members and checkpoints ----------------------------------------------------------------------------
+
+    def select(self, members: Sequence[int]) -> SAC:
+        """The same learner with some of its members only."""
+        other = copy.copy(self)
+        other.seeds = tuple(self.seeds[m] for m in members)
+        other.hyperparameters = tuple(self.hyperparameters[m] for m in members)
+        other.num_members = len(members)
+        other.actor, other.critic = self.actor.select(members), self.critic.select(members)
+        other.target, other.log_alpha = self.target.select(members), self.log_alpha.select(members)
+        other._bind()
+        other.actor_optim = self.actor_optim.select(other.actor, members)
+        other.critic_optim = self.critic_optim.select(other.critic, members)
+        other.alpha_optim = self.alpha_optim.select(other.log_alpha, members)
+        return other
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes while learning."""
+        stacks = {name: getattr(self, name).flat for name in ("actor", "critic", "target", "log_alpha")}
+        optims = {name: getattr(self, name).state_dict() for name in ("actor_optim", "critic_optim", "alpha_optim")}
+        return {**stacks, **optims}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("actor", "critic", "target", "log_alpha"):
+            getattr(self, name).flat.copy_(state[name])
+        for name in ("actor_optim", "critic_optim", "alpha_optim"):
+            getattr(self, name).load_state_dict(state[name])
+        self._read_alpha()
+
+
+@dataclass(frozen=True)
+class _PolicySample:
+    """An action drawn from the policy and what its gradient needs; axes (M, B, ...)."""
+
+    action: Tensor
+    log_prob: Tensor
+    one_minus_sq: Tensor
+    scaled_noise: Tensor
+    raw_log_std: Tensor
+    inputs: list[Tensor]
+
+
+def squashed_sample(out: Tensor, noise: Tensor | None) -> Tensor:
+    """Actions from the actor's outputs `(..., 2A)`: tanh(mu + sigma * noise), or tanh(mu) where noise is None."""
+    mean, log_std = out.chunk(2, dim=-1)
+    if noise is None:
+        return mean.tanh()
+    return torch.addcmul(mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp_(), noise).tanh_()

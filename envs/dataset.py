@@ -1,0 +1,194 @@
+"""The offline dataset: transitions in file order, checked once and then trusted.
+
+Shape suffixes: N rows, S observation, A action, E episodes.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.errors import UserError
+from envs.scores import normalized_score, reference_scores
+
+FloatArray = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.int64]
+
+
+class DatasetError(UserError):
+    """The rows of a dataset cannot be used as they are."""
+
+
+# (column, number of axes); the order is also the order in which the content hash reads them.
+_FLOAT_COLUMNS = (("observations", 2), ("actions", 2), ("rewards", 1), ("next_observations", 2))
+_FLAG_COLUMNS = ("terminals", "timeouts")
+COLUMNS = (*(name for name, _ in _FLOAT_COLUMNS), *_FLAG_COLUMNS)
+
+
+@dataclass(frozen=True, eq=False)
+class EpisodeIndex:
+    """Where episodes lie: episode e is rows starts[e] to ends[e] - 1."""
+
+    starts: IntArray  # (E,)
+    ends: IntArray  # (E,) exclusive
+    complete: BoolArray  # (E,) ended by a terminal or a timeout; false only for a last episode that the file cuts
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def lengths(self) -> IntArray:
+        """(E,) rows of each episode."""
+        return self.ends - self.starts
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Transitions (s, a, r, s', terminal, timeout) in file order.
+
+    Columns are converted to C-contiguous float32 and bool arrays; an array that already is one is kept, not
+    copied, so do not write to it afterwards (the content hash is computed once).
+
+    Raises:
+        DatasetError: no rows, shapes that disagree, a column of the wrong kind, or a value that is not
+            finite.
+    """
+
+    name: str
+    env_id: str  # Gymnasium id that a policy learned from it is scored in
+    observations: FloatArray  # (N, S)
+    actions: FloatArray  # (N, A) in the environment's own units
+    rewards: FloatArray  # (N,)
+    next_observations: FloatArray  # (N, S) the true successor, also where an episode ends
+    terminals: BoolArray  # (N,) the environment ended the episode: s' has no value
+    timeouts: BoolArray  # (N,) the episode was cut here (time limit, or end of collection): s' has a value
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # JSON-able: who made the rows, and how
+
+    def __post_init__(self) -> None:
+        for column, ndim in _FLOAT_COLUMNS:
+            object.__setattr__(self, column, self._as_float(column, ndim))
+        for column in _FLAG_COLUMNS:
+            object.__setattr__(self, column, self._as_flag(column))
+        rows = {column: len(getattr(self, column)) for column in COLUMNS}
+        if len(set(rows.values())) > 1:
+            counts = ", ".join(f"{column} {count}" for column, count in rows.items())
+            raise DatasetError(f"dataset '{self.name}': columns have different numbers of rows ({counts}).")
+        if self.num_transitions == 0:
+            raise DatasetError(f"dataset '{self.name}' has no rows.")
+        if self.observations.shape != self.next_observations.shape:
+            raise DatasetError(
+                f"dataset '{self.name}': observations are {self.observations.shape[1]} wide,"
+                f" next_observations {self.next_observations.shape[1]}."
+            )
+        for column in ("observations", "actions"):
+            if getattr(self, column).shape[1] == 0:
+                raise DatasetError(f"dataset '{self.name}': column '{column}' has no entries per row.")
+
+    def _as_float(self, column: str, ndim: int) -> FloatArray:
+        values = np.asarray(getattr(self, column))
+        if values.dtype.kind not in "fiu":
+            raise DatasetError(f"dataset '{self.name}': column '{column}' holds {values.dtype}, numbers are needed.")
+        if values.ndim != ndim:
+            axes = "rows" if ndim == 1 else "rows x entries"
+            raise DatasetError(
+                f"dataset '{self.name}': column '{column}' has shape {values.shape}, it must be {ndim}-D ({axes})."
+            )
+        with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold is reported below
+            converted = np.ascontiguousarray(values, dtype=np.float32)
+            finite = bool(np.isfinite(converted.sum(dtype=np.float64)))
+        # The sum of finite float32 is finite in float64; the search is only paid for when it is not.
+        if not finite:
+            bad = ~np.isfinite(converted)
+            place = np.unravel_index(int(np.argmax(bad)), bad.shape)
+            where = f"row {place[0]}" + (f", entry {place[1]}" if ndim == 2 else "")
+            raise DatasetError(
+                f"dataset '{self.name}': column '{column}' is {values[place]} at {where} (the first of"
+                f" {int(bad.sum())} values that are not finite in float32); remove or repair those rows."
+            )
+        return converted
+
+    def _as_flag(self, column: str) -> BoolArray:
+        values = np.asarray(getattr(self, column))
+        if values.ndim != 1:
+            raise DatasetError(
+                f"dataset '{self.name}': column '{column}' has shape {values.shape}, it must be 1-D (rows)."
+            )
+        if values.dtype.kind != "b" and (values.dtype.kind not in "fiu" or not np.isin(values, (0, 1)).all()):
+            raise DatasetError(
+                f"dataset '{self.name}': column '{column}' ({values.dtype}) must hold true/false or 0/1."
+            )
+        return np.ascontiguousarray(values, dtype=np.bool_)
+
+    @property
+    def num_transitions(self) -> int:
+        return self.observations.shape[0]
+
+    @property
+    def observation_dim(self) -> int:
+        return self.observations.shape[1]
+
+    @property
+    def action_dim(self) -> int:
+        return self.actions.shape[1]
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 (hex) of the six arrays' names, shapes and bytes; the dataset's name is not part of it."""
+        digest = hashlib.sha256()
+        for column in COLUMNS:
+            values = getattr(self, column)
+            digest.update(f"{column}{values.shape}".encode())
+            # Little-endian on every machine; no copy where it already is.
+            digest.update(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).data)
+        return digest.hexdigest()
+
+    @cached_property
+    def episodes(self) -> EpisodeIndex:
+        """Episodes in file order, each ended by a terminal or a timeout; rows after the last are one more."""
+        flagged = np.flatnonzero(self.terminals | self.timeouts) + 1
+        n = self.num_transitions
+        cut = len(flagged) == 0 or int(flagged[-1]) != n
+        ends = np.append(flagged, n) if cut else flagged
+        complete = np.ones(len(ends), dtype=np.bool_)
+        complete[-1] = not cut
+        return EpisodeIndex(np.concatenate([[0], ends[:-1]]).astype(np.int64), ends.astype(np.int64), complete)
+
+    def episode_returns(self) -> NDArray[np.float64]:
+        """(number of complete episodes,) undiscounted returns, in file order."""
+        episodes = self.episodes
+        sums = np.add.reduceat(self.rewards, episodes.starts, dtype=np.float64)
+        return sums[episodes.complete]
+
+    def summary(self) -> dict[str, Any]:
+        """What `offsweep data info` shows, as plain JSON-able values.
+
+        Return statistics are over complete episodes and None when there are none; `score` is the
+        D4RL-normalised mean return, None when the environment has no reference pair.
+        """
+        returns = self.episode_returns()
+        reference = reference_scores(self.env_id)
+        some = len(returns) > 0
+        return {
+            "name": self.name,
+            "env_id": self.env_id,
+            "rows": self.num_transitions,
+            "observation_dim": self.observation_dim,
+            "action_dim": self.action_dim,
+            "episodes": len(self.episodes),
+            "complete_episodes": len(returns),
+            "return_mean": float(returns.mean()) if some else None,
+            "return_std": float(returns.std()) if some else None,
+            "return_min": float(returns.min()) if some else None,
+            "return_max": float(returns.max()) if some else None,
+            "score": normalized_score(float(returns.mean()), reference) if some and reference else None,
+            "score_source": reference.source if reference else None,
+            "terminals": int(self.terminals.sum()),
+            "timeouts": int(self.timeouts.sum()),
+            "content_hash": self.content_hash,
+            "provenance": dict(self.provenance),
+        }

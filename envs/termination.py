@@ -1,0 +1,67 @@
+"""Termination rules of the simulators, for rollouts in learned models.
+
+Shapes: (..., S) next observations -> (...) done flags. Sources: Gymnasium's hopper_v5.py and walker2d_v5.py
+(`is_healthy`), the same limits since v2; HalfCheetah and Pendulum never terminate. A next observation that is
+not finite always ends a rollout, since nothing can follow it.
+"""
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from envs.errors import UserError
+from envs.names import nearest
+
+TerminationRule = Callable[[Tensor], Tensor]
+
+
+def hopper_done(next_obs: Tensor) -> Tensor:
+    """Done unless all finite, every |s'[1:]| < 100, height s'[0] > 0.7 and |angle s'[1]| < 0.2."""
+    healthy = (
+        torch.isfinite(next_obs).all(-1)
+        & (next_obs[..., 1:].abs() < 100.0).all(-1)
+        & (next_obs[..., 0] > 0.7)
+        & (next_obs[..., 1].abs() < 0.2)
+    )
+    return ~healthy
+
+
+def walker2d_done(next_obs: Tensor) -> Tensor:
+    """Done unless all finite, height 0.8 < s'[0] < 2.0 and angle -1 < s'[1] < 1."""
+    height, angle = next_obs[..., 0], next_obs[..., 1]
+    healthy = torch.isfinite(next_obs).all(-1) & (height > 0.8) & (height < 2.0) & (angle.abs() < 1.0)
+    return ~healthy
+
+
+def never_done(next_obs: Tensor) -> Tensor:
+    """Done only where a value is not finite."""
+    return ~torch.isfinite(next_obs).all(-1)
+
+
+_RULES: dict[str, tuple[TerminationRule, range]] = {
+    "Hopper": (hopper_done, range(2, 6)),
+    "Walker2d": (walker2d_done, range(2, 6)),
+    "HalfCheetah": (never_done, range(2, 6)),
+    "Pendulum": (never_done, range(0, 2)),
+}
+
+
+def termination_rule(env_id: str) -> TerminationRule:
+    """The rule of a Gymnasium environment: (..., S) float tensor -> (...) bool tensor, on the same device.
+
+    The rules are plain module functions, so they can be pickled, compiled and captured.
+
+    Raises:
+        UserError: there is no rule for this environment.
+    """
+    match = re.fullmatch(r"(\w+)-v(\d+)", env_id)
+    rule, versions = _RULES.get(match[1], (None, range(0))) if match else (None, range(0))
+    if rule is None or match is None or int(match[2]) not in versions:
+        known = [f"{name}-v{version}" for name, (_, versions) in _RULES.items() for version in versions]
+        raise UserError(
+            f"no termination rule for environment '{env_id}': model rollouts need one; known are"
+            f" {', '.join(known)}{nearest(env_id, known)}."
+        )
+    return rule

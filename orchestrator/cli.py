@@ -1,0 +1,189 @@
+"""The command line: subcommands in front, `key=value` overrides behind. Bad input ends with one sentence and exit code
+2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from orchestrator.environment import UserError, check_packages, prepare_environment
+
+EPILOG = """examples:
+  offsweep train method=ravl dataset=hopper-medium-replay-v2 seed=0 method.num_critics=10
+  offsweep train method=ravl dataset=embedded/pendulum-medium-v0 num_seeds=3
+  offsweep sweep study.yaml study.num_trials=40
+  offsweep resume my-study
+  offsweep data collect --env Hopper-v5 --policy hopper-medium --rows 100000 --name my-hopper
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; its help is the reference of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="offsweep", description="Offline reinforcement learning studies on Ray, recorded in MLflow.",
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, help_text: str, group: argparse._SubParsersAction = commands) -> argparse.ArgumentParser:
+        return group.add_parser(name, help=help_text, description=help_text)
+
+    def add_workdir(sub: argparse.ArgumentParser) -> None:
+        default = os.environ.get("OFFSWEEP_WORKDIR", "offsweep-work")
+        sub.add_argument("--workdir", type=Path, default=Path(default), help="work folder (default: %(default)s)")
+
+    def add_overrides(sub: argparse.ArgumentParser, text: str) -> None:
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help=text)
+
+    train = add("train", "Train one setting, with one or more seeds.")
+    train.add_argument("--config", type=Path, help="a YAML file, such as the config.yaml of an earlier run")
+    add_workdir(train)
+    add_overrides(train, "method=NAME, dataset=NAME, seed=0, num_seeds=1, method.*, evaluation.*, compute.*")
+
+    sweep = add("sweep", "Search hyperparameters: run the study that a YAML file describes.")
+    sweep.add_argument("study", type=Path, help="the study's YAML file")
+    sweep.add_argument("--resume", action="store_true", help="continue the study of that name")
+    add_workdir(sweep)
+    add_overrides(sweep, "anything in the file, and study.num_trials, study.sampler.name, ...")
+
+    resume = add("resume", "Continue a killed or stopped training or sweep where it was.")
+    resume.add_argument("name", help="the study's name")
+    add_workdir(resume)
+    add_overrides(resume, "compute.* and tracking_uri only")
+
+    show = add("show", "Print the table of a study.")
+    show.add_argument("name", help="the study's name")
+    add_workdir(show)
+
+    ui = add("ui", "Serve MLflow's pages for the runs in the work folder.")
+    ui.add_argument("--host", default="127.0.0.1")
+    ui.add_argument("--port", type=int, default=5000)
+    add_workdir(ui)
+
+    demo = add("demo", "A Bayesian study on embedded data, in a few minutes on two cores.")
+    add_workdir(demo)
+    add_overrides(demo, "as for sweep")
+
+    add("methods", "List the methods and their variants.")
+
+    data = add("data", "Datasets: list, info, collect, train-actor.").add_subparsers(
+        dest="data_command", required=True, metavar="COMMAND"
+    )
+    listing = add("list", "Names that can be loaded now.", data)
+    add_workdir(listing)
+    info = add("info", "What a dataset holds: rows, returns, score, hash, provenance.", data)
+    info.add_argument("dataset")
+    info.add_argument("--json", action="store_true")
+    add_workdir(info)
+    collect = add("collect", "Collect a dataset by D4RL's recipe: whole trajectories, sampled actions.", data)
+    collect.add_argument("--env", required=True, help="a Gymnasium id, such as Hopper-v5")
+    collect.add_argument(
+        "--policy", required=True, action="append",
+        help="random, an embedded actor's name or a policy file (.npz); several share the rows in the order given",
+    )  # fmt: skip
+    collect.add_argument("--rows", type=int, required=True, help="transitions")
+    collect.add_argument("--name", required=True, help="the dataset's name from now on")
+    collect.add_argument("--seed", type=int, default=0)
+    collect.add_argument("--deterministic", action="store_true", help="the policies' mean actions")
+    add_workdir(collect)
+    actor = add("train-actor", "Train an actor online with soft actor-critic; keep snapshots and learning curve.", data)
+    actor.add_argument("--out", type=Path, required=True, help="an empty or new folder")
+    add_overrides(actor, "env_id, steps, seed, hidden, learning_rate, snapshot_every, ...")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        check_packages()
+        prepare_environment()
+        return _dispatch(args)
+    except UserError as error:
+        print(f"offsweep: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("offsweep: stopped; nothing is lost, `offsweep resume NAME` goes on", file=sys.stderr)
+        return 130
+
+
+def _dispatch(args: argparse.Namespace) -> int:
+    # imported here: torch, ray and mlflow read the environment that prepare_environment has set
+    if args.command == "data":
+        return _data(args)
+    if args.command == "methods":
+        return _methods()
+    if args.command == "ui":
+        from orchestrator.tracking import check_reachable, default_tracking_uri, ui_command
+
+        uri = default_tracking_uri(args.workdir)
+        check_reachable(uri)
+        command = ui_command(uri, host=args.host, port=args.port)
+        print(f"open http://{args.host}:{args.port} (stop with Ctrl-C)")
+        return subprocess.run(command, check=False).returncode
+    from rich.console import Console
+
+    from orchestrator import launch
+    from orchestrator.config import load_config
+
+    console = Console()
+    if args.command == "show":
+        launch.show(args.name, args.workdir, console)
+        return 0
+    if args.command == "resume":
+        launch.resume(args.name, args.workdir, args.overrides, console)
+        return 0
+    files: list[Path] = []
+    if args.command == "train" and args.config:
+        files = [args.config]
+    elif args.command == "sweep":
+        files = [args.study]
+    elif args.command == "demo":
+        files = [Path(__file__).parent.parent / "sweeps" / "studies" / "demo.yaml"]
+    config = load_config([*files, {"workdir": str(args.workdir)}], args.overrides)
+    if args.command in ("sweep", "demo") and not config.study.name:
+        config.study.name = files[0].stem
+    if args.command == "demo":
+        config.study.name = _free_name(args.workdir, config.study.name)
+    if args.command == "sweep" and args.resume:
+        launch.resume(config.study.name, args.workdir, [], console)
+        return 0
+    launch.start(config, console)
+    return 0
+
+
+def _free_name(workdir: Path, name: str) -> str:
+    """demo, demo-2, demo-3, ...: the demo can be run again."""
+    names = [name, *(f"{name}-{i}" for i in range(2, 10_000))]
+    return next(n for n in names if not (workdir / "studies" / n).exists())
+
+
+def _data(args: argparse.Namespace) -> int:
+    from orchestrator import data_commands
+
+    if args.data_command == "list":
+        data_commands.show_names(args.workdir)
+    elif args.data_command == "info":
+        data_commands.show_info(args.dataset, args.workdir, args.json)
+    elif args.data_command == "collect":
+        data_commands.collect_dataset(
+            args.env, args.policy, args.rows, args.seed, args.name, args.workdir, args.deterministic
+        )
+    else:
+        data_commands.train_actor(args.overrides, args.out)
+    return 0
+
+
+def _methods() -> int:
+    from agents.method import load_method, method_names, settings_file
+
+    for name in method_names():
+        content = settings_file(name)
+        variants = ", ".join(f"{v} (default)" if v == content["default_variant"] else v for v in content["variants"])
+        print(f"{name:<8} {(sys.modules[load_method(name).__module__].__doc__ or '').splitlines()[0]}")
+        print(f"{'':<8} variants: {variants}")
+    return 0

@@ -1,0 +1,153 @@
+"""Ray: connecting, and the slots in which learners run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from envs.errors import UserError
+from orchestrator.config import ComputeConfig
+from orchestrator.environment import worker_environment
+from orchestrator.learner import LearnerProcess, resolve_device
+
+
+class Slots(Protocol):
+    """Where learners run. A slot has at most one call under way."""
+
+    size: int
+
+    def submit(self, slot: int, method: str, *args: Any) -> None:
+        """Begin a call of `LearnerProcess`."""
+
+    def wait(self, timeout: float) -> list[tuple[int, Any]]:
+        """(slot, result) of calls that have ended; a result may be an exception."""
+
+
+class InlineSlots:
+    """One slot in this process: a call runs when it is waited for."""
+
+    size = 1
+
+    def __init__(self, compute: ComputeConfig) -> None:
+        self._process = LearnerProcess(compute)
+        self._call: tuple[str, tuple[Any, ...]] | None = None
+
+    def submit(self, slot: int, method: str, *args: Any) -> None:
+        self._call = (method, args)
+
+    def wait(self, timeout: float) -> list[tuple[int, Any]]:
+        if self._call is None:
+            return []
+        (method, args), self._call = self._call, None
+        try:
+            return [(0, getattr(self._process, method)(*args))]
+        except Exception as error:
+            return [(0, error)]
+
+
+class RaySlots:
+    """Ray actors, one a slot. An actor whose process dies is restarted by Ray; its call is not repeated by Ray."""
+
+    def __init__(self, compute: ComputeConfig, size: int, gpus_each: float) -> None:
+        import ray
+
+        self.size = size
+        options = {"num_cpus": 1, "num_gpus": gpus_each, "max_restarts": -1, "max_task_retries": 0}
+        actor = ray.remote(LearnerProcess).options(**options)
+        self._actors: list[Any] = [actor.remote(compute) for _ in range(size)]
+        self._running: dict[Any, int] = {}
+
+    def submit(self, slot: int, method: str, *args: Any) -> None:
+        self._running[getattr(self._actors[slot], method).remote(*args)] = slot
+
+    def wait(self, timeout: float) -> list[tuple[int, Any]]:
+        import ray
+
+        if not self._running:
+            return []
+        ready, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout)
+        results: list[tuple[int, Any]] = []
+        for reference in ready:
+            slot = self._running.pop(reference)
+            try:
+                results.append((slot, ray.get(reference)))
+            except Exception as error:
+                # what the call itself raised, not Ray's wrapping of it
+                results.append((slot, getattr(error, "cause", None) or error))
+        return results
+
+    def pids(self) -> list[dict[str, list[int]]]:
+        """Process ids of every slot's learner, rollout workers and evaluators."""
+        import ray
+
+        return ray.get([actor.pids.remote() for actor in self._actors])
+
+
+@contextlib.contextmanager
+def open_slots(compute: ComputeConfig) -> Iterator[Slots]:
+    """Connect to Ray if anything is to run in it, and make the slots.
+
+    A cluster of our own gets as many logical CPUs as there are processes to run, even on fewer cores. On a cluster
+    that runs already, more processes than its CPUs are refused: Ray would wait for them for ever.
+    """
+    if compute.device == "cuda" and compute.address is None:
+        resolve_device(compute.device)
+    per_learner = 1 + compute.num_rollout_workers + compute.num_evaluators
+    inline = compute.num_learners == 0
+    if inline and per_learner == 1:
+        yield InlineSlots(compute)
+        return
+    import ray
+
+    cores = len(os.sched_getaffinity(0))
+    gpus = _gpus_here(compute) if compute.address is None else 0
+    try:
+        if compute.address is None:
+            learners = _default_learners(compute, cores, gpus)
+            needed = max(learners, 1) * per_learner
+            ray.init(
+                address="local", num_cpus=max(cores, needed), num_gpus=gpus, include_dashboard=False,
+                configure_logging=True, logging_level=logging.ERROR, log_to_driver=False,
+                runtime_env={"env_vars": worker_environment()},
+            )  # fmt: skip
+        else:
+            ray.init(
+                address=compute.address, logging_level=logging.ERROR, log_to_driver=False,
+                runtime_env={"env_vars": worker_environment()},
+            )  # fmt: skip
+            resources = ray.cluster_resources()
+            gpus = int(resources.get("GPU", 0))
+            learners = _default_learners(compute, int(resources.get("CPU", 0)) // per_learner, gpus)
+            needed = max(learners, 1) * per_learner
+            if needed > resources.get("CPU", 0):
+                raise UserError(
+                    f"{needed} worker processes do not fit the {resources.get('CPU', 0):.0f} CPUs of the cluster at "
+                    f"{compute.address}; lower compute.num_learners, num_rollout_workers or num_evaluators"
+                )
+    except (ConnectionError, TimeoutError) as error:
+        raise UserError(f"no Ray cluster answers at compute.address={compute.address}: {error}") from None
+    try:
+        if inline:
+            yield InlineSlots(compute)
+        else:
+            use_gpu = gpus and compute.device != "cpu"
+            yield RaySlots(compute, learners, min(1.0, int(1e4 * gpus / learners) / 1e4) if use_gpu else 0)
+    finally:
+        ray.shutdown()
+
+
+def _gpus_here(compute: ComputeConfig) -> int:
+    if compute.device == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _default_learners(compute: ComputeConfig, cpus: int, gpus: int) -> int:
+    if compute.num_learners is not None:
+        return compute.num_learners
+    return max(1, gpus if gpus and compute.device != "cpu" else cpus)

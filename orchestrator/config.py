@@ -1,0 +1,278 @@
+"""Configuration: dataclasses, a method's settings, YAML files and `key=value` overrides, in this order of precedence.
+
+`method=ravl` and `dataset=...` are taken out first, since the schema of `method.*` and the settings for the dataset
+follow from them. What comes out is a tree of plain dataclasses: nothing reads a configuration node inside a loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from agents.method import load_method, method_settings
+from envs.errors import UserError
+from sweeps.spec import PrunerSpec, SamplerSpec, StudySpec
+
+
+@dataclass
+class StudyConfig:
+    """What is searched for, and how (see `sweeps`)."""
+
+    name: str = ""  # the study's folder and MLflow experiment; empty: method, dataset and time
+    num_trials: int = 1
+    space: dict[str, Any] = field(default_factory=dict)  # config key -> {type, low, high, log, choices, when}
+    sampler: SamplerSpec = field(default_factory=SamplerSpec)
+    pruner: PrunerSpec = field(default_factory=PrunerSpec)
+    enqueue: list[dict[str, Any]] = field(default_factory=list)  # trials to begin with: {config key: value}
+    objective_evaluations: int = 1  # a run's value is its mean score over this many last evaluations
+
+
+@dataclass
+class EvaluationConfig:
+    """Episodes in the real environment."""
+
+    every_epochs: int = 10  # one epoch is method.updates_per_epoch updates; the last epoch is always evaluated
+    episodes: int = 10  # deterministic policy; episode i is reset with seed first_seed + i every time
+    first_seed: int = 10_000
+    env_id: str | None = None  # None: the dataset's
+
+
+@dataclass
+class ComputeConfig:
+    """Processes. Results are the same for any numbers; 0 means in the parent process."""
+
+    num_learners: int | None = None  # packs trained at once; None: one per GPU, else per core; 0: in the driver
+    num_rollout_workers: int = 0  # per learner
+    num_evaluators: int = 0  # per learner
+    runs_per_pack: int | None = None  # None: the seeds of one trial
+    threads: int = 1  # of torch, per process
+    device: str = "auto"  # auto | cpu | cuda
+    address: str | None = None  # of a running Ray cluster; None: a cluster of our own on this machine
+    checkpoint_minutes: float = 5.0  # 0: every epoch; always when a run ends
+
+
+@dataclass
+class Config:
+    """Everything that decides a study; with one trial and no search space, a training."""
+
+    dataset: str = MISSING
+    method: Any = MISSING  # the method's own dataclass
+    seed: int = 0
+    num_seeds: int = 1  # runs per trial: seeds seed, seed + 1, ...
+    study: StudyConfig = field(default_factory=StudyConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    workdir: str = "offsweep-work"  # datasets, artifacts, studies and the default MLflow store
+    tracking_uri: str | None = None  # None: MLFLOW_TRACKING_URI, else SQLite under workdir
+    method_name: str = ""  # taken from method=...
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_seeds", 1), ("seed", 0)):
+            _at_least(name, getattr(self, name), least)
+        for name, least in (("every_epochs", 1), ("episodes", 1), ("first_seed", 0)):
+            _at_least(f"evaluation.{name}", getattr(self.evaluation, name), least)
+        for name, least in (
+            ("num_rollout_workers", 0),
+            ("num_evaluators", 0),
+            ("threads", 1),
+            ("checkpoint_minutes", 0),
+        ):
+            _at_least(f"compute.{name}", getattr(self.compute, name), least)
+        for name, least in (("num_learners", 0), ("runs_per_pack", 1)):
+            if getattr(self.compute, name) is not None:
+                _at_least(f"compute.{name}", getattr(self.compute, name), least)
+        _at_least("study.objective_evaluations", self.study.objective_evaluations, 1)
+        if self.compute.device not in ("auto", "cpu", "cuda"):
+            raise UserError(f"compute.device={self.compute.device!r} must be auto, cpu or cuda")
+        # no more seldom than once, at the end
+        self.evaluation.every_epochs = min(self.evaluation.every_epochs, self.method.num_epochs)
+
+    @property
+    def seeds(self) -> list[int]:
+        return [self.seed + i for i in range(self.num_seeds)]
+
+    def study_spec(self) -> StudySpec:
+        """The study as `sweeps` takes it; steps are updates."""
+        s = self.study
+        spec = StudySpec(
+            s.name, s.space, s.sampler, s.pruner, s.num_trials, self.num_seeds, total_steps=self.method.num_updates
+        )
+        spec.validate()
+        return spec
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if value < least:
+        raise UserError(f"{name}={value} must be at least {least}")
+
+
+def load_config(files: Sequence[Path | Mapping[str, Any]], overrides: Sequence[str]) -> Config:
+    """Resolve a configuration.
+
+    Args:
+        files: YAML files or mappings, later ones over earlier ones.
+        overrides: `key=value` words of a command line, over everything.
+
+    Raises:
+        UserError: an unknown key (with the nearest valid one), a value of the wrong type or outside its range.
+    """
+    given = OmegaConf.create()
+    for file in files:
+        given = _merge(given, _normal_method(_read(file)))
+    given = _merge(given, _parse_overrides(overrides))
+    name = given.get("method", {}).get("name")
+    if name is None:
+        raise UserError("no method given; say for example method=ravl")
+    if OmegaConf.is_missing(given, "dataset") or "dataset" not in given:
+        raise UserError("no dataset given; say for example dataset=embedded/pendulum-medium-v0")
+    del given["method"]["name"]
+    method = load_method(name)
+    variant, settings = method_settings(name, given["dataset"], given["method"].get("variant"))
+    schema = OmegaConf.structured(Config)
+    schema.method = OmegaConf.structured(method.Config)
+    schema.method_name = name
+    resolved = _merge(schema, {"method": {**settings, "variant": variant}})
+    resolved = _merge(resolved, given)
+    try:
+        config = OmegaConf.to_object(resolved)
+    except MissingMandatoryValue as error:
+        raise UserError(f"a value is missing: {error.full_key}") from None
+    assert isinstance(config, Config)
+    return config
+
+
+def apply_params(config: Config, params: Mapping[str, Any]) -> Config:
+    """The configuration of a trial: `config` with some keys set."""
+    return load_config([to_dict(config), _nested(params)], [])
+
+
+def check_space(config: Config) -> None:
+    """Every key of the search space exists and takes the values it may be given."""
+    for key, entry in config.study.space.items():
+        if not key.startswith("method."):
+            raise UserError(f"study.space: {key!r} cannot be searched; only keys that begin with method. can")
+        if isinstance(entry, Mapping):
+            for value in [entry.get("low"), entry.get("high"), *(entry.get("choices") or [])]:
+                if value is not None:
+                    apply_params(config, {key: value})
+    for params in config.study.enqueue:
+        apply_params(config, params)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """As plain values, in the form that a YAML file has (`method: {name: ..., ...}`)."""
+    plain = dataclasses.asdict(config)
+    name = plain.pop("method_name")
+    plain["method"] = {"name": name, **plain["method"]}
+    return plain
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def run_config(config: Config, params: Mapping[str, Any], seed: int) -> Config:
+    """The configuration of one run of a trial, which trains that run alone when given to `offsweep train --config`."""
+    run = apply_params(config, params)
+    run.seed, run.num_seeds = seed, 1
+    run.study = StudyConfig()
+    return run
+
+
+def identity(config: Config, dataset_hash: str) -> dict[str, Any]:
+    """What the result of a run depends on: not where or how it is computed."""
+    plain = to_dict(config)
+    return {k: plain[k] for k in ("method", "seed", "evaluation")} | {"dataset": dataset_hash}
+
+
+def digest(content: Any) -> str:
+    """16 hexadecimal digits of a JSON-able value."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def pack_key(config: Config) -> str:
+    """Runs with equal keys can be trained by one learner: they differ only in seed and per-member hyperparameters."""
+    plain = dataclasses.asdict(config.method)
+    for item in dataclasses.fields(config.method):
+        if item.metadata.get("per_member"):
+            del plain[item.name]
+    # no diversity term at all is another computation than one with weight > 0
+    plain["has_diversity"] = bool(getattr(config.method, "eta", 0.0))
+    return digest([config.method_name, config.dataset, plain, dataclasses.asdict(config.evaluation)])
+
+
+def _read(file: Path | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(file, Mapping):
+        return dict(file)
+    try:
+        content = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must hold a mapping of configuration keys")
+    return content
+
+
+def _normal_method(content: dict[str, Any]) -> dict[str, Any]:
+    """`method: ravl` means `method: {name: ravl}`."""
+    if isinstance(content.get("method"), str):
+        return {**content, "method": {"name": content["method"]}}
+    return content
+
+
+def _parse_overrides(words: Sequence[str]) -> DictConfig:
+    for word in words:
+        key, equals, _ = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"{word!r} is not of the form key=value")
+    words = [f"method.name={w.partition('=')[2]}" if w.startswith("method=") else w for w in words]
+    try:
+        return OmegaConf.from_dotlist(list(words))
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise UserError(f"cannot read the overrides: {str(error).splitlines()[0]}") from None
+
+
+def _nested(params: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in params.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def _merge(base: DictConfig, other: DictConfig | Mapping[str, Any]) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(base, other)
+    except ConfigKeyError as error:
+        raise UserError(_unknown_key(base, str(error.full_key))) from None
+    except OmegaConfBaseException as error:
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise UserError(f"{where}{str(error).splitlines()[0]}") from None
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _unknown_key(schema: DictConfig, full_key: str) -> str:
+    *parents, leaf = full_key.split(".")
+    node: Any = schema
+    for parent in parents:
+        node = node[parent] if isinstance(node, DictConfig) and parent in node else {}
+    near = difflib.get_close_matches(leaf, [str(k) for k in node], n=1, cutoff=0.0)
+    prefix = ".".join([*parents, ""])
+    hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+    return f"unknown key {full_key}{hint}"

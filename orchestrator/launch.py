@@ -1,0 +1,208 @@
+"""From a configuration to a finished study: checks, folders, MLflow, Ray, the driver, the summary."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from envs.dataset import Dataset
+from envs.errors import UserError
+from envs.registry import load_dataset
+from orchestrator.artifacts import save_json, write_atomically, write_text
+from orchestrator.cluster import open_slots
+from orchestrator.config import Config, check_space, load_config, to_dict, to_yaml
+from orchestrator.display import Display, print_summary, show_params, value_unit
+from orchestrator.driver import Driver
+from orchestrator.learner import dataset_record, flatten
+from orchestrator.spool import RunInfo, RunSpool, check_run_key
+from orchestrator.tracking import Tracker, check_reachable, default_tracking_uri
+from sweeps.spec import StudySpec
+from sweeps.study import Study
+from sweeps.summary import history_figure, parameter_importances, slice_figure, trial_rows
+
+DRAIN_SECONDS = 120.0  # how long the end of a study waits for MLflow
+RESUMABLE = ("compute.", "tracking_uri=")  # what may change when a study is resumed: not the results
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished study leaves for its caller."""
+
+    study: Study
+    dataset: Dataset
+    experiment: str
+
+
+def start(config: Config, console: Console) -> Outcome:
+    """Run a new study to its end.
+
+    Raises:
+        UserError: before any compute is spent, whatever is wrong with the configuration, data or store.
+    """
+    workdir = Path(config.workdir).absolute()
+    config.workdir = str(workdir)
+    if not config.study.name:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        config.study.name = f"{config.method_name}-{re.sub('[^A-Za-z0-9.]+', '-', Path(config.dataset).stem)}-{stamp}"
+    check_run_key(config.study.name)
+    check_space(config)
+    spec = config.study_spec()
+    dataset = _check_before_compute(config)
+    folder = workdir / "studies" / config.study.name
+    with Study.create(folder, spec) as study:
+        write_text(folder / "config.yaml", to_yaml(config))
+        return _run(config, study, dataset, console)
+
+
+def resume(name: str, workdir: Path, overrides: Sequence[str], console: Console) -> Outcome:
+    """Continue a study that was stopped or killed; a finished one is only summarised and its tracking completed."""
+    folder = workdir.absolute() / "studies" / name
+    for word in overrides:
+        if not word.startswith(RESUMABLE):
+            raise UserError(f"{word!r} cannot change while a study is resumed; only compute.* and tracking_uri can")
+    if not (folder / "config.yaml").exists():
+        known = sorted(p.parent.name for p in folder.parent.glob("*/config.yaml"))
+        raise UserError(f"there is no study {name!r} in {folder.parent}; it holds: {', '.join(known) or 'none'}")
+    config = load_config([folder / "config.yaml"], overrides)
+    config.workdir = str(workdir.absolute())
+    dataset = _check_before_compute(config)
+    with Study.open(folder) as study:
+        return _run(config, study, dataset, console)
+
+
+def show(name: str, workdir: Path, console: Console) -> None:
+    """Print the table of a study, running or finished."""
+    folder = workdir.absolute() / "studies" / name
+    study = Study.open(folder, read_only=True)
+    config = load_config([folder / "config.yaml"], [])
+    print_summary(console, study, config, load_dataset(config.dataset, Path(config.workdir)), _store_uri(config))
+
+
+def _store_uri(config: Config) -> str:
+    return config.tracking_uri or default_tracking_uri(config.workdir)
+
+
+def _check_before_compute(config: Config) -> Dataset:
+    check_reachable(_store_uri(config))
+    dataset = load_dataset(config.dataset, Path(config.workdir))
+    from agents.method import load_method
+    from envs.episodes import make_env
+    from envs.termination import termination_rule
+
+    if load_method(config.method_name).stages(config.method):
+        termination_rule(dataset.env_id)
+    make_env(config.evaluation.env_id or dataset.env_id).close()
+    return dataset
+
+
+def _run(config: Config, study: Study, dataset: Dataset, console: Console) -> Outcome:
+    tracker = Tracker(
+        _store_uri(config), study.spec.name, study.folder / "spool", study.folder / "tracker.json",
+        Path(config.workdir) / "mlartifacts" if config.tracking_uri is None else None,
+        {"offsweep.study": study.spec.name, "method": config.method_name, "dataset": config.dataset},
+    )  # fmt: skip
+    tracker.set_experiment_note(_note(config, study.spec))
+    with _tracking(tracker, console), RunSpool(study.folder / "spool", "study") as spool:
+        tags = _tags()
+        _announce(spool, config, dataset, tags)
+        with Display(console, value_unit(dataset)) as display, open_slots(config.compute) as slots:
+            Driver(config, study, dataset, slots, tags, spool, display).run()
+        _conclude(spool, study, value_unit(dataset))
+    print_summary(console, study, config, dataset, tracker.tracking_uri)
+    return Outcome(study, dataset, study.spec.name)
+
+
+@contextmanager
+def _tracking(tracker: Tracker, console: Console) -> Iterator[None]:
+    """Send the spool to MLflow in a thread of its own; at the end wait until all is sent."""
+    stop = threading.Event()
+    thread = threading.Thread(target=tracker.run_loop, args=(stop,), name="tracker", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        if not tracker.drain(DRAIN_SECONDS):
+            status = tracker.status()
+            console.print(
+                f"[yellow]{status.pending_lines} lines are not in MLflow yet ({status.last_error or status.refused}); "
+                "they are kept, and `offsweep resume` sends them[/yellow]"
+            )
+
+
+def _announce(spool: RunSpool, config: Config, dataset: Dataset, tags: dict[str, str]) -> None:
+    params = flatten({k: v for k, v in to_dict(config).items() if k not in ("workdir", "tracking_uri")})
+    params = {k: v for k, v in params.items() if v}
+    tags = {
+        **tags,
+        "kind": "study",
+        "study": config.study.name,
+        "method": config.method_name,
+        "dataset": config.dataset,
+    }
+    spool.start(RunInfo(f"study {config.study.name}", params, tags, [dataset_record(dataset)]))
+    spool.artifact(Path(config.workdir) / "studies" / config.study.name / "config.yaml")
+
+
+def _conclude(spool: RunSpool, study: Study, unit: str) -> None:
+    """Plots, the table of trials and the best configuration, as artifacts of the study's own run."""
+    from matplotlib.figure import Figure
+
+    records, direction = study.trials(), study.spec.direction
+
+    def keep(figure: Figure, name: str) -> None:
+        path = study.folder / name
+        write_atomically(path, lambda p: figure.savefig(p, format="png", dpi=120))
+        spool.artifact(path, "plots")
+
+    if study.space.parameters:
+        keep(history_figure(records, direction, unit), "history.png")
+        keep(slice_figure(records, study.space, unit), "slices.png")
+        importances = parameter_importances(records, study.space, direction)
+        if importances:
+            save_json(study.folder / "importances.json", importances)
+            spool.artifact(study.folder / "importances.json")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["rank", "trial", "state", unit, "hyperparameters"])
+    for row in trial_rows(records, direction):
+        state = "diverged" if row.diverged else row.state
+        writer.writerow([row.rank, row.number, state, row.value, show_params(row.params)])
+    write_text(study.folder / "trials.csv", text.getvalue())
+    spool.artifact(study.folder / "trials.csv")
+    best = study.best
+    if best is not None:
+        spool.set_tags({"best_trial": str(best.number), "best_value": str(best.value)})
+    spool.end("FINISHED")
+
+
+def _note(config: Config, spec: StudySpec) -> str:
+    return (
+        f"Study **{spec.name}**: {config.method_name} on {config.dataset}, {spec.num_trials} trials x "
+        f"{spec.seeds_per_trial} seeds.\n\nEvery run is one seed of one trial, named t(trial)-s(seed). "
+        f"Continue it with `offsweep resume {spec.name} --workdir {config.workdir}`."
+    )
+
+
+def _tags() -> dict[str, str]:
+    """The commit this code is at, where it lies in a git checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return {}
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"git_commit": commit.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "")}

@@ -1,0 +1,368 @@
+"""The learner: trains one pack, epoch by epoch, and can be killed at any moment.
+
+Everything it knows is in its checkpoint, written atomically at epoch boundaries. All randomness follows from seeds and
+epoch numbers, so a learner that continues from a checkpoint repeats the epochs after it bit for bit, and what it logs
+again is recognised by its step.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from agents.cpu import configure_cpu
+from agents.method import TrainingData, load_method
+from agents.online import actor_arrays
+from envs.dataset import Dataset
+from envs.episodes import make_env
+from envs.errors import UserError
+from envs.registry import load_dataset
+from envs.scores import normalized_score, reference_scores
+from orchestrator.artifacts import (
+    ArtifactStore,
+    load_tensors,
+    save_json,
+    save_tensors,
+    stage_key,
+    write_arrays,
+    write_text,
+)
+from orchestrator.config import ComputeConfig, Config, digest, identity, load_config, to_dict, to_yaml
+from orchestrator.spool import DatasetRecord, RunInfo, RunSpool
+from orchestrator.workers import Workers
+
+CHECKPOINT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run of a pack."""
+
+    run_key: str
+    trial: int
+    seed: int
+    config: dict[str, Any]  # the run's resolved configuration, as `orchestrator.config.to_dict` gives it
+    tags: dict[str, str]
+
+
+@dataclass(frozen=True)
+class PackSpec:
+    """Everything a learner needs to train a pack, plain enough for JSON."""
+
+    pack_id: str
+    study_folder: str
+    runs: tuple[RunSpec, ...]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.study_folder) / "packs" / self.pack_id
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> PackSpec:
+        runs = tuple(RunSpec(**run) for run in content["runs"])
+        return cls(content["pack_id"], content["study_folder"], runs)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of one run."""
+
+    updates: int
+    value: float  # score, or mean return where no reference pair is known
+    returns: list[float]  # of every episode
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """How a pack stands after `Learner.advance`."""
+
+    pack_id: str
+    updates: int
+    finished: bool
+    evaluations: dict[str, list[Evaluation]]  # run key -> all so far
+    diverged: dict[str, int] = field(default_factory=dict)  # run key -> updates
+
+
+@lru_cache(maxsize=2)
+def _dataset(name: str, workdir: str) -> Dataset:
+    return load_dataset(name, Path(workdir))
+
+
+def action_bounds(env_id: str) -> tuple[np.ndarray, np.ndarray]:
+    """The environment's action bounds, `(A,)` each."""
+    env = make_env(env_id)
+    low, high = env.action_space.low, env.action_space.high  # type: ignore[attr-defined]
+    env.close()
+    return low, high
+
+
+def resolve_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("compute.device=cuda, but torch sees no GPU here; use compute.device=auto")
+    return torch.device(device)
+
+
+def training_data(config: Config, dataset: Dataset, device: torch.device) -> TrainingData:
+    return TrainingData.from_dataset(dataset, *action_bounds(dataset.env_id), device)
+
+
+class Learner:
+    """Trains the runs of a pack that are still alive.
+
+    Args:
+        pack: what to train; if its folder holds a checkpoint, training goes on from there.
+        compute: threads, device and checkpoint interval.
+        workers: where rollouts and evaluations are computed.
+    """
+
+    def __init__(self, pack: PackSpec, compute: ComputeConfig, workers: Workers) -> None:
+        self.pack, self.compute, self.workers = pack, compute, workers
+        self.device = resolve_device(compute.device)
+        self.configs = [load_config([run.config], []) for run in pack.runs]
+        config = self.configs[0]
+        self.dataset = _dataset(config.dataset, config.workdir)
+        self.env_id = config.evaluation.env_id or self.dataset.env_id
+        self.reference = reference_scores(self.env_id)
+        data = training_data(config, self.dataset, self.device)
+        self._action_low, self._action_high = action_bounds(self.env_id)
+        store = ArtifactStore(Path(config.workdir) / "artifacts")
+        cls = load_method(config.method_name)
+        artifacts = {
+            name: store.load(stage.kind, stage_key(stage, self.dataset.content_hash))
+            for name, stage in cls.stages(config.method).items()
+        }
+        methods = [c.method for c in self.configs]
+        self.method = cls(methods, [run.seed for run in pack.runs], data, artifacts, self.device)
+        self.alive = [run.run_key for run in pack.runs]
+        self.epoch = 0
+        self.evaluations: dict[str, list[Evaluation]] = {run.run_key: [] for run in pack.runs}
+        self.diverged: dict[str, int] = {}
+        self.num_epochs = config.method.num_epochs
+        self._saved_at = time.monotonic()
+        self._restore()
+        folder = Path(pack.study_folder)
+        self._spools = {run.run_key: RunSpool(folder / "spool", run.run_key) for run in pack.runs}
+        for run, run_config in zip(pack.runs, self.configs, strict=True):
+            if run.run_key in self.alive:
+                self._announce(run, run_config)
+
+    @property
+    def updates(self) -> int:
+        return self.epoch * self.configs[0].method.updates_per_epoch
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.pack.folder / "checkpoint.pt"
+
+    def run_folder(self, run_key: str) -> Path:
+        return Path(self.pack.study_folder) / "runs" / run_key
+
+    # ---- training -----------------------------------------------------------------------------------------------
+
+    def advance(self, dropped: Sequence[str] = ()) -> PackReport:
+        """Train until the next evaluation or the end.
+
+        Args:
+            dropped: keys of runs that are no longer wanted (all so far; those already gone are ignored).
+        """
+        self._drop([key for key in self.alive if key in dropped], "KILLED", "pruned")
+        every = self.configs[0].evaluation.every_epochs
+        while self.alive and self.epoch < self.num_epochs:
+            self._train_epoch()
+            last = self.epoch == self.num_epochs
+            if self.alive and (last or self.epoch % every == 0):
+                self._evaluate()
+                self._save(force=last)
+                if not last:
+                    break
+            else:
+                self._save()
+        finished = not self.alive or self.epoch == self.num_epochs
+        if finished and self.alive:
+            self._finish()
+        return PackReport(self.pack.pack_id, self.updates, finished, dict(self.evaluations), dict(self.diverged))
+
+    def _train_epoch(self) -> None:
+        started = time.perf_counter()
+        jobs = self.method.rollout_jobs(self.epoch)
+        results = self.workers.rollouts(jobs, self.method.ensemble) if jobs else []
+        metrics = self.method.add_rollouts(results)
+        rolled_out = time.perf_counter()
+        trained = self.method.train_epoch(self.epoch)
+        now = time.perf_counter()
+        self.epoch += 1
+        rate = self.configs[0].method.updates_per_epoch / (now - rolled_out)
+        timing = {"time/updates_per_second": rate, "time/rollout_seconds": rolled_out - started}
+        diverged = []
+        for m, key in enumerate(self.alive):
+            values = {**metrics[m], **trained[m]}
+            self._spools[key].metrics(self.updates, {**values, **timing})
+            if not all(math.isfinite(v) for v in values.values()):
+                self.diverged[key] = self.updates
+                diverged.append(key)
+        self._drop(diverged, "FAILED", "diverged")
+
+    def _evaluate(self) -> None:
+        evaluation = self.configs[0].evaluation
+        seeds = range(evaluation.first_seed, evaluation.first_seed + evaluation.episodes)
+        policies = [self._policy(m) for m in range(len(self.alive))]
+        for key, returns in zip(self.alive, self.workers.evaluate(policies, self.env_id, seeds), strict=True):
+            mean = float(returns.mean())
+            metrics = {"eval/return_mean": mean, "eval/return_std": float(returns.std())}
+            value = mean
+            if self.reference is not None:
+                value = float(normalized_score(mean, self.reference))
+                metrics["eval/score"] = value
+            self.evaluations[key].append(Evaluation(self.updates, value, returns.tolist()))
+            self._spools[key].metrics(self.updates, metrics)
+
+    def _policy(self, member: int) -> dict[str, np.ndarray]:
+        return actor_arrays(self.method.actor(member), 0, self._action_low, self._action_high)
+
+    def _drop(self, keys: Sequence[str], status: Any, reason: str) -> None:
+        if not keys:
+            return
+        for key in keys:
+            self._spools[key].set_tags({"outcome": reason})
+            self._spools[key].end(status)
+        kept = [m for m, key in enumerate(self.alive) if key not in keys]
+        self.alive = [self.alive[m] for m in kept]
+        if kept:
+            self.method = self.method.select(kept)
+
+    # ---- what is left behind --------------------------------------------------------------------------------------
+
+    def _announce(self, run: RunSpec, config: Config) -> None:
+        path = self.run_folder(run.run_key) / "config.yaml"
+        write_text(path, to_yaml(config))
+        plain = to_dict(config)
+        params = {
+            **flatten({k: plain[k] for k in ("method", "evaluation")}),
+            "dataset": config.dataset,
+            "seed": str(run.seed),
+        }
+        tags = {
+            **run.tags, "trial": str(run.trial), "seed": str(run.seed), "method": config.method_name,
+            "dataset": config.dataset, "pack": self.pack.pack_id, "environment": self.env_id, "device":
+            str(self.device), "config_hash": digest(identity(config, self.dataset.content_hash)),
+            "score_reference": self.reference.source if self.reference else "none: values are raw returns",
+        }  # fmt: skip
+        name = f"t{run.trial:03d}-s{run.seed}" if "study" in run.tags else run.run_key
+        self._spools[run.run_key].start(RunInfo(name, params, tags, [dataset_record(self.dataset)]))
+        self._spools[run.run_key].artifact(path)
+
+    def _finish(self) -> None:
+        for m, key in enumerate(self.alive):
+            folder, spool = self.run_folder(key), self._spools[key]
+            write_arrays(folder / "policy.npz", self._policy(m))
+            save_json(folder / "evaluations.json", [asdict(e) for e in self.evaluations[key]])
+            state = self.method.select([m]).state_dict()
+            state.pop("replay", None)
+            save_tensors(folder / "checkpoint.pt", state)
+            for name in ("policy.npz", "evaluations.json", "checkpoint.pt"):
+                spool.artifact(folder / name)
+            spool.set_tags({"outcome": "finished"})
+            spool.end("FINISHED")
+
+    def _save(self, force: bool = False) -> None:
+        if not force and time.monotonic() - self._saved_at < 60 * self.compute.checkpoint_minutes:
+            return
+        save_tensors(self.checkpoint_path, {
+            "version": CHECKPOINT_VERSION, "runs": [run.run_key for run in self.pack.runs], "alive": self.alive,
+            "epoch": self.epoch, "diverged": self.diverged, "method": self.method.state_dict(),
+            "evaluations": {key: [asdict(e) for e in done] for key, done in self.evaluations.items()},
+        })  # fmt: skip
+        self._saved_at = time.monotonic()
+
+    def _restore(self) -> None:
+        if not self.checkpoint_path.exists():
+            return
+        state = load_tensors(self.checkpoint_path, self.device)
+        keys = [run.run_key for run in self.pack.runs]
+        if state["version"] != CHECKPOINT_VERSION or state["runs"] != keys:
+            raise UserError(f"{self.checkpoint_path} is of another version or pack; move it away to start anew")
+        kept = [m for m, key in enumerate(keys) if key in state["alive"]]
+        if kept and len(kept) < len(keys):
+            self.method = self.method.select(kept)
+        if kept:
+            self.method.load_state_dict(state["method"])
+        self.alive, self.epoch, self.diverged = state["alive"], state["epoch"], state["diverged"]
+        self.evaluations = {key: [Evaluation(**e) for e in done] for key, done in state["evaluations"].items()}
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotlist keys and text values, as MLflow shows parameters."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat
+
+
+def dataset_record(dataset: Dataset) -> DatasetRecord:
+    """How MLflow is told of a dataset."""
+    columns = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+    arrays = {name: getattr(dataset, name) for name in columns}
+    return DatasetRecord(
+        name=dataset.name, digest=dataset.content_hash[:16],
+        source=str(dataset.provenance.get("source", dataset.provenance.get("path", dataset.name))),
+        context="training",
+        schema={k: {"dtype": str(a.dtype), "shape": [-1, *a.shape[1:]]} for k, a in arrays.items()},
+        profile={k: v for k, v in dataset.summary().items() if k != "provenance"},
+    )  # fmt: skip
+
+
+class LearnerProcess:
+    """A slot for learners: an object in the driver's process, or a Ray actor that Ray restarts when it dies.
+
+    Every call carries its pack, so a restarted actor takes it up again from the checkpoint by itself.
+    """
+
+    def __init__(self, compute: ComputeConfig) -> None:
+        configure_cpu(compute.threads)
+        self.compute = compute
+        self.workers = Workers(compute.num_rollout_workers, compute.num_evaluators, compute.threads)
+        self._learner: Learner | None = None
+
+    def pids(self) -> dict[str, list[int]]:
+        return {"learner": [os.getpid()], **self.workers.pids()}
+
+    def advance(self, pack: PackSpec, dropped: Sequence[str]) -> PackReport:
+        if self._learner is None or self._learner.pack.pack_id != pack.pack_id:
+            self._learner = Learner(pack, self.compute, self.workers)
+        report = self._learner.advance(dropped)
+        if report.finished:
+            self._learner = None
+        return report
+
+    def build_stage(self, config: dict[str, Any], name: str) -> list[tuple[int, dict[str, float]]]:
+        """Build one stage of a run's method if it is missing; returns the metrics reported on the way."""
+        resolved = load_config([config], [])
+        dataset = _dataset(resolved.dataset, resolved.workdir)
+        stage = load_method(resolved.method_name).stages(resolved.method)[name]
+        key = stage_key(stage, dataset.content_hash)
+        history: list[tuple[int, dict[str, float]]] = []
+
+        def build() -> dict[str, Any]:
+            data = training_data(resolved, dataset, resolve_device(self.compute.device))
+            return stage.build(data, lambda step, metrics: history.append((step, dict(metrics))))
+
+        store = ArtifactStore(Path(resolved.workdir) / "artifacts")
+        store.get_or_build(stage, key, build, {"dataset": dataset.name, "dataset_hash": dataset.content_hash})
+        return history

@@ -1,0 +1,32 @@
+"""What all tests share: the environment that every process of offsweep starts with, and one Ray cluster."""
+
+import logging
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from orchestrator.environment import prepare_environment, worker_environment
+
+# A user's settings must not lead tests to that user's cluster, server or data.
+for _name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "MLFLOW_TRACKING_URI", "OFFSWEEP_WORKDIR", "D4RL_DATASET_DIR"):
+    os.environ.pop(_name, None)
+os.environ["MPLBACKEND"] = "Agg"
+prepare_environment()  # before any test module imports ray, torch or mlflow
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray of two CPUs, started once (6 s) for all tests that ask for it."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": worker_environment()},
+    )
+    yield
+    ray.shutdown()

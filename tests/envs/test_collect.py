@@ -1,0 +1,131 @@
+import json
+
+import numpy as np
+import pytest
+
+from envs.collect import collect, uniform_policy
+from envs.errors import UserError
+from envs.hdf5 import read_hdf5
+from envs.policies import load_policy
+
+
+class Constant:
+    """Always the same action: tells whose rows are whose."""
+
+    observation_dim = None
+
+    def __init__(self, value: float, action_dim: int = 1) -> None:
+        self.value, self.action_dim = value, action_dim
+
+    def act(self, observations: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        return np.full((len(observations), self.action_dim), self.value, dtype=np.float32)
+
+    def describe(self) -> dict[str, object]:
+        return {"kind": "constant", "value": self.value}
+
+
+def uniform(env_id: str):
+    return [(uniform_policy(env_id), 1.0)]
+
+
+def test_time_limit_is_a_timeout_and_the_last_trajectory_is_cut():
+    data = collect("Pendulum-v1", uniform("Pendulum-v1"), 500, seed=0)
+    assert data.num_transitions == 500
+    assert np.flatnonzero(data.timeouts).tolist() == [199, 399, 499]
+    assert not data.terminals.any()
+    assert data.provenance["last_trajectory_cut"] is True
+    assert collect("Pendulum-v1", uniform("Pendulum-v1"), 400, 0).provenance["last_trajectory_cut"] is False
+
+
+def test_rows_chain_within_episodes_and_not_across():
+    data = collect("Hopper-v5", uniform("Hopper-v5"), 700, seed=0)
+    ends = data.terminals | data.timeouts
+    follows = (data.next_observations[:-1] == data.observations[1:]).all(axis=1)
+    np.testing.assert_array_equal(follows, ~ends[:-1])
+    assert data.terminals.sum() > 10
+    assert not (data.terminals & data.timeouts).any()
+    assert ends[-1]
+
+
+def test_the_simulator_gives_the_same_step():
+    data = collect("Pendulum-v1", uniform("Pendulum-v1"), 200, seed=3)
+    cos, sin, speed = data.observations.T
+    torque = data.actions[:, 0]
+    # Pendulum's equation of motion (Gymnasium pendulum.py: g = 10, m = l = 1, dt = 0.05).
+    expected = np.clip(speed + (15.0 * sin + 3.0 * torque) * 0.05, -8, 8)
+    np.testing.assert_allclose(data.next_observations[:, 2], expected, atol=1e-4)
+    cost = np.arctan2(sin, cos) ** 2 + 0.1 * speed**2 + 0.001 * torque**2
+    np.testing.assert_allclose(data.rewards, -cost, atol=1e-3)
+
+
+def test_same_seed_same_rows_other_seed_other_rows(tmp_path, write_actor):
+    write_actor(tmp_path / "a.npz", 11, 3)
+    actor = [(load_policy(tmp_path / "a.npz"), 1.0)]
+    hashes = [collect("Hopper-v5", actor, 600, seed).content_hash for seed in (1, 1, 2)]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_actions_are_sampled_unless_asked_otherwise(tmp_path, write_actor):
+    write_actor(tmp_path / "a.npz", 3, 1, high=2.0)
+    policy = load_policy(tmp_path / "a.npz")
+    sampled = collect("Pendulum-v1", [(policy, 1.0)], 200, seed=1)
+    fixed = collect("Pendulum-v1", [(policy, 1.0)], 200, seed=1, deterministic=True)
+    np.testing.assert_allclose(fixed.actions, policy.act(fixed.observations, None), atol=1e-4)
+    assert np.abs(sampled.actions - policy.act(sampled.observations, None)).max() > 0.1
+    assert (fixed.provenance["deterministic"], sampled.provenance["deterministic"]) == (True, False)
+
+
+def test_policies_follow_one_another_in_whole_trajectories():
+    data = collect("Pendulum-v1", [(Constant(-1), 1.0), (Constant(0.5), 1.0), (Constant(9), 2.0)], 1800, seed=0)
+    # Shares of 450, 450 and 900 rows, trajectories of 200: changes at 600 and 1000. 9 is clipped to 2.
+    shares = [policy["rows"] for policy in data.provenance["policies"]]
+    assert shares == [[0, 600], [600, 1000], [1000, 1800]]
+    expected = np.repeat([-1, 0.5, 2], [600, 400, 800])[:, None]
+    np.testing.assert_array_equal(data.actions, expected)
+
+
+def test_stepping_in_lockstep_changes_nothing(monkeypatch):
+    """Trajectories are kept in starting order; keeping those that finish first would favour short ones."""
+    policy = [(Constant(0.3, action_dim=3), 1.0)]
+    together = collect("Hopper-v5", policy, 900, seed=0)
+    assert len(set(together.episodes.lengths.tolist())) > 2
+    monkeypatch.setattr("envs.collect._LOCKSTEP", 1)
+    assert collect("Hopper-v5", policy, 900, seed=0).content_hash == together.content_hash
+
+
+def test_provenance_says_who_and_with_what(tmp_path, write_actor):
+    digest = write_actor(tmp_path / "actor.npz", 3, 1)
+    data = collect("Pendulum-v1", [(load_policy(tmp_path / "actor.npz"), 2.0)], 10, seed=4)
+    json.dumps(data.provenance)
+    assert data.provenance["policies"][0]["sha256"] == digest
+    assert data.provenance["seed"] == 4
+    assert set(data.provenance["versions"]) == {"gymnasium", "mujoco", "numpy"}
+
+
+def test_path_is_written_and_refused_before_any_step(tmp_path):
+    class Unused(Constant):
+        def act(self, observations, rng):
+            raise AssertionError("stepped before the target was checked")
+
+    path = tmp_path / "set.hdf5"
+    data = collect("Pendulum-v1", uniform("Pendulum-v1"), 10, seed=0, path=path)
+    assert read_hdf5(path).content_hash == data.content_hash
+    with pytest.raises(UserError, match="cannot write"):
+        collect("Pendulum-v1", [(Unused(0), 1.0)], 10, seed=0, path=path / "below.hdf5")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_transitions": 0}, "at least 1"),
+        ({"seed": -1}, "must not be negative"),
+        ({"policies": []}, "at least one policy"),
+        ({"policies": [(Constant(0), 0.0)]}, "positive"),
+        ({"policies": [(Constant(0, action_dim=3), 1.0)]}, "gives 3 actions, 'Pendulum-v1' has 3 and 1"),
+        ({"env_id": "Pendulom-v1"}, "nearest: Pendulum-v1"),
+    ],
+)
+def test_bad_requests_are_refused(arguments, message):
+    request = {"env_id": "Pendulum-v1", "policies": [(Constant(0), 1.0)], "num_transitions": 10, "seed": 0}
+    with pytest.raises(UserError, match=message):
+        collect(**{**request, **arguments})
