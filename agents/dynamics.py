@@ -52,6 +52,9 @@ class DynamicsConfig:
     seed: int = 0  # ensembles are a stage of their own: runs with other seeds share one
 
     def __post_init__(self) -> None:
+        for name in ("learning_rate", "batch_size", "max_holdout", "patience", "max_epochs"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"dynamics.{name}={getattr(self, name)} must be greater than 0")
         if not 1 <= self.num_elites <= self.ensemble_size:
             raise UserError(f"dynamics.num_elites={self.num_elites} must lie in 1..ensemble_size={self.ensemble_size}")
         if len(self.weight_decay) != len(self.hidden) + 1:
@@ -138,7 +141,7 @@ class EpochReport:
 
     epoch: int
     train_loss: float
-    holdout_mse: list[float]  # per ensemble member, of the mean prediction, raw units
+    holdout_mse: list[float]  # lowest so far, per ensemble member, of the mean prediction, raw units
     learning_rate: float
 
 

@@ -6,6 +6,7 @@ module defines `METHOD`, a class with the interface of `Method`. Nothing else ha
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import fnmatch
@@ -169,7 +170,7 @@ def load_method(name: str) -> type[Method]:
         UserError: there is none of that name.
     """
     if name not in method_names():
-        near = difflib.get_close_matches(name, method_names(), n=1, cutoff=0.0)
+        near = difflib.get_close_matches(name.lower(), method_names(), n=1, cutoff=0.0)
         raise UserError(f"unknown method {name!r}; did you mean {near[0]!r}? (known: {', '.join(method_names())})")
     return importlib.import_module(f"agents.{name}").METHOD
 
@@ -199,4 +200,4 @@ def method_settings(name: str, dataset: str, variant: str | None) -> tuple[str, 
         if fnmatch.fnmatchcase(dataset, pattern):
             for key, value in block.items():
                 merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
-    return variant, merged
+    return variant, copy.deepcopy(merged)  # the file's content is kept for other callers

@@ -18,7 +18,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-_relu_backward = torch.ops.aten.threshold_backward
+_PART_BYTES = 512 * 1024  # activations of one layer of a part, so that a part's pass stays in a core's cache
+
+
+def relu_gradient_(gradient: Tensor, activation: Tensor) -> Tensor:
+    """Zero a gradient, in place, where the ReLU's output was zero."""
+    return torch.ops.aten.threshold_backward.grad_input(gradient, activation, 0, grad_input=gradient)
 
 
 class StackedMLP:
@@ -41,8 +46,18 @@ class StackedMLP:
         self.num_stacked = math.prod(self.lead)
         self.flat = torch.zeros(self._size(), device=device)
         self.grad = torch.zeros_like(self.flat)
-        self.weights, self.biases = self._views(self.flat)
-        self.weight_grads, self.bias_grads = self._views(self.grad)
+        self._set_layers(*self._views(self.flat), *self._views(self.grad))
+
+    def _set_layers(
+        self, weights: list[Tensor], biases: list[Tensor], weight_grads: list[Tensor], bias_grads: list[Tensor]
+    ) -> None:
+        self.weights, self.biases = weights, biases
+        self.weight_grads, self.bias_grads = weight_grads, bias_grads
+        # views are made once: a small update is bound by the number of calls
+        self._transposed = [w.mT for w in weights]
+        self._hidden_layers = list(zip(weights[:-1], biases[:-1], strict=True))
+        self._input_columns: dict[tuple[int, int], Tensor] = {}
+        self._parts: dict[int, list[tuple[slice, StackedMLP]]] = {}
 
     def _size(self) -> int:
         return self.num_stacked * sum((i + 1) * o for i, o in pairwise(self.sizes))
@@ -77,8 +92,30 @@ class StackedMLP:
         gather_members(self, self.flat, other, other.flat, members)
         return other
 
+    def parts(self, batch: int) -> list[tuple[slice, StackedMLP]]:
+        """The stack in parts that share its storage, with their places in it.
+
+        On a CPU a part is small enough that what one layer leaves for the next is still in the cache; elsewhere, and
+        for small networks, the stack is one part.
+        """
+        if batch not in self._parts:
+            size = self.num_stacked
+            if self.flat.device.type == "cpu":
+                size = max(1, _PART_BYTES // (4 * batch * max(self.sizes)))
+            places = [slice(i, min(i + size, self.num_stacked)) for i in range(0, self.num_stacked, size)]
+            self._parts[batch] = [(p, self._part(p)) for p in places] if len(places) > 1 else [(places[0], self)]
+        return self._parts[batch]
+
+    def _part(self, place: slice) -> StackedMLP:
+        part = StackedMLP.__new__(StackedMLP)
+        part.sizes, part.lead = self.sizes, (place.stop - place.start,)
+        part.num_stacked = place.stop - place.start
+        layers = (self.weights, self.biases, self.weight_grads, self.bias_grads)
+        part._set_layers(*([t[place] for t in tensors] for tensors in layers))
+        return part
+
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Outputs and what `backward` needs.
+        """Outputs and what the gradients need.
 
         Args:
             x: `(G, B, in)`.
@@ -87,25 +124,29 @@ class StackedMLP:
             `(G, B, out)` and the list of inputs of every layer (`x`, then the hidden activations).
         """
         inputs = [x]
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+        for weight, bias in self._hidden_layers:
             x = torch.baddbmm(bias, x, weight).relu_()
             inputs.append(x)
         return torch.baddbmm(self.biases[-1], x, self.weights[-1]), inputs
 
     def hidden_gradients(self, inputs: list[Tensor], grad_out: Tensor) -> list[Tensor]:
         """d(loss)/d(pre-activation) of every hidden layer, first to last, given d(loss)/d(output) `(G, B, out)`."""
-        if grad_out.shape[-1] == 1:  # one output: an outer product, cheaper than a matrix product
-            delta = grad_out * self.weights[-1].mT
-        else:
-            delta = torch.bmm(grad_out, self.weights[-1].mT)
-        deltas = [_relu_backward(delta, inputs[-1], 0)]
+        # with one output an outer product, which is cheaper than a matrix product
+        product = torch.mul if grad_out.shape[-1] == 1 else torch.bmm
+        deltas = [relu_gradient_(product(grad_out, self._transposed[-1]), inputs[-1])]
         for layer in range(len(self.weights) - 2, 0, -1):
-            deltas.append(_relu_backward(torch.bmm(deltas[-1], self.weights[layer].mT), inputs[layer], 0))
+            deltas.append(relu_gradient_(torch.bmm(deltas[-1], self._transposed[layer]), inputs[layer]))
         return deltas[::-1]
 
-    def input_gradient(self, first_delta: Tensor, columns: slice) -> Tensor:
-        """d(loss)/d(input) for some input columns, from the first entry of `hidden_gradients`."""
-        return torch.bmm(first_delta, self.weights[0][:, columns].mT)
+    def input_weights(self, start: int, stop: int) -> Tensor:
+        """The first layer's weights of some input columns, `(G, stop - start, H)`."""
+        if (start, stop) not in self._input_columns:
+            self._input_columns[start, stop] = self.weights[0][:, start:stop]
+        return self._input_columns[start, stop]
+
+    def input_gradient(self, first_delta: Tensor, start: int, stop: int) -> Tensor:
+        """d(loss)/d(input) of some input columns, from the first entry of `hidden_gradients`."""
+        return torch.bmm(first_delta, self.input_weights(start, stop).mT)
 
     def write_gradients(self, inputs: list[Tensor], deltas: list[Tensor], grad_out: Tensor) -> None:
         """Fill `grad` from the layers' inputs and the gradients of their outputs."""

@@ -30,7 +30,7 @@ class RolloutStatistics:
 
     transitions: int
     terminals: int
-    dropped: int  # predictions that were not finite
+    dropped: int  # predictions or penalised rewards that were not finite
     reward_sum: float
     penalty_sum: float
 
@@ -54,7 +54,8 @@ def rollout(
 
     At every step and for every row an elite is drawn uniformly and its Gaussian sampled, for the state change and for
     the reward (RAVL `rollout_generation.py:33-46`). A terminal transition is kept with d = 1 and its row ends; a
-    prediction that is not finite is dropped. Without a penalty only the drawn elites are evaluated.
+    transition with a value that is not finite is dropped and ends its row too. Without a penalty only the drawn elites
+    are evaluated.
 
     Args:
         actor: one member's actor.
@@ -90,10 +91,12 @@ def rollout(
         next_obs, reward = obs + sample[:, :-1], sample[:, -1]
         if penalty is not None:
             cost = penalty(std_all)
-            penalty_sum += float(cost.sum())
             reward = reward - penalty_coef * cost
         done = termination(next_obs)
-        finite = torch.isfinite(sample).all(dim=-1)
+        # of the stored values: a penalty over all members can overflow where the drawn one predicts well
+        finite = torch.isfinite(next_obs).all(dim=-1) & torch.isfinite(reward)
+        if penalty is not None:
+            penalty_sum += float(cost[finite].sum())
         step_rows = transition_rows(obs, action, reward, done, next_obs)[finite]
         rows.append(step_rows)
         transitions += len(step_rows)

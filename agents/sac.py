@@ -33,13 +33,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agents.networks import StackedMLP, StackedScalar, initialise
+from agents.networks import StackedMLP, StackedScalar, initialise, relu_gradient_
 from agents.optim import Adam
 from agents.randomness import generator
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
-_relu_backward = torch.ops.aten.threshold_backward
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,10 @@ class SAC:
         """Constants of the update that follow from settings, hyperparameters and parameters."""
         settings = self.settings
         self.target_entropy = -float(self.action_dim) if settings.target_entropy is None else settings.target_entropy
-        self._one = torch.ones((), device=self.device)
+        # as tensors: torch converts a Python number anew in every call
+        constants = (1.0, 2.0, 1e-6, self.target_entropy, self.action_dim * _HALF_LOG_2PI)
+        tensors = (torch.tensor(c, device=self.device) for c in constants)
+        self._one, self._two, self._tiny, self._entropy_goal, self._log_norm = tensors
         self._eta_G11: Tensor | None = None
         if any(h.eta != 0 for h in self.hyperparameters):
             if self.num_critics < 2:
@@ -150,16 +152,21 @@ class SAC:
         scaled_noise = log_std.exp().mul_(noise_MBA)
         action = (mean + scaled_noise).tanh_()
         one_minus_sq = torch.addcmul(self._one, action, action, value=-1.0)  # 1 - a^2
+        shifted = one_minus_sq + self._tiny
         # log N(u) - log(1 - a^2 + 1e-6), summed over action dimensions
-        terms = torch.addcmul(log_std, noise_MBA, noise_MBA, value=0.5).add_((one_minus_sq + 1e-6).log_())
-        log_prob = terms.sum(-1).neg_().sub_(self.action_dim * _HALF_LOG_2PI)
-        return _PolicySample(action, log_prob, one_minus_sq, scaled_noise, raw_log_std, inputs)
+        terms = torch.addcmul(log_std, noise_MBA, noise_MBA, value=0.5).add_(shifted.log())
+        log_prob = terms.sum(-1).add_(self._log_norm).neg_()
+        return _PolicySample(action, log_prob, one_minus_sq, shifted, scaled_noise, raw_log_std != log_std, inputs)
 
-    def _min_q(self, critic: StackedMLP, sa_MBX: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """min over critics `(M, B)`, its index `(M, 1, B)`, and the layers' inputs."""
-        q_GB1, inputs = critic.forward(self._to_stack(sa_MBX))
-        q_MNB = q_GB1.view(self.num_members, self.num_critics, -1)
-        q_MB, index = q_MNB.min(dim=1, keepdim=True)
+    def _min_q(self, critic: StackedMLP, sa_MBX: Tensor) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
+        """min over critics `(M, B)`, its index `(M, 1, B)`, and the layers' inputs of every part."""
+        x_GBX, outputs, inputs = self._to_stack(sa_MBX), [], []
+        for place, part in critic.parts(sa_MBX.shape[1]):
+            q, layer_inputs = part.forward(x_GBX[place])
+            outputs.append(q)
+            inputs.append(layer_inputs)
+        q_GB1 = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        q_MB, index = q_GB1.view(self.num_members, self.num_critics, -1).min(dim=1, keepdim=True)
         return q_MB.squeeze(1), index, inputs
 
     def _to_stack(self, x_MBX: Tensor) -> Tensor:
@@ -209,25 +216,27 @@ class SAC:
         return metrics
 
     def _update_alpha(self, log_prob_MB: Tensor) -> None:
-        torch.mean(log_prob_MB, dim=1, out=self.log_alpha.grad).add_(self.target_entropy).neg_()
+        torch.mean(log_prob_MB, dim=1, out=self.log_alpha.grad).add_(self._entropy_goal).neg_()
         self.alpha_optim.step()
         self._read_alpha()
 
     def _update_actor(self, obs_MBS: Tensor, sample: _PolicySample, batch: int) -> Tensor:
-        action = sample.action
+        action, s, a = sample.action, self.observation_dim, self.action_dim
         q_MB, index, inputs = self._min_q(self.critic, torch.cat((obs_MBS, action), dim=-1))
         # only the smallest critic of a row passes a gradient
         chosen = torch.zeros((self.num_members, self.num_critics, batch), device=self.device).scatter_(1, index, 1.0)
-        deltas = self.critic.hidden_gradients(inputs, chosen.view(-1, batch, 1))
-        columns = slice(self.observation_dim, self.observation_dim + self.action_dim)
-        dq_da = self.critic.input_gradient(deltas[0], columns)
-        dq_da = dq_da.view(self.num_members, self.num_critics, batch, self.action_dim).sum(1)
+        chosen_GB1, parts = chosen.view(-1, batch, 1), []
+        for (place, part), layer_inputs in zip(self.critic.parts(batch), inputs, strict=True):
+            deltas = part.hidden_gradients(layer_inputs, chosen_GB1[place])
+            parts.append(part.input_gradient(deltas[0], s, s + a))
+        dq_da = torch.cat(parts) if len(parts) > 1 else parts[0]
+        dq_da = dq_da.view(self.num_members, self.num_critics, batch, a).sum(1)
         # d/da of alpha * log pi is 2 alpha a / (1 - a^2 + 1e-6); then through a = tanh(u)
         alpha = self.alpha_M1.unsqueeze(-1)
-        grad_u = (2.0 * alpha * action / (sample.one_minus_sq + 1e-6)).sub_(dq_da).mul_(sample.one_minus_sq)
+        grad_u = (action / sample.shifted).mul_(alpha * self._two).sub_(dq_da).mul_(sample.one_minus_sq)
         grad_log_std = torch.addcmul(-alpha, grad_u, sample.scaled_noise)
-        inside = (sample.raw_log_std >= LOG_STD_MIN) & (sample.raw_log_std <= LOG_STD_MAX)
-        grad_out = torch.cat((grad_u, grad_log_std.mul_(inside)), dim=-1).mul_(1.0 / batch)
+        grad_log_std.masked_fill_(sample.clamped, 0.0)
+        grad_out = torch.cat((grad_u, grad_log_std), dim=-1).mul_(self._one / batch)
         self.actor.write_gradients(sample.inputs, self.actor.hidden_gradients(sample.inputs, grad_out), grad_out)
         self.actor_optim.step()
         return q_MB
@@ -247,28 +256,37 @@ class SAC:
     def _update_critic(
         self, sa_MBX: Tensor, target_MB: Tensor, batch: int, with_metrics: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        critic, m, n = self.critic, self.num_members, self.num_critics
-        q_GB1, inputs = critic.forward(self._to_stack(sa_MBX))
-        error_GB1 = (q_GB1.view(m, n, batch) - target_MB.unsqueeze(1)).view(m * n, batch, 1)
-        c_GB1 = error_GB1 * (2.0 / batch)
+        """Gradient step of all critics; their values `(G, B, 1)`, squared error `(M,)` and diversity `(M,)`."""
+        m, n = self.num_members, self.num_critics
+        x_GBX = self._to_stack(sa_MBX)
+        y_GB1 = target_MB.unsqueeze(1).expand(m, n, batch).reshape(m * n, batch, 1)
+        values, traces = [], []
+        for place, part in self.critic.parts(batch):
+            q, inputs = part.forward(x_GBX[place])
+            values.append(q)
+            if self._eta_G11 is None:
+                c = (q - y_GB1[place]).mul_(2.0 / batch)
+                part.write_gradients(inputs, part.hidden_gradients(inputs, c), c)
+            else:
+                traces.append((inputs, part.hidden_gradients(inputs, torch.ones_like(q))))
+        q_GB1 = torch.cat(values) if len(values) > 1 else values[0]
         diversity = None
-        if self._eta_G11 is None:
-            critic.write_gradients(inputs, critic.hidden_gradients(inputs, c_GB1), c_GB1)
-        else:
-            deltas = critic.hidden_gradients(inputs, torch.ones_like(q_GB1))
-            diversity = self._write_diverse_gradients(inputs, deltas, c_GB1, with_metrics)
+        if self._eta_G11 is not None:
+            diversity = self._write_diverse_gradients(traces, (q_GB1 - y_GB1).mul_(2.0 / batch), with_metrics)
         self.critic_optim.step()
-        squared_error = error_GB1.view(m, n, batch).square().mean(2).sum(1) if with_metrics else q_GB1
+        squared_error = (q_GB1 - y_GB1).view(m, n, batch).square().mean(2).sum(1) if with_metrics else q_GB1
         return q_GB1, squared_error, diversity
 
     def _write_diverse_gradients(
-        self, inputs: list[Tensor], deltas: list[Tensor], c_GB1: Tensor, with_metrics: bool
+        self, traces: list[tuple[list[Tensor], list[Tensor]]], c_GB1: Tensor, with_metrics: bool
     ) -> Tensor | None:
         """Critic gradients of squared error plus eta * ES (module docstring, last equation)."""
         assert self._eta_G11 is not None
-        critic, m, n = self.critic, self.num_members, self.num_critics
-        s, a, batch = self.observation_dim, self.action_dim, c_GB1.shape[1]
-        dq_da = critic.input_gradient(deltas[0], slice(s, s + a))  # (G, B, A)
+        m, n, s, a = self.num_members, self.num_critics, self.observation_dim, self.action_dim
+        batch = c_GB1.shape[1]
+        parts = self.critic.parts(batch)
+        gradients = [part.input_gradient(t[1][0], s, s + a) for (_, part), t in zip(parts, traces, strict=True)]
+        dq_da = torch.cat(gradients)  # (G, B, A)
         norm = dq_da.norm(dim=-1, keepdim=True)
         unit = dq_da / (norm + 1e-10)
         unit_MNBA = unit.view(m, n, batch, a)
@@ -276,24 +294,31 @@ class SAC:
         # d ES / d g_i = 2/(N-1) sum_{j != i} g_j, through g_i = x / (||x|| + 1e-10); eta and the batch mean included
         scaled = others * (self._eta_G11 * (2.0 / ((n - 1) * batch)))
         along = (scaled * unit).sum(-1, keepdim=True)
-        tangent = (scaled - dq_da * (along / norm.clamp_min(1e-30))) / (norm + 1e-10)
-        # layer 0: the tangent lives in the action columns only
-        x = inputs[0] * c_GB1
-        x[..., s:] += tangent
-        torch.bmm(x.mT, deltas[0], out=critic.weight_grads[0])
-        tangent = torch.bmm(tangent, critic.weights[0][:, s:])
-        for layer, (h, delta) in enumerate(zip(inputs[1:], deltas, strict=True), start=1):
-            tangent = _relu_backward(tangent, h, 0)
-            combined = torch.addcmul(tangent, h, c_GB1)
-            torch.bmm(c_GB1.mT, delta, out=critic.bias_grads[layer - 1])
-            if layer < len(deltas):
-                torch.bmm(combined.mT, deltas[layer], out=critic.weight_grads[layer])
-                tangent = torch.bmm(tangent, critic.weights[layer])
-        torch.sum(combined, dim=1, out=critic.weight_grads[-1].squeeze(-1))
-        torch.sum(c_GB1, dim=1, keepdim=True, out=critic.bias_grads[-1])
+        v_GBA = (scaled - dq_da * (along / norm.clamp_min(1e-30))) / (norm + 1e-10)
+        for (place, part), (inputs, deltas) in zip(parts, traces, strict=True):
+            self._write_combined(part, inputs, deltas, c_GB1[place], v_GBA[place])
         if not with_metrics:
             return None
         return (unit_MNBA * others.view_as(unit_MNBA)).sum((1, 3)).mean(1) / (n - 1)
+
+    def _write_combined(
+        self, critic: StackedMLP, inputs: list[Tensor], deltas: list[Tensor], c_GB1: Tensor, v_GBA: Tensor
+    ) -> None:
+        """Gradients (c * h + t)^T delta of every layer, t the tangent that starts as v in the action columns."""
+        s, last = self.observation_dim, len(deltas)
+        combined = inputs[0] * c_GB1
+        combined[..., s:] += v_GBA
+        tangent = torch.bmm(v_GBA, critic.input_weights(s, s + self.action_dim))
+        for layer, delta in enumerate(deltas):
+            torch.bmm(combined.mT, delta, out=critic.weight_grads[layer])
+            torch.bmm(c_GB1.mT, delta, out=critic.bias_grads[layer])
+            h = inputs[layer + 1]
+            relu_gradient_(tangent, h)
+            combined = torch.addcmul(tangent, h, c_GB1)
+            if layer + 1 < last:
+                tangent = torch.bmm(tangent, critic.weights[layer + 1])
+        torch.sum(combined, dim=1, out=critic.weight_grads[-1].squeeze(-1))
+        torch.sum(c_GB1, dim=1, keepdim=True, out=critic.bias_grads[-1])
 
     # ---- members and checkpoints ----------------------------------------------------------------------------
 
@@ -332,8 +357,9 @@ class _PolicySample:
     action: Tensor
     log_prob: Tensor
     one_minus_sq: Tensor
+    shifted: Tensor  # 1 - a^2 + 1e-6
     scaled_noise: Tensor
-    raw_log_std: Tensor
+    clamped: Tensor  # where log_std is at a bound, so passes no gradient
     inputs: list[Tensor]
 
 

@@ -90,6 +90,11 @@ class ArtifactStore:
     def load(self, kind: str, key: str) -> dict[str, Any]:
         return load_tensors(self.folder(kind, key) / CONTENT)
 
+    def description(self, kind: str, key: str) -> dict[str, Any]:
+        """What was said about the stage when it was built."""
+        content: dict[str, Any] = json.loads((self.folder(kind, key) / DESCRIPTION).read_text())
+        return content
+
     def get_or_build(
         self, stage: Stage, key: str, build: Callable[[], dict[str, Any]], description: Mapping[str, Any]
     ) -> dict[str, Any]:

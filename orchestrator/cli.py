@@ -33,8 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
         return group.add_parser(name, help=help_text, description=help_text)
 
     def add_workdir(sub: argparse.ArgumentParser) -> None:
-        default = os.environ.get("OFFSWEEP_WORKDIR", "offsweep-work")
-        sub.add_argument("--workdir", type=Path, default=Path(default), help="work folder (default: %(default)s)")
+        text = "work folder (default: the workdir that a given file names, else $OFFSWEEP_WORKDIR, else offsweep-work)"
+        sub.add_argument("--workdir", type=Path, help=text)
 
     def add_overrides(sub: argparse.ArgumentParser, text: str) -> None:
         sub.add_argument("overrides", nargs="*", metavar="key=value", help=text)
@@ -98,7 +98,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    # argparse takes overrides that come behind an option for words it does not know
+    args, rest = parser.parse_known_args(argv)
+    if rest and (any(word.startswith("-") for word in rest) or "overrides" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
     try:
         check_packages()
         prepare_environment()
@@ -112,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(args: argparse.Namespace) -> int:
+    given, default = getattr(args, "workdir", None), Path(os.environ.get("OFFSWEEP_WORKDIR", "offsweep-work"))
+    args.workdir = given or default
     # imported here: torch, ray and mlflow read the environment that prepare_environment has set
     if args.command == "data":
         return _data(args)
@@ -130,7 +138,7 @@ def _dispatch(args: argparse.Namespace) -> int:
     from orchestrator import launch
     from orchestrator.config import load_config
 
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     if args.command == "show":
         launch.show(args.name, args.workdir, console)
         return 0
@@ -144,13 +152,15 @@ def _dispatch(args: argparse.Namespace) -> int:
         files = [args.study]
     elif args.command == "demo":
         files = [Path(__file__).parent.parent / "sweeps" / "studies" / "demo.yaml"]
-    config = load_config([*files, {"workdir": str(args.workdir)}], args.overrides)
+    option = [{"workdir": str(given)}] if given else []
+    config = load_config([{"workdir": str(default)}, *files, *option], args.overrides)
+    workdir = Path(config.workdir)
     if args.command in ("sweep", "demo") and not config.study.name:
         config.study.name = files[0].stem
     if args.command == "demo":
-        config.study.name = _free_name(args.workdir, config.study.name)
+        config.study.name = _free_name(workdir, config.study.name)
     if args.command == "sweep" and args.resume:
-        launch.resume(config.study.name, args.workdir, [], console)
+        launch.resume(config.study.name, workdir, [], console, asked=config)
         return 0
     launch.start(config, console)
     return 0

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from agents.method import load_method, method_settings
@@ -130,14 +130,29 @@ def load_config(files: Sequence[Path | Mapping[str, Any]], overrides: Sequence[s
     for file in files:
         given = _merge(given, _normal_method(_read(file)))
     given = _merge(given, _parse_overrides(overrides))
-    name = given.get("method", {}).get("name")
-    if name is None:
+    try:
+        return _resolve(given)
+    except OmegaConfBaseException as error:
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise UserError(f"{where}{str(error).splitlines()[0]}") from None
+
+
+def _resolve(given: DictConfig) -> Config:
+    """The configuration that the keys given by files and overrides make, over the method's settings."""
+    block = given.get("method")
+    if not isinstance(block, DictConfig) or block.get("name") is None:
         raise UserError("no method given; say for example method=ravl")
-    if OmegaConf.is_missing(given, "dataset") or "dataset" not in given:
+    dataset = given.get("dataset")
+    if dataset is None:
         raise UserError("no dataset given; say for example dataset=embedded/pendulum-medium-v0")
-    del given["method"]["name"]
+    if isinstance(dataset, DictConfig | ListConfig):
+        raise UserError(f"dataset must be one name, not {dataset}")
+    if "method_name" in given:
+        raise UserError("unknown key method_name; did you mean method?")
+    name = str(block.name)
+    del block["name"]
     method = load_method(name)
-    variant, settings = method_settings(name, given["dataset"], given["method"].get("variant"))
+    variant, settings = method_settings(name, str(dataset), block.get("variant"))
     schema = OmegaConf.structured(Config)
     schema.method = OmegaConf.structured(method.Config)
     schema.method_name = name
@@ -156,8 +171,10 @@ def apply_params(config: Config, params: Mapping[str, Any]) -> Config:
     return load_config([to_dict(config), _nested(params)], [])
 
 
-def check_space(config: Config) -> None:
-    """Every key of the search space exists and takes the values it may be given."""
+def check_space(config: Config) -> StudySpec:
+    """The study, if every key of its search space exists and takes the values it may be given."""
+    spec = config.study_spec()
+    space = spec.validate()
     for key, entry in config.study.space.items():
         if not key.startswith("method."):
             raise UserError(f"study.space: {key!r} cannot be searched; only keys that begin with method. can")
@@ -166,7 +183,9 @@ def check_space(config: Config) -> None:
                 if value is not None:
                     apply_params(config, {key: value})
     for params in config.study.enqueue:
+        space.check(params)
         apply_params(config, params)
+    return spec
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -260,6 +279,8 @@ def _merge(base: DictConfig, other: DictConfig | Mapping[str, Any]) -> DictConfi
         merged = OmegaConf.merge(base, other)
     except ConfigKeyError as error:
         raise UserError(_unknown_key(base, str(error.full_key))) from None
+    except TypeError as error:  # OmegaConf's for a list where a mapping stands, or the other way round
+        raise UserError(f"a list and a block of settings stand at the same key: {error}") from None
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
         raise UserError(f"{where}{str(error).splitlines()[0]}") from None

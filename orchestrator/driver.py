@@ -22,8 +22,8 @@ from orchestrator.artifacts import ArtifactStore, save_json, stage_key
 from orchestrator.cluster import Slots
 from orchestrator.config import Config, digest, load_config, pack_key, run_config, to_dict
 from orchestrator.learner import Evaluation, PackReport, PackSpec, RunSpec
-from orchestrator.spool import RunSpool
-from sweeps.study import Study, TrialTicket
+from orchestrator.spool import RunSpool, read_records
+from sweeps.study import Study, TrialRecord, TrialTicket
 
 MAX_DEATHS = 10  # of a learner's process while the same pack makes no progress
 
@@ -113,7 +113,10 @@ class Driver:
         self._dropped: set[str] = set()  # runs that are no longer wanted
         self._deaths: dict[str, int] = {}
         self._store = ArtifactStore(Path(config.workdir) / "artifacts")
-        self._ready_stages: set[str] = set()
+        stages = load_method(config.method_name).stages(config.method)
+        self._base_keys = {name: stage_key(stage, dataset.content_hash) for name, stage in stages.items()}
+        self._ready_stages: set[str] = set()  # whose building is recorded, too
+        self._recorded = 0  # ended trials whose value is in the spool
         self._waiting: dict[str, list[PackSpec]] = {}  # stage key -> packs that need it
         self._failures_in_a_row = 0
 
@@ -136,6 +139,11 @@ class Driver:
         tickets = {ticket.number: ticket for ticket in self.study.unfinished()}
         for params in self.config.study.enqueue:
             self.study.enqueue(params)
+        # the dead driver may have told the study how a trial ended, and nobody else
+        for record in self.study.trials():
+            if record.finished is not None:
+                self._close_runs(record)
+        self._record_ended()
         packs: dict[str, PackSpec] = {}
         fresh: list[TrialTicket] = []
         for ticket in tickets.values():
@@ -204,6 +212,7 @@ class Driver:
                 # a combination that the method refuses says something about its parameters
                 self.study.set_attr(ticket.number, "failure", str(error))
                 self.study.tell_diverged(ticket.number, self._bad_value())
+                self._record_ended()
                 continue
             for run in runs:
                 key = f"t{ticket.number:04d}-s{run.seed}"
@@ -239,10 +248,15 @@ class Driver:
         run = load_config([pack.runs[0].config], [])
         for name, stage in load_method(run.method_name).stages(run.method).items():
             key = stage_key(stage, self.dataset.content_hash)
-            if key in self._ready_stages or self._store.exists(stage.kind, key):
-                self._ready_stages.add(key)
+            if key in self._ready_stages:
                 continue
-            return name, key
+            if not self._store.exists(stage.kind, key):
+                return name, key
+            self._ready_stages.add(key)
+            history = self._store.description(stage.kind, key).get("history", [])
+            label = name if key == self._base_keys.get(name) else f"{name}-{key[:6]}"
+            for step, metrics in history:
+                self.spool.metrics(step, {f"{label}/{k}": v for k, v in metrics.items()})
         return None
 
     def _advance(self, slot: int, pack: PackSpec) -> None:
@@ -271,14 +285,12 @@ class Driver:
             self._pack_failed(job, result)
 
     def _stage_ended(self, key: str, result: Any) -> None:
-        name, self.progress.stage = self.progress.stage, None
+        if not any(isinstance(job, str) for job in self._busy.values()):
+            self.progress.stage = None
         if _process_died(result) and self._deaths.get(key, 0) < MAX_DEATHS:
             self._deaths[key] = self._deaths.get(key, 0) + 1
         elif isinstance(result, BaseException):
             raise result
-        else:
-            for step, metrics in result:
-                self.spool.metrics(step, {f"{name}/{k}": v for k, v in metrics.items()})
         self._queue.extendleft(reversed(self._waiting.pop(key, [])))
 
     def _take(self, report: PackReport) -> None:
@@ -331,12 +343,36 @@ class Driver:
     def _end(self, trial: TrialProgress) -> None:
         self._dropped |= set(trial.run_keys)
         del self.progress.running[trial.number]
-        record = self.study.trials()[trial.number]
-        values = {"trial/value": record.value} if record.value is not None else {}
-        best = self.study.best
-        if best is not None and best.value is not None:
-            values["trial/best_value"] = best.value
-        self.spool.metrics(trial.number, values)
+        self._record_ended()
+
+    def _record_ended(self) -> None:
+        """Log the values of the trials that have ended, in the order in which they did: a metric's steps must ascend.
+
+        A resumed driver logs them all again, and the tracker leaves out what it has.
+        """
+        ended = [record for record in self.study.trials() if record.finished is not None]
+        ended.sort(key=lambda record: (record.finished, record.number))
+        for i in range(self._recorded, len(ended)):
+            values = {"trial/number": float(ended[i].number)}
+            told = ended[i].value
+            if told is not None:
+                values["trial/value"] = told
+            good = [r.value for r in ended[: i + 1] if r.state == "complete" and not r.diverged and r.value is not None]
+            if good:
+                values["trial/best_value"] = max(good)
+            self.spool.metrics(i, values)
+        self._recorded = len(ended)
+
+    def _close_runs(self, record: TrialRecord) -> None:
+        """End the runs of an ended trial whose learner could not."""
+        failed = record.state == "failed"
+        for seed in self.config.seeds:
+            path = self.spool.path.with_name(f"t{record.number:04d}-s{seed}.jsonl")
+            if not path.exists() or [r for r, _ in read_records(path) if r][-1]["type"] == "end":
+                continue
+            with RunSpool(path.parent, path.stem) as run:
+                run.set_tags({"outcome": "failed" if failed else "pruned"})
+                run.end("FAILED" if failed else "KILLED")
 
     def _pack_failed(self, pack: PackSpec, error: Any) -> None:
         """The pack's trials fail; the study goes on, unless nothing works at all."""
@@ -349,6 +385,7 @@ class Driver:
             trial = self.progress.running.get(number)
             if trial is not None:
                 self.study.tell_failed(number, repr(error))
+                self._close_runs(self.study.trials()[number])
                 self._end(trial)
 
     def _trial_of(self, run_key: str) -> TrialProgress | None:

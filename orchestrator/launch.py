@@ -23,15 +23,15 @@ from orchestrator.cluster import open_slots
 from orchestrator.config import Config, check_space, load_config, to_dict, to_yaml
 from orchestrator.display import Display, print_summary, show_params, value_unit
 from orchestrator.driver import Driver
-from orchestrator.learner import dataset_record, flatten
+from orchestrator.learner import dataset_record, flatten, resolve_device
 from orchestrator.spool import RunInfo, RunSpool, check_run_key
 from orchestrator.tracking import Tracker, check_reachable, default_tracking_uri
 from sweeps.spec import StudySpec
-from sweeps.study import Study
+from sweeps.study import SPEC_FILE, Study
 from sweeps.summary import history_figure, parameter_importances, slice_figure, trial_rows
 
 DRAIN_SECONDS = 120.0  # how long the end of a study waits for MLflow
-RESUMABLE = ("compute.", "tracking_uri=")  # what may change when a study is resumed: not the results
+RESUMABLE = ("compute.", "tracking_uri")  # what may change when a study is resumed: not the results
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ def start(config: Config, console: Console) -> Outcome:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         config.study.name = f"{config.method_name}-{re.sub('[^A-Za-z0-9.]+', '-', Path(config.dataset).stem)}-{stamp}"
     check_run_key(config.study.name)
-    check_space(config)
-    spec = config.study_spec()
+    spec = check_space(config)
     dataset = _check_before_compute(config)
     folder = workdir / "studies" / config.study.name
     with Study.create(folder, spec) as study:
@@ -64,16 +63,36 @@ def start(config: Config, console: Console) -> Outcome:
         return _run(config, study, dataset, console)
 
 
-def resume(name: str, workdir: Path, overrides: Sequence[str], console: Console) -> Outcome:
-    """Continue a study that was stopped or killed; a finished one is only summarised and its tracking completed."""
+def resume(
+    name: str, workdir: Path, overrides: Sequence[str], console: Console, asked: Config | None = None
+) -> Outcome:
+    """Continue a study that was stopped or killed; a finished one is only summarised and its tracking completed.
+
+    Args:
+        overrides: of compute.* and tracking_uri.
+        asked: the configuration as the study's file gives it now, instead of the stored one with `overrides`.
+
+    Raises:
+        UserError: there is no such study, or something that its results depend on would change.
+    """
     folder = workdir.absolute() / "studies" / name
-    for word in overrides:
-        if not word.startswith(RESUMABLE):
-            raise UserError(f"{word!r} cannot change while a study is resumed; only compute.* and tracking_uri can")
-    if not (folder / "config.yaml").exists():
+    file = folder / "config.yaml"
+    if (folder / SPEC_FILE).exists() and not file.exists():
+        raise UserError(f"{folder} is of a study that was killed before it began; remove it and start the study anew")
+    if not file.exists():
         known = sorted(p.parent.name for p in folder.parent.glob("*/config.yaml"))
         raise UserError(f"there is no study {name!r} in {folder.parent}; it holds: {', '.join(known) or 'none'}")
-    config = load_config([folder / "config.yaml"], overrides)
+    stored = load_config([file], [])
+    config = asked or load_config([file], overrides)
+    if asked:
+        config.workdir = stored.workdir  # the folder may have moved
+    before, now = flatten(to_dict(stored)), flatten(to_dict(config))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and not key.startswith(RESUMABLE):
+            raise UserError(
+                f"{key} was {before.get(key)} and is {now.get(key)}: it cannot change while a study is resumed; only "
+                "compute.* and tracking_uri can"
+            )
     config.workdir = str(workdir.absolute())
     dataset = _check_before_compute(config)
     with Study.open(folder) as study:
@@ -93,6 +112,8 @@ def _store_uri(config: Config) -> str:
 
 
 def _check_before_compute(config: Config) -> Dataset:
+    if config.compute.address is None:
+        resolve_device(config.compute.device)
     check_reachable(_store_uri(config))
     dataset = load_dataset(config.dataset, Path(config.workdir))
     from agents.method import load_method
@@ -108,8 +129,7 @@ def _check_before_compute(config: Config) -> Dataset:
 def _run(config: Config, study: Study, dataset: Dataset, console: Console) -> Outcome:
     tracker = Tracker(
         _store_uri(config), study.spec.name, study.folder / "spool", study.folder / "tracker.json",
-        Path(config.workdir) / "mlartifacts" if config.tracking_uri is None else None,
-        {"offsweep.study": study.spec.name, "method": config.method_name, "dataset": config.dataset},
+        experiment_tags={"offsweep.study": study.spec.name, "method": config.method_name, "dataset": config.dataset},
     )  # fmt: skip
     tracker.set_experiment_note(_note(config, study.spec))
     with _tracking(tracker, console), RunSpool(study.folder / "spool", "study") as spool:

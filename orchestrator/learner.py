@@ -212,26 +212,37 @@ class Learner:
             values = {**metrics[m], **trained[m]}
             self._spools[key].metrics(self.updates, {**values, **timing})
             if not all(math.isfinite(v) for v in values.values()):
-                self.diverged[key] = self.updates
                 diverged.append(key)
-        self._drop(diverged, "FAILED", "diverged")
+        self._diverge(diverged)
 
     def _evaluate(self) -> None:
         evaluation = self.configs[0].evaluation
         seeds = range(evaluation.first_seed, evaluation.first_seed + evaluation.episodes)
-        policies = [self._policy(m) for m in range(len(self.alive))]
-        for key, returns in zip(self.alive, self.workers.evaluate(policies, self.env_id, seeds), strict=True):
+        policies = {key: self._policy(m) for m, key in enumerate(self.alive)}
+        # the last update of an epoch can spoil a policy behind the last look at its statistics
+        self._diverge([key for key, policy in policies.items() if not _finite(policy)])
+        diverged = []
+        returns_of_all = self.workers.evaluate([policies[key] for key in self.alive], self.env_id, seeds)
+        for key, returns in zip(self.alive, returns_of_all, strict=True):
             mean = float(returns.mean())
             metrics = {"eval/return_mean": mean, "eval/return_std": float(returns.std())}
             value = mean
             if self.reference is not None:
                 value = float(normalized_score(mean, self.reference))
                 metrics["eval/score"] = value
-            self.evaluations[key].append(Evaluation(self.updates, value, returns.tolist()))
             self._spools[key].metrics(self.updates, metrics)
+            if math.isfinite(value):
+                self.evaluations[key].append(Evaluation(self.updates, value, returns.tolist()))
+            else:
+                diverged.append(key)
+        self._diverge(diverged)
 
     def _policy(self, member: int) -> dict[str, np.ndarray]:
         return actor_arrays(self.method.actor(member), 0, self._action_low, self._action_high)
+
+    def _diverge(self, keys: Sequence[str]) -> None:
+        self.diverged |= dict.fromkeys(keys, self.updates)
+        self._drop(keys, "FAILED", "diverged")
 
     def _drop(self, keys: Sequence[str], status: Any, reason: str) -> None:
         if not keys:
@@ -304,6 +315,10 @@ class Learner:
         self.evaluations = {key: [Evaluation(**e) for e in done] for key, done in state["evaluations"].items()}
 
 
+def _finite(arrays: Mapping[str, np.ndarray]) -> bool:
+    return all(np.isfinite(a).all() for a in arrays.values() if a.dtype.kind == "f")
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Dotlist keys and text values, as MLflow shows parameters."""
     flat: dict[str, str] = {}
@@ -351,8 +366,8 @@ class LearnerProcess:
             self._learner = None
         return report
 
-    def build_stage(self, config: dict[str, Any], name: str) -> list[tuple[int, dict[str, float]]]:
-        """Build one stage of a run's method if it is missing; returns the metrics reported on the way."""
+    def build_stage(self, config: dict[str, Any], name: str) -> None:
+        """Build one stage of a run's method if it is missing."""
         resolved = load_config([config], [])
         dataset = _dataset(resolved.dataset, resolved.workdir)
         stage = load_method(resolved.method_name).stages(resolved.method)[name]
@@ -364,5 +379,6 @@ class LearnerProcess:
             return stage.build(data, lambda step, metrics: history.append((step, dict(metrics))))
 
         store = ArtifactStore(Path(resolved.workdir) / "artifacts")
-        store.get_or_build(stage, key, build, {"dataset": dataset.name, "dataset_hash": dataset.content_hash})
-        return history
+        # the history is kept with the stage: whoever uses it can show it
+        description = {"dataset": dataset.name, "dataset_hash": dataset.content_hash, "history": history}
+        store.get_or_build(stage, key, build, description)

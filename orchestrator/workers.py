@@ -76,7 +76,7 @@ class Workers:
     def __init__(self, num_rollout_workers: int = 0, num_evaluators: int = 0, threads: int = 1) -> None:
         self._rollout_workers = [_actor(RolloutWorker, threads) for _ in range(num_rollout_workers)]
         self._evaluators = [_actor(Evaluator, threads) for _ in range(num_evaluators)]
-        self._shipped: tuple[int, str, Any] | None = None
+        self._shipped: tuple[Ensemble, str, Any] | None = None
 
     def pids(self) -> dict[str, list[int]]:
         """Process ids of the actors, for tests and for `ps`."""
@@ -116,11 +116,12 @@ class Workers:
         """Put the ensemble into the object store, once."""
         import ray
 
-        if self._shipped is None or self._shipped[0] != id(ensemble):
+        if self._shipped is None or self._shipped[0] is not ensemble:
             state = ensemble.to("cpu").state_dict()
             arrays = {name: tensor.numpy() for name, tensor in state["tensors"].items()}
             reference = ray.put({**state, "tensors": arrays})
-            self._shipped = (id(ensemble), reference.hex(), reference)
+            # the ensemble itself, not its id: a later pack's may lie at the same address
+            self._shipped = (ensemble, reference.hex(), reference)
         return self._shipped[1], self._shipped[2]
 
 

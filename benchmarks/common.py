@@ -1,0 +1,193 @@
+"""What every benchmark shares: the line it prints, the machine it ran on, and the rate its work is held against.
+
+A benchmark is a module `benchmarks.<name>` that prints one JSON object per line on standard output, each made by
+`record`, and everything else on standard error. `benchmarks.run` keeps the lines in `results/<name>.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from envs.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+FIELDS = ("benchmark", "case", "value", "unit", "reference", "ratio", "threads", "command", "machine")
+"""What every line holds; a benchmark adds its own fields behind them."""
+
+MATRIX_SIZE = 256  # rows, inner and columns of the product that gives the matrix rate, fp32
+_BATCHED = 10  # products in one bmm: the ten critics of a layer
+
+
+def record(
+    benchmark: str,
+    case: str,
+    value: float | None,
+    unit: str,
+    reference: float | None,
+    threads: int,
+    command: str,
+    **more: Any,
+) -> dict[str, Any]:
+    """One line of results.
+
+    Args:
+        value: the measured number; None where there is none (a run that diverged).
+        reference: what it is held against, in the same unit; `ratio` is value / reference.
+        command: what was typed to get this line.
+        more: the benchmark's own fields; one that says what the reference is belongs to them.
+    """
+    ratio = value / reference if value is not None and reference else None
+    line = dict(zip(FIELDS, (benchmark, case, value, unit, reference, ratio, threads, command, machine()), strict=True))
+    return {k: _plain(v) for k, v in {**line, **more}.items()}
+
+
+def print_line(line: dict[str, Any]) -> None:
+    print(json.dumps(line, allow_nan=False), flush=True)
+
+
+def parse_line(text: str, benchmark: str) -> dict[str, Any]:
+    """A line of results read back.
+
+    Raises:
+        UserError: it is not a JSON object with every field of `FIELDS`, or belongs to another benchmark.
+    """
+    try:
+        line = json.loads(text)
+    except ValueError:
+        line = None
+    if not isinstance(line, dict):
+        raise UserError(f"benchmark {benchmark} printed a line that is not a JSON object: {text.strip()[:80]!r}")
+    missing = [field for field in FIELDS if field not in line]
+    if missing:
+        raise UserError(f"benchmark {benchmark} printed a line without {', '.join(missing)}")
+    if line["benchmark"] != benchmark:
+        raise UserError(f"benchmark {benchmark} printed a line of {line['benchmark']!r}")
+    return line
+
+
+def machine() -> str:
+    """Processor, cores, instruction set and versions, without anything that names the host."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    capability = torch.backends.cpu.get_cpu_capability()
+    return (
+        f"{cpu}, {platform.machine()}, {os.cpu_count()} cores, {capability}; {platform.system()}; "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Floats to six digits; null for what JSON has no number for."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+# ---- timing ---------------------------------------------------------------------------------------------------------
+
+
+class Rate(NamedTuple):
+    """Calls per second."""
+
+    per_cpu: float  # second of processor time of all threads of this process
+    per_wall: float
+
+
+class Block(NamedTuple):
+    """A piece of work that is timed again and again."""
+
+    work: Callable[[], object]
+    calls: int  # per measurement
+
+    @classmethod
+    def warmed_up(cls, work: Callable[[], object], seconds: float) -> Block:
+        """Call `work` for some seconds, and take as many calls as fit into them as a block."""
+        work()  # allocations and choices of the first call
+        started, done = time.perf_counter(), 0
+        while time.perf_counter() - started < seconds:
+            work()
+            done += 1
+        return cls(work, max(done, 1))
+
+    def measure(self) -> Rate:
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(self.calls):
+            self.work()
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        return Rate(self.calls / max(cpu, 1e-9), self.calls / max(wall, 1e-9))
+
+
+class MatrixRate:
+    """The rate of the best matrix product the core has, 256 x 256 x 256 in fp32.
+
+    The candidates are `torch.mm`, `torch.bmm` (ten products a call), `torch.nn.functional.linear` and, where torch has
+    it, oneDNN's linear. Results go to memory allocated beforehand where the operator can write there.
+
+    Args:
+        seconds: of one measurement, shared by the candidates.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        n = MATRIX_SIZE
+        a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
+        stack_a, stack_b, stack_out = (torch.randn(_BATCHED, n, n) for _ in range(3))
+        works: dict[str, tuple[Callable[[], object], int]] = {
+            "mm": (lambda: torch.mm(a, b, out=out), 1),
+            "bmm": (lambda: torch.bmm(stack_a, stack_b, out=stack_out), _BATCHED),
+            "linear": (lambda: torch.nn.functional.linear(a, b), 1),
+        }
+        try:
+            onednn = torch.ops.mkldnn._linear_pointwise
+            onednn(a, b, None, "none", [], "")
+        except (AttributeError, RuntimeError):
+            pass  # not in this build of torch, or not for this processor
+        else:
+            works["mkldnn_linear"] = (lambda: onednn(a, b, None, "none", [], ""), 1)
+        share = seconds / len(works)
+        self._blocks = {name: Block.warmed_up(work, share) for name, (work, _) in works.items()}
+        self._gflop = {name: products * 2 * n**3 / 1e9 for name, (_, products) in works.items()}
+        self._measured: dict[str, list[float]] = {name: [] for name in works}
+
+    def measure(self) -> None:
+        """Time every candidate once."""
+        for name, block in self._blocks.items():
+            self._measured[name].append(self._gflop[name] * block.measure().per_cpu)
+
+    def medians(self) -> dict[str, float]:
+        """GFLOP per second of processor time, by candidate."""
+        return {name: statistics.median(rates) for name, rates in self._measured.items()}
+
+    @property
+    def best(self) -> str:
+        medians = self.medians()
+        return max(medians, key=lambda name: medians[name])
+
+    def of_best(self) -> list[float]:
+        """Every measurement of the candidate with the highest median."""
+        return self._measured[self.best]
+
+
+def spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """The fields `<name>_min` and `<name>_max`."""
+    return {f"{name}_min": min(values), f"{name}_max": max(values)}

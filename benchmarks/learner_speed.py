@@ -1,0 +1,256 @@
+"""Speed of the learner's inner loop on a CPU, beside the speed of the matrix products it is made of.
+
+Cases, all with Hopper's widths (11 observations, 3 actions) and batches of 256 gathered from 100,000 rows:
+
+    sac_n10         SAC-N: 10 critics and an actor of 3 x 256
+    ravl_n10        the same with RAVL's diversity term, eta = 1
+    small_net       2 critics and an actor of 2 x 64, the networks of the demo
+    dynamics_epoch  7 Gaussian models of 4 x 200 on 100,000 rows, 20 % of them held out; the pass over the rest and the
+                    error on the holdout
+
+`value` counts updates of single runs per second of processor time: an update of a pack of 8 counts as 8. Processor time
+and not wall time, since the cores are shared; `per_wall_second` is there too. Every line comes from a process of its
+own, in which blocks of the case, of the best matrix product and, for packs, of the same case with a pack of 1 take
+turns, so that whatever else the machine does meets all of them alike. Rates are medians over the blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from agents.cpu import configure_cpu
+from agents.dynamics import DynamicsConfig, EnsembleTrainer
+from agents.replay import Replay, transition_rows
+from agents.sac import SAC, Noise, SACHyperparameters, SACSettings
+from benchmarks.common import ROOT, Block, MatrixRate, print_line, record, spread
+
+BENCHMARK = "learner_speed"
+OBSERVATION_DIM, ACTION_DIM = 11, 3  # Hopper's
+NUM_ROWS, BATCH = 100_000, 256
+DRAWN = 256  # minibatches whose row numbers and noise are drawn beforehand and used in turn
+
+
+@dataclass(frozen=True)
+class SACCase:
+    """A soft actor-critic whose actor and critics have the same hidden widths."""
+
+    hidden: tuple[int, ...]
+    num_critics: int
+    eta: float
+
+
+SAC_CASES = {
+    "sac_n10": SACCase((256, 256, 256), 10, 0.0),
+    "ravl_n10": SACCase((256, 256, 256), 10, 1.0),
+    "small_net": SACCase((64, 64), 2, 0.0),
+}
+CASES = (*SAC_CASES, "dynamics_epoch")
+
+
+# ---- arithmetic -----------------------------------------------------------------------------------------------------
+
+
+def sac_flops(observation_dim: int, action_dim: int, batch: int, case: SACCase) -> int:
+    """Floating-point operations of the matrix products of one update of one run, two per multiply-add.
+
+    Counted are the products that the update in `agents.sac` does; elementwise work (activations, the outer products
+    with a critic's last layer, Adam, Polyak averages) and sums are not. With f one forward pass, h the passage of the
+    gradient back through the layers behind the first, w the gradients of all weights, i the gradient of the action
+    columns of the input:
+
+        actor      f on s and f on s' (2), h, w
+        critics    f on (s', a~') by the targets; f, h, i on (s, a~) for the actor; f, h, w on (s, a)
+        eta > 0    i for the critics' own unit gradients; a forward pass of the tangent, which enters by the action
+                   columns; bias gradients as products with one row
+    """
+    s, a = observation_dim, action_dim
+    actor = list(pairwise((s, *case.hidden, 2 * a)))
+    critic = list(pairwise((s + a, *case.hidden, 1)))
+
+    def products(layers: Sequence[tuple[int, int]]) -> int:
+        return sum(2 * batch * n_in * n_out for n_in, n_out in layers)
+
+    action_columns = products([(case.hidden[0], a)])
+    middle = critic[1:-1]  # back through the last layer is an outer product, elementwise here
+    of_actor = 3 * products(actor) + products(actor[1:])
+    of_critic = 3 * products(critic)  # forward: targets, for the actor, for the critics
+    of_critic += products(middle) + action_columns  # for the actor
+    of_critic += products(middle)  # for the critics
+    if case.eta == 0:
+        of_critic += products(critic)
+    else:
+        of_critic += products(critic[:-1])  # the last layer's weight gradient is a sum here
+        of_critic += action_columns + action_columns + products(middle)
+        of_critic += sum(2 * batch * width for width in case.hidden)
+    return of_actor + case.num_critics * of_critic
+
+
+def dynamics_flops(observation_dim: int, action_dim: int, rows: int, held_out: int, config: DynamicsConfig) -> int:
+    """Floating-point operations of the matrix products of one epoch: forward, weight gradients and the passage of the
+    gradient back to the first layer for `rows` rows, forward for the `held_out` ones, for every member."""
+    sizes = (observation_dim + action_dim, *config.hidden, 2 * (observation_dim + 1))
+    per_row = [2 * n_in * n_out for n_in, n_out in pairwise(sizes)]
+    return config.ensemble_size * (rows * (2 * sum(per_row) + sum(per_row[1:])) + held_out * sum(per_row))
+
+
+# ---- work -----------------------------------------------------------------------------------------------------------
+
+
+def hopper_shaped(num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Observations, actions, rewards, terminals and next observations of Hopper's widths, drawn at random: what is
+    learned does not change the time."""
+    draw = torch.Generator().manual_seed(0)
+    obs = torch.randn(num_rows, OBSERVATION_DIM, generator=draw)
+    action = torch.rand(num_rows, ACTION_DIM, generator=draw) * 2 - 1
+    reward = torch.randn(num_rows, generator=draw)
+    done = (torch.rand(num_rows, generator=draw) < 0.01).float()
+    next_obs = obs + 0.1 * torch.randn(num_rows, OBSERVATION_DIM, generator=draw)
+    return obs, action, reward, done, next_obs
+
+
+def sac_learner(case: SACCase, pack: int) -> SAC:
+    settings = SACSettings(num_critics=case.num_critics, actor_hidden=case.hidden, critic_hidden=case.hidden)
+    hyperparameters = [SACHyperparameters(eta=case.eta)] * pack
+    return SAC(range(pack), hyperparameters, settings, OBSERVATION_DIM, ACTION_DIM)
+
+
+def sac_work(sac: SAC, replay: Replay) -> Callable[[], object]:
+    """One update with its gather; row numbers and noise are drawn beforehand, as in an epoch of training."""
+    pack = sac.num_members
+    draw = torch.Generator().manual_seed(1)
+    indices = torch.randint(replay.num_real, (DRAWN, pack, BATCH), generator=draw)
+    noise = torch.randn((DRAWN, 2, pack, BATCH, ACTION_DIM), generator=draw)
+    turn = 0
+
+    def work() -> None:
+        nonlocal turn
+        i, turn = turn % DRAWN, turn + 1
+        sac.update(replay.gather(indices[i]), Noise(noise[i, 0], noise[i, 1]))
+
+    return work
+
+
+def measure(case: str, pack: int, threads: int, blocks: int, seconds: float, command: str) -> dict[str, Any]:
+    """Time one case in this process; the line of results.
+
+    Args:
+        case: one of `CASES`.
+        pack: runs in the pack; 1 for `dynamics_epoch`.
+        blocks: measurements of each of the things that take turns.
+        seconds: length of a block, and of each one's warm-up.
+    """
+    configure_cpu(threads)
+    obs, action, reward, done, next_obs = hopper_shaped(NUM_ROWS)
+    sizes: dict[str, Any] = {"observation_dim": OBSERVATION_DIM, "action_dim": ACTION_DIM, "rows": NUM_ROWS}
+    single: Block | None = None  # the same case with a pack of 1
+    if case == "dynamics_epoch":
+        config = DynamicsConfig()
+        trainer = EnsembleTrainer(obs, action, reward, next_obs, config)
+        epochs = iter(range(1_000_000))
+
+        def epoch() -> None:
+            trainer.train_epoch(next(epochs))
+            trainer.holdout_mse()
+
+        held_out = NUM_ROWS - trainer.num_train
+        flops = dynamics_flops(OBSERVATION_DIM, ACTION_DIM, trainer.num_train, held_out, config)
+        unit, block = "epochs per CPU-second", Block.warmed_up(epoch, seconds)
+        sizes |= {"members": config.ensemble_size, "hidden": config.hidden, "batch": config.batch_size}
+    else:
+        settings = SAC_CASES[case]
+        replay = Replay(transition_rows(obs, action, reward, done, next_obs), pack, 0)
+        sac = sac_learner(settings, pack)
+        flops = sac_flops(OBSERVATION_DIM, ACTION_DIM, BATCH, settings)
+        unit, block = "run-updates per CPU-second", Block.warmed_up(sac_work(sac, replay), seconds)
+        if pack > 1:
+            single = Block.warmed_up(sac_work(sac_learner(settings, 1), replay), seconds)
+        sizes |= {"num_critics": settings.num_critics, "hidden": settings.hidden, "eta": settings.eta, "batch": BATCH}
+    matrix = MatrixRate(seconds)
+    rates, of_single = [], []
+    for _ in range(blocks):
+        matrix.measure()
+        if single is not None:
+            of_single.append(single.measure())
+        rates.append(block.measure())
+    per_cpu = [pack * rate.per_cpu for rate in rates]
+    value = statistics.median(per_cpu)
+    gflops = statistics.median(matrix.of_best())
+    bound = gflops * 1e9 / flops
+    if single is None:
+        reference, what = bound, f"the matrix products alone at matrix_gflops ({matrix.best})"
+        paired = [v / (g * 1e9 / flops) for v, g in zip(per_cpu, matrix.of_best(), strict=True)]
+    else:
+        reference, what = statistics.median(r.per_cpu for r in of_single), "a pack of 1, in turns in the same process"
+        paired = [v / r.per_cpu for v, r in zip(per_cpu, of_single, strict=True)]
+    return record(
+        BENCHMARK, case, value, unit, reference, threads, command, pack=pack, reference_is=what,
+        per_wall_second=statistics.median(pack * rate.per_wall for rate in rates), flops_per_update=flops,
+        matrix_gflops=gflops, share_of_matrix_rate=value / bound, **spread("value", per_cpu),
+        **spread("ratio", paired), **spread("matrix_gflops", matrix.of_best()), matrix_rates=matrix.medians(),
+        **sizes, blocks=blocks, updates_per_block=block.calls, load_average=os.getloadavg()[0],
+    )  # fmt: skip
+
+
+# ---- command --------------------------------------------------------------------------------------------------------
+
+
+def measure_apart(case: str, pack: int, threads: int, options: Sequence[str]) -> None:
+    """Time one case in a fresh process, which prints its line; OpenMP reads its variables when it is loaded."""
+    words = ["--cases", case, "--packs", str(pack), "--threads", str(threads), *options, "--in-process"]
+    env = os.environ | {
+        "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive",
+    }  # fmt: skip
+    subprocess.run([sys.executable, "-m", f"benchmarks.{BENCHMARK}", *words], cwd=ROOT, env=env, check=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{BENCHMARK}", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--packs", nargs="+", type=int, default=[1, 4, 8])
+    parser.add_argument("--threads", nargs="+", type=int, default=[n for n in (1, 2) if n <= (os.cpu_count() or 1)])
+    parser.add_argument("--blocks", type=int, default=9, help="measurements of each thing (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.8, help="length of a block (default: %(default)s)")
+    parser.add_argument("--in-process", action="store_true", help="time a single case in this process")
+    args = parser.parse_args(argv)
+    if min(*args.packs, *args.threads, args.blocks, 1) < 1 or args.seconds <= 0:
+        parser.error("packs, threads, blocks and seconds must be greater than 0")
+    options = ["--blocks", str(args.blocks), "--seconds", f"{args.seconds:g}"]
+    chosen = [
+        (case, pack, threads)
+        for case in args.cases
+        for threads in args.threads
+        for pack in (args.packs if case in SAC_CASES else [1])
+    ]
+    if args.in_process:
+        if len(chosen) != 1:
+            parser.error("--in-process times one case with one pack and one number of threads")
+        case, pack, threads = chosen[0]
+        words = ["--cases", case, "--packs", str(pack), "--threads", str(threads), *options]
+        command = " ".join(["python", "-m", f"benchmarks.{BENCHMARK}", *words])
+        print_line(measure(case, pack, threads, args.blocks, args.seconds, command))
+        return 0
+    for i, (case, pack, threads) in enumerate(chosen, start=1):
+        print(f"[{i}/{len(chosen)}] {case}, pack of {pack}, {threads} thread(s)", file=sys.stderr, flush=True)
+        try:
+            measure_apart(case, pack, threads, options)
+        except subprocess.CalledProcessError as error:
+            print(f"{BENCHMARK}: {case} failed with exit code {error.returncode}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

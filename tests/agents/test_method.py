@@ -1,0 +1,273 @@
+"""Methods by name, and the settings of their papers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from agents.method import TrainingData, load_method, method_names, method_settings, settings_file
+from agents.mopo import MOPO, MOPOConfig
+from agents.ravl import RAVL, RAVLConfig
+from envs.dataset import Dataset
+from envs.errors import UserError
+
+# OfflineRL-Kit e3ce697, run_example/run_mopo.py, D4RL v2: rollout length, penalty coefficient
+MOPO_OFFLINERLKIT = {
+    "halfcheetah-medium-v2": (5, 0.5),
+    "hopper-medium-v2": (5, 5.0),
+    "walker2d-medium-v2": (5, 0.5),
+    "halfcheetah-medium-replay-v2": (5, 0.5),
+    "hopper-medium-replay-v2": (5, 2.5),
+    "walker2d-medium-replay-v2": (1, 2.5),
+    "halfcheetah-medium-expert-v2": (5, 2.5),
+    "hopper-medium-expert-v2": (5, 5.0),
+    "walker2d-medium-expert-v2": (1, 2.5),
+}
+# tianheyu927/mopo e5efe3e, examples/config/d4rl, D4RL v0
+MOPO_OFFICIAL = {
+    "halfcheetah-random-v0": (5, 0.5),
+    "hopper-random-v0": (5, 1.0),
+    "walker2d-random-v0": (1, 1.0),
+    "halfcheetah-medium-v0": (1, 1.0),
+    "hopper-medium-v0": (5, 5.0),
+    "walker2d-medium-v0": (5, 5.0),
+    "halfcheetah-medium-replay-v0": (5, 1.0),
+    "hopper-medium-replay-v0": (5, 1.0),
+    "walker2d-medium-replay-v0": (1, 1.0),
+    "halfcheetah-medium-expert-v0": (5, 5.0),
+    "hopper-medium-expert-v0": (5, 1.0),
+    "walker2d-medium-expert-v0": (1, 2.0),
+}
+# critics N and eta: EDAC's CORL configs; rollout length and real ratio: yihaosun1124/mobile
+RAVL_EDAC_GRID = {
+    "halfcheetah-medium-v2": (10, 1.0, 5, 0.05),
+    "halfcheetah-medium-replay-v2": (10, 1.0, 5, 0.05),
+    "halfcheetah-medium-expert-v2": (10, 5.0, 5, 0.5),
+    "hopper-medium-v2": (50, 1.0, 5, 0.05),
+    "hopper-medium-replay-v2": (50, 1.0, 5, 0.05),
+    "hopper-medium-expert-v2": (50, 1.0, 5, 0.05),
+    "walker2d-medium-v2": (10, 1.0, 5, 0.05),
+    "walker2d-medium-replay-v2": (10, 1.0, 1, 0.05),
+    "walker2d-medium-expert-v2": (10, 5.0, 1, 0.05),
+}
+
+
+def config(method: str, dataset: str, variant: str | None = None) -> Any:
+    """The method's config with the file's settings, as a user gets it."""
+    _, settings = method_settings(method, dataset, variant)
+    cls = load_method(method).Config
+    dynamics = next(f for f in dataclasses.fields(cls) if f.name == "dynamics").default_factory
+    assert callable(dynamics)
+    return cls(**{**settings, "dynamics": dataclasses.replace(dynamics(), **settings.get("dynamics", {}))})
+
+
+# ---- the settings of the papers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("variant", "table"), [("offlinerlkit", MOPO_OFFLINERLKIT), ("official", MOPO_OFFICIAL)])
+def test_mopos_settings_per_dataset(variant: str, table: dict[str, tuple[int, float]]) -> None:
+    for dataset, expected in table.items():
+        c = config("mopo", dataset, variant)
+        assert (c.rollout_length, c.penalty_coef) == expected, dataset
+
+
+def test_mopos_common_settings() -> None:
+    kit = config("mopo", "hopper-medium-v2")
+    # OfflineRL-Kit: actor 1e-4 with a cosine, critics 3e-4, alpha 1e-4 bounded by 1, 3M steps, -dim(A)
+    assert (kit.actor_lr, kit.critic_lr, kit.alpha_lr) == (1e-4, 3e-4, 1e-4)
+    assert (kit.actor_lr_schedule, kit.max_alpha, kit.target_entropy) == ("cosine", 1.0, None)
+    assert (kit.num_updates, kit.updates_per_epoch, kit.num_critics, kit.eta) == (3_000_000, 1000, 2, 0.0)
+    assert (kit.rollout_batch, kit.rollout_epochs_retained, kit.real_ratio) == (50_000, 5, 0.05)
+    assert (kit.dynamics.ensemble_size, kit.dynamics.num_elites, kit.dynamics.max_holdout) == (7, 5, 1000)
+    assert kit.dynamics.hidden == [200] * 4
+    # official code: 3e-4 everywhere, target entropy -3 everywhere, 1000 epochs
+    official = config("mopo", "halfcheetah-medium-v0", "official")
+    assert (official.actor_lr, official.critic_lr, official.alpha_lr) == (3e-4, 3e-4, 3e-4)
+    assert (official.target_entropy, official.num_updates) == (-3.0, 1_000_000)
+    assert (official.actor_lr_schedule, official.max_alpha) == ("constant", None)
+
+
+@pytest.mark.parametrize("dataset", ["halfcheetah-medium-v2", "walker2d-medium-expert-v2", "hopper-random-v2"])
+def test_ravls_released_code_has_one_setting(dataset: str) -> None:
+    """anyasims/edge-of-reach 18b5085: TrainConfig's defaults; dynamics: train_dynamics_model.py."""
+    variant, _ = method_settings("ravl", dataset, None)
+    c = config("ravl", dataset)
+    assert variant == "code"
+    assert (c.num_critics, c.eta, c.rollout_length, c.real_ratio) == (10, 1.0, 5, 0.05)
+    assert (c.actor_lr, c.critic_lr, c.alpha_lr, c.actor_lr_schedule) == (3e-4, 3e-4, 3e-4, "constant")
+    assert (c.hidden, c.initialisation, c.gamma, c.tau, c.batch_size) == ([256] * 3, "edac", 0.99, 0.005, 256)
+    assert (c.rollout_batch, c.rollout_epochs_retained) == (50_000, 5)
+    assert (c.num_updates, c.updates_per_epoch, c.entropy_in_target) == (3_000_000, 1000, True)
+    d = c.dynamics
+    assert (d.ensemble_size, d.num_elites, d.hidden, d.learning_rate) == (7, 5, [200] * 4, 1e-3)
+    assert (d.holdout_fraction, d.patience, d.min_epochs, d.max_epochs) == (0.2, 5, 350, 2000)
+    assert (d.plateau_lr_factor, d.improvement, d.batch_size) == (0.3, 0.01, 256)
+    assert d.weight_decay == [2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4]
+
+
+def test_ravls_starting_grid() -> None:
+    for dataset, expected in RAVL_EDAC_GRID.items():
+        c = config("ravl", dataset, "edac-grid")
+        assert (c.num_critics, c.eta, c.rollout_length, c.real_ratio) == expected, dataset
+    # without a per-dataset value: N and eta of the released code, length and ratio of MOBILE
+    c = config("ravl", "hopper-random-v2", "edac-grid")
+    assert (c.num_critics, c.eta, c.rollout_length, c.real_ratio) == (10, 1.0, 5, 0.05)
+
+
+MADE_UP = """
+default_variant: one
+variants:
+  one:
+    "*": {eta: 1.0, gamma: 0.9, hidden: [8], dynamics: {patience: 5, max_epochs: 9, hidden: [7]}}
+    "hopper-*": {eta: 2.0, dynamics: {patience: 6}}
+    "hopper-medium-v2": {eta: 3.0, hidden: [9, 9]}
+    "*-v0": {eta: 4.0}
+"""
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = yaml.safe_load(MADE_UP)
+    monkeypatch.setattr("agents.method.settings_file", lambda name: content)
+
+
+@pytest.mark.usefixtures("made_up")
+def test_later_blocks_go_over_earlier_ones_key_by_key() -> None:
+    """What a block leaves out stays, inside `dynamics` too."""
+    general = {"eta": 1.0, "gamma": 0.9, "hidden": [8], "dynamics": {"patience": 5, "max_epochs": 9, "hidden": [7]}}
+    hopper = {**general, "eta": 2.0, "dynamics": {"patience": 6, "max_epochs": 9, "hidden": [7]}}
+    assert method_settings("x", "walker2d-medium-v2", None) == ("one", general)
+    assert method_settings("x", "hopper-expert-v2", None) == ("one", hopper)
+    assert method_settings("x", "hopper-medium-v2", "one") == ("one", {**hopper, "eta": 3.0, "hidden": [9, 9]})
+    assert method_settings("x", "hopper-medium-v0", None) == ("one", {**hopper, "eta": 4.0})
+    assert method_settings("x", "Hopper-medium-v2", None) == ("one", general)  # names are case-sensitive
+
+
+@pytest.mark.usefixtures("made_up")
+def test_settings_are_the_callers_own() -> None:
+    first = method_settings("x", "hopper-medium-v2", None)[1]
+    first["dynamics"]["patience"] = 99
+    first["dynamics"]["hidden"].append(99)
+    first["hidden"].append(99)
+    second = method_settings("x", "hopper-medium-v2", None)[1]
+    assert second["hidden"] == [9, 9]
+    assert second["dynamics"] == {"patience": 6, "max_epochs": 9, "hidden": [7]}
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_every_key_of_every_block_is_a_field(method: str) -> None:
+    content = settings_file(method)
+    cls = load_method(method).Config
+    fields = {f.name for f in dataclasses.fields(cls)}
+    dynamics = {f.name for f in dataclasses.fields(cls().dynamics)}
+    assert set(content) == {"default_variant", "variants"}
+    assert content["default_variant"] in content["variants"]
+    for variant, blocks in content["variants"].items():
+        assert "*" in blocks, variant
+        for pattern, block in blocks.items():
+            assert set(block) <= fields, (variant, pattern)
+            assert set(block.get("dynamics", {})) <= dynamics, (variant, pattern)
+            # every dataset of the block gets a config that passes its own checks
+            config(method, pattern.replace("*", "x"), variant)
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_values_have_their_fields_types(method: str) -> None:
+    """1e-4 without a dot is text to YAML; a learning rate of type str would surface far from here."""
+
+    def check(block: dict[str, Any], default: Any, where: str) -> None:
+        for key, value in block.items():
+            expected = getattr(default, key)
+            if isinstance(value, dict):
+                check(value, expected, f"{where}.{key}")
+            elif expected is not None:
+                number = isinstance(expected, float) and isinstance(value, int | float)
+                assert number or type(value) is type(expected), f"{where}.{key}={value!r}"
+            else:
+                assert isinstance(value, float), f"{where}.{key}={value!r}"
+
+    for variant, blocks in settings_file(method)["variants"].items():
+        for pattern, block in blocks.items():
+            check(block, load_method(method).Config(), f"{variant}[{pattern}]")
+
+
+def test_an_unknown_variant_lists_the_known() -> None:
+    with pytest.raises(UserError, match=r"^method ravl has no variant 'paper'; choose one of: code, edac-grid$"):
+        method_settings("ravl", "hopper-medium-v2", "paper")
+    assert method_settings("mopo", "hopper-medium-v2", None)[0] == "offlinerlkit"
+    assert method_settings("mopo", "hopper-medium-v2", "official")[0] == "official"
+
+
+# ---- methods by name ------------------------------------------------------------------------------------------------
+
+
+def test_methods_are_found_by_name() -> None:
+    assert {"mopo", "ravl"} <= set(method_names())
+    assert load_method("ravl") is RAVL
+    assert load_method("mopo") is MOPO
+    assert RAVL.Config is RAVLConfig
+    assert MOPO.Config is MOPOConfig
+
+
+def test_every_method_has_the_interface() -> None:
+    interface = [
+        "stages", "num_members", "rollout_jobs", "add_rollouts", "train_epoch", "actor", "select", "state_dict",
+        "load_state_dict",
+    ]  # fmt: skip
+    for name in method_names():
+        assert not [a for a in interface if not hasattr(load_method(name), a)], name
+        assert dataclasses.is_dataclass(load_method(name).Config)
+
+
+def test_an_unknown_method_gets_the_nearest_name() -> None:
+    with pytest.raises(UserError, match=r"^unknown method 'ravel'; did you mean 'ravl'\? \(known: .*mopo.*ravl.*\)$"):
+        load_method("ravel")
+    with pytest.raises(UserError, match="did you mean 'mopo'"):
+        load_method("MOPO")
+
+
+def test_fields_that_may_differ_in_a_pack_are_marked() -> None:
+    def marked(cls: type) -> set[str]:
+        return {f.name for f in dataclasses.fields(cls) if f.metadata.get("per_member")}
+
+    assert marked(RAVLConfig) == {"eta", "actor_lr", "critic_lr", "alpha_lr"}
+    assert marked(MOPOConfig) == {"eta", "actor_lr", "critic_lr", "alpha_lr", "penalty_coef"}
+
+
+def test_defaults_of_a_config_are_its_papers_default() -> None:
+    """A config made in a notebook, without the YAML, is the released RAVL apart from its ensemble's least epochs."""
+    assert dataclasses.asdict(RAVLConfig())["num_critics"] == 10
+    from_file = dataclasses.asdict(config("ravl", "halfcheetah-medium-v2"))
+    from_file["dynamics"]["min_epochs"] = 0
+    assert dataclasses.asdict(RAVLConfig()) == from_file
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+def test_actions_are_mapped_from_the_environments_bounds() -> None:
+    n = 5
+    raw = np.linspace([-2.0, 0.0], [2.0, 10.0], n).astype(np.float32)
+    dataset = Dataset(
+        name="made-up", env_id="Pendulum-v1", observations=np.ones((n, 3), np.float32), actions=raw,
+        rewards=np.arange(n, dtype=np.float32), next_observations=np.zeros((n, 3), np.float32),
+        terminals=np.array([0, 0, 1, 0, 0], bool), timeouts=np.array([0, 0, 0, 0, 1], bool), provenance={},
+    )  # fmt: skip
+    data = TrainingData.from_dataset(dataset, np.array([-2.0, 0.0]), np.array([2.0, 10.0]))
+    torch.testing.assert_close(data.actions, torch.linspace(-1, 1, n).unsqueeze(1).expand(-1, 2))
+    assert data.terminals.tolist() == [0, 0, 1, 0, 0]  # a time limit is no terminal
+    assert data.rewards.tolist() == [0, 1, 2, 3, 4]
+    assert (data.observation_dim, data.action_dim, data.env_id) == (3, 2, "Pendulum-v1")
+    assert {t.dtype for t in (data.observations, data.actions, data.rewards, data.terminals)} == {torch.float32}
+    assert float(data.observations.sum() + data.next_observations.sum()) == 15.0
+
+
+def test_settings_are_plain_yaml() -> None:
+    """They go into a run's stored config and back."""
+    settings = method_settings("ravl", "embedded/pendulum-medium-v0", None)[1]
+    assert yaml.safe_load(yaml.safe_dump(settings)) == settings

@@ -1,0 +1,162 @@
+"""The written-out gradients of a stack against autograd, and its storage: views, copies, members."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from agents.networks import INITIALISATIONS, StackedMLP, StackedScalar, gather_members, initialise
+from agents.randomness import generator
+
+LEAD, BATCH = (2, 3), 8
+G = 6
+
+
+def stack(sizes: Sequence[int] = (5, 7, 4, 2), lead: Sequence[int] = LEAD) -> StackedMLP:
+    network = StackedMLP(lead, sizes)
+    network.flat.normal_(generator=torch.Generator().manual_seed(0))
+    return network
+
+
+def recorded(network: StackedMLP, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """Outputs, weights, biases and hidden pre-activations of a plain ReLU network, with a graph."""
+    weights = [w.clone().requires_grad_() for w in network.weights]
+    biases = [b.clone().requires_grad_() for b in network.biases]
+    hidden = []
+    for w, b in zip(weights[:-1], biases[:-1], strict=True):
+        hidden.append(x @ w + b)
+        hidden[-1].retain_grad()
+        x = torch.relu(hidden[-1])
+    return x @ weights[-1] + biases[-1], weights, biases, hidden
+
+
+def grad(x: Tensor) -> Tensor:
+    assert x.grad is not None
+    return x.grad
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_every_gradient_is_autograds(outputs: int) -> None:
+    network = stack((5, 7, 4, outputs))
+    x = torch.randn(G, BATCH, 5, requires_grad=True)
+    out, weights, biases, hidden = recorded(network, x)
+    grad_out = torch.randn(G, BATCH, outputs)
+    (out * grad_out).sum().backward()
+
+    with torch.no_grad():
+        mine, inputs = network.forward(x)
+        deltas = network.hidden_gradients(inputs, grad_out)
+        network.write_gradients(inputs, deltas, grad_out)
+    torch.testing.assert_close(mine, out)
+    for delta, z in zip(deltas, hidden, strict=True):
+        torch.testing.assert_close(delta, grad(z))
+    torch.testing.assert_close(network.input_gradient(deltas[0], 2, 4), grad(x)[..., 2:4])
+    expected = torch.cat([grad(t).reshape(-1) for pair in zip(weights, biases, strict=True) for t in pair])
+    torch.testing.assert_close(network.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_and_gradients_live_in_one_vector_each() -> None:
+    network = StackedMLP(LEAD, (5, 7, 2))
+    assert len(network.flat) == G * (5 * 7 + 7 + 7 * 2 + 2)
+    assert [tuple(w.shape) for w in network.weights] == [(6, 5, 7), (6, 7, 2)]
+    assert [tuple(b.shape) for b in network.biases] == [(6, 1, 7), (6, 1, 2)]
+    network.flat.fill_(3.0)
+    network.grad.fill_(4.0)
+    assert all((t == 3.0).all() for t in (*network.weights, *network.biases))
+    assert all((t == 4.0).all() for t in (*network.weight_grads, *network.bias_grads))
+    assert [tuple(b.shape) for b in network.blocks(network.flat)] == [(2, 3, 35), (2, 3, 7), (2, 3, 14), (2, 3, 2)]
+
+
+def test_a_clone_does_not_follow() -> None:
+    network = stack()
+    other = network.clone()
+    before = network.flat.clone()
+    network.flat.add_(1.0)
+    assert torch.equal(other.flat, before)
+    x = torch.randn(G, BATCH, 5)
+    assert not torch.equal(other.forward(x)[0], network.forward(x)[0])
+
+
+def test_selected_members_compute_what_they_did_in_the_stack() -> None:
+    network = stack(lead=(4, 3))
+    part = network.select([3, 1])
+    x = torch.randn(1, BATCH, 5)
+    whole = network.forward(x.expand(12, -1, -1))[0].view(4, 3, BATCH, 2)
+    torch.testing.assert_close(part.forward(x.expand(6, -1, -1))[0].view(2, 3, BATCH, 2), whole[[3, 1]])
+    network.flat.zero_()
+    assert part.flat.abs().max() > 0
+
+
+def test_gathered_vectors_follow_the_layout_of_the_parameters() -> None:
+    """An optimiser's moments move with their members: block by block, not as one contiguous piece."""
+    network = stack(lead=(3,))
+    for m in range(3):
+        for block in network.blocks(network.grad):
+            block[m] = m
+    part = network.select([2, 0])
+    gather_members(network, network.grad, part, part.grad, [2, 0])
+    for block in part.blocks(part.grad):
+        assert (block[0] == 2).all()
+        assert (block[1] == 0).all()
+
+
+def test_scalars_have_one_value_per_member() -> None:
+    scalar = StackedScalar(3, 0.5)
+    scalar.flat[1] = 7.0
+    assert scalar.select([1, 2]).flat.tolist() == [7.0, 0.5]
+    assert tuple(scalar.blocks(scalar.flat)[0].shape) == (3, 1)
+
+
+def test_a_network_needs_a_hidden_layer() -> None:
+    with pytest.raises(ValueError, match="at least one hidden layer"):
+        StackedMLP((1,), (5, 2))
+
+
+# ---- initialisation -------------------------------------------------------------------------------------------------
+
+
+def drawn(seeds: Sequence[int], scheme: str) -> StackedMLP:
+    network = StackedMLP((len(seeds), 50), (4, 64, 16, 2))
+    initialise(network, [generator(s, "init") for s in seeds], scheme=scheme, last_bound=3e-3)
+    return network
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bounds"),
+    [
+        ("torch", (1 / math.sqrt(4), 1 / math.sqrt(64), 1 / math.sqrt(16))),
+        ("edac-fan-in", (1 / math.sqrt(4), 1 / math.sqrt(64), 3e-3)),
+        # the released RAVL's weights are bounded by their output width: 1/sqrt(64), 1/sqrt(16)
+        ("edac", (1 / math.sqrt(64), 1 / math.sqrt(16), 3e-3)),
+    ],
+)
+def test_weights_are_uniform_within_the_bounds_of_the_scheme(scheme: str, bounds: tuple[float, ...]) -> None:
+    network = drawn([0], scheme)
+    for weight, bound in zip(network.weights, bounds, strict=True):
+        assert 0.99 * bound < weight.abs().max() <= bound
+        assert float(weight.std()) == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    last = network.biases[-1].abs().max()
+    assert 0.9 * bounds[-1] < last <= bounds[-1]
+    for bias, bound in zip(network.biases[:-1], bounds, strict=False):
+        if scheme == "torch":
+            assert 0.9 * bound < bias.abs().max() <= bound
+        else:
+            assert (bias == 0.1).all()
+
+
+@pytest.mark.parametrize("scheme", INITIALISATIONS)
+def test_a_member_starts_the_same_in_every_pack(scheme: str) -> None:
+    pack = drawn([5, 6, 7], scheme)
+    assert torch.equal(pack.select([1]).flat, drawn([6], scheme).flat)
+    assert not torch.equal(pack.select([0]).flat, pack.select([1]).flat)
+    networks = pack.weights[0].view(3, 50, 4, 64)
+    assert not torch.equal(networks[0, 0], networks[0, 1])  # the critics of a member differ too
+
+
+def test_an_unknown_scheme_is_named() -> None:
+    with pytest.raises(ValueError, match="unknown initialisation 'xavier'; one of edac, edac-fan-in, torch"):
+        initialise(stack(), [torch.Generator()] * 2, scheme="xavier", last_bound=1.0)

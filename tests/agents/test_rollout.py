@@ -1,0 +1,234 @@
+"""Rollouts in ensembles whose every prediction is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from agents.dynamics import Ensemble
+from agents.method import RolloutJob
+from agents.mopo import max_aleatoric
+from agents.networks import StackedMLP
+from agents.rollout import RolloutStatistics, rollout
+
+OBS, ACT = 2, 1
+R, D = OBS + ACT, OBS + ACT + 1  # columns of reward and done in a row [s, a, r, d, s']
+
+
+def linear_ensemble(
+    shifts: list[float], log_std: list[list[float]] | None = None, elites: list[int] | None = None
+) -> Ensemble:
+    """One layer, inputs not rescaled. Member e adds [0.1 * a + shifts[e], 0.5 * s0] to s and rewards 2 * s1 - a;
+    without `log_std` (E, S + 1) the predictions have no noise."""
+    size, outputs = len(shifts), OBS + 1
+    weight, bias = torch.zeros(size, OBS + ACT, 2 * outputs), torch.zeros(size, 1, 2 * outputs)
+    weight[:, 2, 0], weight[:, 0, 1] = 0.1, 0.5
+    weight[:, 1, 2], weight[:, 2, 2] = 2.0, -1.0
+    bias[:, 0, 0] = torch.tensor(shifts)
+    bias[:, 0, outputs:] = -300.0 if log_std is None else 2 * torch.tensor(log_std)
+    tensors = {
+        "W0": weight, "b0": bias, "max_logvar": torch.full((outputs,), 60.0),
+        "min_logvar": torch.full((outputs,), -200.0), "mean": torch.zeros(OBS + ACT), "std": torch.ones(OBS + ACT),
+    }  # fmt: skip
+    return Ensemble(tensors, list(range(size)) if elites is None else elites, OBS)
+
+
+def sign_actor() -> StackedMLP:
+    """a = sign(s0), so saturated that its noise does not show."""
+    actor = StackedMLP((1,), (OBS, 2, 2 * ACT))
+    actor.weights[0][0] = torch.tensor([[1.0, -1.0], [0.0, 0.0]])
+    actor.weights[1][0] = torch.tensor([[1e6, 0.0], [-1e6, 0.0]])
+    actor.biases[1][0, 0, 1] = -5.0
+    return actor
+
+
+def random_actor() -> StackedMLP:
+    """Actions spread over (-1, 1), whatever the state."""
+    return StackedMLP((1,), (OBS, 2, 2 * ACT))
+
+
+def never(next_obs: Tensor) -> Tensor:
+    return torch.zeros(len(next_obs), dtype=torch.bool)
+
+
+def roll(ensemble: Ensemble, starts: Tensor, length: int, **kwargs: Any) -> tuple[Tensor, RolloutStatistics]:
+    kwargs = {"actor": sign_actor(), "termination": never, "generator": torch.Generator().manual_seed(0), **kwargs}
+    return rollout(ensemble=ensemble, starts_BS=starts, length=length, **kwargs)
+
+
+def by_hand(start: list[float], length: int, shift: float = 0.0) -> list[list[float]]:
+    """The rows of one trajectory, done flags left at 0."""
+    s0, s1 = start
+    rows = []
+    for _ in range(length):
+        a = math.copysign(1.0, s0)
+        after = [s0 + 0.1 * a + shift, s1 + 0.5 * s0]
+        rows.append([s0, s1, a, 2 * s1 - a, 0.0, *after])
+        s0, s1 = after
+    return rows
+
+
+STARTS = [[0.5, 1.0], [-0.25, 0.0], [1.0, -2.0]]
+
+
+def test_a_noiseless_ensemble_gives_the_exact_trajectories() -> None:
+    rows, statistics = roll(linear_ensemble([0.0, 0.0]), torch.tensor(STARTS), 4)
+    expected = torch.tensor([by_hand(s, 4) for s in STARTS]).transpose(0, 1).reshape(12, -1)  # step after step
+    torch.testing.assert_close(rows, expected)
+    assert (statistics.transitions, statistics.terminals, statistics.dropped) == (12, 0, 0)
+    assert statistics.reward_sum == pytest.approx(float(expected[:, R].sum()))
+    assert statistics.penalty_sum == 0.0
+
+
+def test_terminal_rows_are_kept_and_their_rollouts_end() -> None:
+    rows, statistics = roll(linear_ensemble([0.0]), torch.tensor(STARTS), 3, termination=lambda s: s[:, 0] > 0.65)
+    expected = []
+    for t in range(3):
+        for start, last in zip(STARTS, [1, 2, 0], strict=True):  # 0.5 -> 0.6 -> 0.7; never; 1.0 -> 1.1
+            row = by_hand(start, 3)[t]
+            row[D] = float(row[-2] > 0.65)
+            expected += [row] if t <= last else []
+    torch.testing.assert_close(rows, torch.tensor(expected))
+    assert rows[:, D].sum() == 2
+    assert (statistics.transitions, statistics.terminals) == (6, 2)
+
+
+def test_a_rollout_ends_when_nothing_is_left() -> None:
+    rows, statistics = roll(linear_ensemble([0.0]), torch.tensor(STARTS), 50, termination=lambda s: s[:, 0] > -99)
+    assert len(rows) == statistics.transitions == statistics.terminals == 3
+
+
+def test_predictions_that_are_not_finite_are_dropped_and_counted() -> None:
+    ensemble = linear_ensemble([0.0])
+    ensemble.tensors["W0"][0, 1, 2] = 1e38  # the reward overflows from s1 = 3.41 on
+    starts = torch.tensor([[1.0, 0.0], [1.0, 5.0], [1.0, 3.0]])
+    rows, statistics = roll(ensemble, starts, 3)
+    assert torch.isfinite(rows).all()
+    # second row: at once; third: s1 = 3, then 3.5
+    assert (statistics.transitions, statistics.dropped) == (3 + 1, 1 + 1)
+    assert math.isfinite(statistics.reward_sum)
+    assert rows[:, 1].tolist() == pytest.approx([0.0, 3.0, 0.5, 1.05])
+
+
+def test_one_elite_is_drawn_for_every_row_and_step() -> None:
+    ensemble = linear_ensemble([0.0, 10.0, 20.0, 30.0], elites=[0, 2, 3])
+    rows, _ = roll(ensemble, torch.ones(3000, OBS), 2)
+    step = (rows[:, -2] - rows[:, 0]).view(2, 3000)  # 0.1 * a + shift, a = 1
+    drawn = ((step - 0.1) / 10).round()
+    assert drawn.unique().tolist() == [0.0, 2.0, 3.0]
+    for elite in (0, 2, 3):
+        share = (drawn == elite).float().mean(1)
+        torch.testing.assert_close(share, torch.full((2,), 1 / 3), atol=0.04, rtol=0.0)
+    both = ((drawn[0] == 0) & (drawn[1] == 0)).float().mean()
+    assert float(both) == pytest.approx(1 / 9, abs=0.03)  # drawn anew at every step
+
+
+@pytest.mark.parametrize("penalised", [False, True])
+def test_state_change_and_reward_are_sampled(penalised: bool) -> None:
+    std = [0.3, 0.05, 2.0]
+    ensemble = linear_ensemble([0.0, 0.0], [[math.log(x) for x in std]] * 2)
+    penalty = {"penalty": max_aleatoric, "penalty_coef": 0.0} if penalised else {}
+    rows, _ = roll(ensemble, torch.tensor([[0.5, 1.0]]).repeat(4000, 1), 1, **penalty)
+    noise = torch.cat((rows[:, -2:], rows[:, R : R + 1]), 1) - torch.tensor([0.6, 1.25, 1.0])
+    torch.testing.assert_close(noise.std(0), torch.tensor(std), rtol=0.05, atol=0.0)
+    assert (noise.mean(0).abs() < 4 * torch.tensor(std) / math.sqrt(4000)).all()
+    correlation = torch.corrcoef(noise.T) - torch.eye(3)
+    assert correlation.abs().max() < 0.06
+
+
+def test_the_policy_is_sampled() -> None:
+    rows, _ = roll(linear_ensemble([0.0]), torch.zeros(4000, OBS), 1, actor=random_actor())
+    z = torch.atanh(rows[:, OBS])  # mean 0, log std 0
+    assert abs(float(z.mean())) < 0.07
+    assert float(z.std()) == pytest.approx(1.0, abs=0.05)
+
+
+def test_penalty_is_the_largest_norm_over_all_members() -> None:
+    """Member 1 has the largest norm through its reward alone and is no elite."""
+    log_std = [[math.log(x) for x in row] for row in ([0.3, 0.4, 0.1], [0.1, 0.1, 3.0], [0.2, 0.2, 0.2])]
+    ensemble = linear_ensemble([0.0, 0.0, 0.0], log_std, elites=[0, 2])
+    starts = torch.tensor(STARTS)
+    free, without = roll(ensemble, starts, 4)
+    rows, statistics = roll(ensemble, starts, 4, penalty=max_aleatoric, penalty_coef=0.7)
+    norm = math.sqrt(0.1**2 + 0.1**2 + 3.0**2)
+    other_columns = [c for c in range(rows.shape[1]) if c != R]
+    torch.testing.assert_close(rows[:, other_columns], free[:, other_columns])
+    torch.testing.assert_close(rows[:, R], free[:, R] - 0.7 * norm, rtol=1e-4, atol=1e-4)
+    assert statistics.penalty_sum == pytest.approx(12 * norm, rel=1e-4)
+    assert statistics.reward_sum == pytest.approx(without.reward_sum - 12 * 0.7 * norm, rel=1e-4)
+
+
+def test_max_aleatoric_by_hand() -> None:
+    std = torch.tensor([[[3.0, 4.0, 0.0], [1.0, 0.0, 0.0]], [[0.0, 0.0, 4.9], [2.0, 2.0, 1.0]]])  # (E, B, D)
+    assert max_aleatoric(std).tolist() == [5.0, 3.0]
+
+
+def test_a_penalty_that_is_not_finite_drops_its_row() -> None:
+    """One member that is no elite is infinitely unsure: neither a reward of -inf nor an infinite mean penalty."""
+    log_std = [[math.log(0.1)] * 3] * 2
+    ensemble = linear_ensemble([0.0, 0.0], log_std, elites=[0])
+    ensemble.tensors["max_logvar"] = torch.full((3,), 1000.0)
+    ensemble.tensors["W0"][1, 0, OBS + 1 :] = torch.tensor([0.0, 0.0, 100.0])  # exp(250) at s0 = 5
+    starts = torch.tensor([[-1.0, 0.0], [5.0, 0.0], [-2.0, 0.0]])
+    rows, statistics = roll(ensemble, starts, 1, penalty=max_aleatoric, penalty_coef=1.0)
+    assert torch.isfinite(rows).all()
+    assert rows[:, 0].tolist() == [-1.0, -2.0]
+    assert (statistics.transitions, statistics.dropped) == (2, 1)
+    assert math.isfinite(statistics.reward_sum)
+    assert statistics.penalty_sum == pytest.approx(2 * math.sqrt(3) * 0.1, rel=1e-3)
+
+
+def test_statistics_add_up() -> None:
+    total = RolloutStatistics(1, 2, 3, 4.0, 5.0) + RolloutStatistics(10, 20, 30, 40.0, 50.0)
+    assert total == RolloutStatistics(11, 22, 33, 44.0, 55.0)
+
+
+# ---- jobs -----------------------------------------------------------------------------------------------------------
+
+
+def job(**changes: Any) -> RolloutJob:
+    first = RolloutJob(0, 7, 3, 2, "Hopper-v4", random_actor(), torch.tensor(STARTS) + 1.0, 5, None, 0.0)
+    return dataclasses.replace(first, **changes)
+
+
+def noisy() -> Ensemble:
+    return linear_ensemble([0.0, 0.01], [[-3.0, -3.0, 0.0]] * 2)
+
+
+def test_a_job_gives_the_same_rows_whatever_the_others() -> None:
+    jobs = [job(shard=s, member=s % 2, seed=7 + s % 2) for s in range(4)]
+    alone = [jobs[s].run(noisy()).rows for s in range(4)]
+    torch.manual_seed(5)
+    together = {s: jobs[s].run(noisy()) for s in (3, 1, 0, 2)}
+    for s in range(4):
+        assert torch.equal(together[s].rows, alone[s])
+        assert together[s].member == s % 2
+
+
+def test_seed_epoch_and_shard_each_give_other_noise_and_the_member_none() -> None:
+    rows = job().run(noisy()).rows
+    for changes in ({"seed": 8}, {"epoch": 4}, {"shard": 3}):
+        assert not torch.equal(job(**changes).run(noisy()).rows[:3], rows[:3])
+    assert torch.equal(job(member=9).run(noisy()).rows, rows)
+
+
+def test_a_job_ends_its_rollouts_by_the_rule_of_its_environment() -> None:
+    """Hopper falls when |s'[1]| >= 0.2; HalfCheetah never does."""
+    starts = torch.tensor([[1.5, 0.0]])
+    hopper = job(starts=starts).run(linear_ensemble([0.0]))
+    cheetah = job(starts=starts, env_id="HalfCheetah-v4").run(linear_ensemble([0.0]))
+    assert hopper.rows[:, D].tolist() == [1.0]
+    assert cheetah.rows[:, D].tolist() == [0.0] * 5
+    assert hopper.statistics.terminals == 1
+
+
+def test_a_job_can_be_sent_to_another_process() -> None:
+    original = job(penalty=max_aleatoric, penalty_coef=0.5, actor=sign_actor())
+    sent = pickle.loads(pickle.dumps(original))
+    assert torch.equal(sent.run(noisy()).rows, original.run(noisy()).rows)

@@ -1,0 +1,151 @@
+"""Small studies, packs and scripted learners that the tests of this folder share."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from agents.method import load_method
+from benchmarks.kill_tests import SETTINGS
+from envs.registry import load_dataset
+from orchestrator.artifacts import ArtifactStore, stage_key
+from orchestrator.config import ComputeConfig, Config, load_config, run_config, to_dict
+from orchestrator.driver import Driver
+from orchestrator.learner import Evaluation, Learner, PackReport, PackSpec, RunSpec
+from orchestrator.spool import RunSpool, read_records
+from orchestrator.workers import Workers
+from sweeps.study import Study
+
+IN_PROCESS = ComputeConfig(device="cpu", checkpoint_minutes=0.0)
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=120)
+
+
+def configured(workdir: Path, *overrides: str, **study: Any) -> Config:
+    """The settings of the kill tests, with overrides of the command line and keys of `study`."""
+    return load_config([SETTINGS, {"workdir": str(workdir), "study": study}], list(overrides))
+
+
+def make_pack(
+    workdir: Path, members: Sequence[tuple[Mapping[str, Any], int]], *overrides: str, name: str = "p"
+) -> PackSpec:
+    """A pack whose run i is of trial i, from (parameters, seed) each; every pack has a study folder of its own."""
+    config = configured(workdir, *overrides)
+    runs = []
+    for trial, (params, seed) in enumerate(members):
+        run = run_config(config, params, seed)
+        runs.append(RunSpec(f"t{trial:04d}-s{seed}", trial, seed, to_dict(run), {"study": name}))
+    return PackSpec("pack", str(workdir / "studies" / name), tuple(runs))
+
+
+def train(pack: PackSpec, compute: ComputeConfig = IN_PROCESS, workers: Workers | None = None) -> PackReport:
+    """Train a pack to its end."""
+    learner = Learner(pack, compute, workers or Workers())
+    while not (report := learner.advance()).finished:
+        pass
+    return report
+
+
+def records(study_folder: str | Path, run_key: str) -> list[dict[str, Any]]:
+    return [r for r, _ in read_records(Path(study_folder) / "spool" / f"{run_key}.jsonl") if r]
+
+
+def points(study_folder: str | Path, run_key: str) -> dict[tuple[str, int], Any]:
+    """(metric, step) -> value as logged first, without times; a step logged again must repeat its value."""
+    values: dict[tuple[str, int], Any] = {}
+    for record in records(study_folder, run_key):
+        for key, value in record.get("values", {}).items():
+            if not key.startswith("time/"):
+                assert values.setdefault((key, record["step"]), value) == value, (run_key, key, record["step"])
+    return values
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two trees of tensors and plain values are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+Script = Callable[[int, int, int], float | str | Exception]
+"""(trial, seed, updates) -> the value of that evaluation, "diverged", or what the call raises."""
+
+
+class ScriptedSlots:
+    """Slots whose learners train nothing: they follow a script, through the same reports and spool files.
+
+    Args:
+        config: of the study.
+        script: what every evaluation gives.
+        size: number of slots; calls are answered last in, first out, so that packs overtake each other.
+    """
+
+    def __init__(self, config: Config, script: Script, size: int = 1) -> None:
+        self.config, self.script, self.size = config, script, size
+        self.calls: list[tuple[str, Any]] = []
+        self.dropped: list[set[str]] = []
+        self._under_way: list[tuple[int, str, tuple[Any, ...]]] = []
+        self._epochs: dict[str, int] = {}
+        self._reports: dict[str, PackReport] = {}
+
+    def submit(self, slot: int, method: str, *args: Any) -> None:
+        self._under_way.append((slot, method, args))
+        self.calls.append((method, args[0].pack_id if method == "advance" else args[1]))
+
+    def wait(self, timeout: float) -> list[tuple[int, Any]]:
+        slot, method, args = self._under_way.pop()
+        try:
+            return [(slot, getattr(self, method)(*args))]
+        except Exception as error:
+            return [(slot, error)]
+
+    def build_stage(self, config: dict[str, Any], name: str) -> None:
+        resolved = load_config([config], [])
+        dataset = load_dataset(resolved.dataset, Path(resolved.workdir))
+        stage = load_method(resolved.method_name).stages(resolved.method)[name]
+        store = ArtifactStore(Path(resolved.workdir) / "artifacts")
+        history = [[step, {"train_loss": float(step)}] for step in range(3)]
+        key = stage_key(stage, dataset.content_hash)
+        store.get_or_build(stage, key, lambda: {"w": torch.zeros(1)}, {"history": history})
+
+    def advance(self, pack: PackSpec, dropped: Sequence[str]) -> PackReport:
+        self.dropped.append(set(dropped))
+        keys = [run.run_key for run in pack.runs]
+        report = self._reports.get(pack.pack_id) or PackReport(pack.pack_id, 0, False, {key: [] for key in keys})
+        alive = [run for run in pack.runs if run.run_key not in dropped and run.run_key not in report.diverged]
+        method = self.config.method
+        updates = report.updates + self.config.evaluation.every_epochs * method.updates_per_epoch if alive else 0
+        for run in alive:
+            value = self.script(run.trial, run.seed, updates)
+            if isinstance(value, Exception):
+                raise value
+            if isinstance(value, str):
+                report.diverged[run.run_key] = updates
+            else:
+                report.evaluations[run.run_key].append(Evaluation(updates, value, [value]))
+        report = PackReport(
+            pack.pack_id, updates, not alive or updates == method.num_updates, report.evaluations, report.diverged
+        )
+        self._reports[pack.pack_id] = report
+        return report
+
+
+def drive(config: Config, slots: Any, resume: bool = False) -> Study:
+    """Run a study's driver without a tracker; returns the study, closed (its records can be read)."""
+    folder = Path(config.workdir) / "studies" / config.study.name
+    study = Study.open(folder) if resume else Study.create(folder, config.study_spec())
+    dataset = load_dataset(config.dataset, Path(config.workdir))
+    with study, RunSpool(folder / "spool", "study") as spool:
+        Driver(config, study, dataset, slots, {}, spool).run()
+    return study

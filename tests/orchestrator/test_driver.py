@@ -1,0 +1,377 @@
+"""The driver: a study of real trainings as MLflow shows it, and scripted learners for everything that can happen."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sqlite3
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from benchmarks.kill_tests import Remains
+from orchestrator import launch
+from orchestrator.artifacts import load_tensors
+from orchestrator.cluster import InlineSlots, RaySlots
+from orchestrator.config import Config, digest, identity, load_config
+from orchestrator.learner import LearnerProcess
+from orchestrator.spool import RunInfo, RunSpool
+from sweeps.study import Study
+from tests.orchestrator.studies import ScriptedSlots, configured, drive, points, records
+
+ETA = {"method.eta": {"type": "float", "low": 0.01, "high": 10.0, "log": True}}
+ALL_RUNS = [f"t{trial:04d}-s{seed}" for trial in range(3) for seed in range(2)]
+
+
+# ---- a study of real trainings --------------------------------------------------------------------------------------
+
+
+class Finished:
+    """A study that ran to its end, what it printed, and MLflow's tables."""
+
+    def __init__(self, workdir: Path, name: str) -> None:
+        self.workdir, self.name = workdir, name
+        self.folder = workdir / "studies" / name
+        self.text = io.StringIO()
+        self.stages_built = 0
+
+    def query(self, sql: str, *args: Any) -> list[tuple[Any, ...]]:
+        with contextlib.closing(sqlite3.connect(self.workdir / "mlflow.db")) as store:
+            return store.execute(sql, args).fetchall()
+
+    def run_ids(self) -> dict[str, str]:
+        rows = self.query("SELECT value, run_uuid FROM tags WHERE key = 'offsweep.run_key'")
+        assert len({key for key, _ in rows}) == len(rows), "a run exists twice"
+        return dict(rows)
+
+    def tags(self, run_key: str) -> dict[str, str]:
+        return dict(self.query("SELECT key, value FROM tags WHERE run_uuid = ?", self.run_ids()[run_key]))
+
+    def params(self, run_key: str) -> dict[str, str]:
+        return dict(self.query("SELECT key, value FROM params WHERE run_uuid = ?", self.run_ids()[run_key]))
+
+    def metric(self, run_key: str, name: str) -> dict[int, float]:
+        rows = self.query(
+            "SELECT step, value FROM metrics WHERE run_uuid = ? AND key = ?", self.run_ids()[run_key], name
+        )
+        assert len({step for step, _ in rows}) == len(rows), "a point exists twice"
+        return dict(sorted(rows))
+
+    def artifacts(self, run_key: str) -> set[str]:
+        [(uri,)] = self.query("SELECT artifact_uri FROM runs WHERE run_uuid = ?", self.run_ids()[run_key])
+        root = Path(uri.removeprefix("file://"))
+        return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Three trials of two seeds, from a work folder without stages."""
+    import shutil
+
+    workdir = Path(shutil.copytree(base, tmp_path_factory.mktemp("driver") / "work"))
+    shutil.rmtree(workdir / "artifacts")
+    done = Finished(workdir, "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        build = LearnerProcess.build_stage
+
+        def counted(self: LearnerProcess, config: dict[str, Any], name: str) -> None:
+            done.stages_built += 1
+            build(self, config, name)
+
+        patch.setattr(LearnerProcess, "build_stage", counted)
+        launch.start(configured(workdir, name="whole"), Console(file=done.text, width=200))
+    return done
+
+
+def test_every_trial_ends_with_the_mean_score_of_its_runs(finished: Finished):
+    trials = Study.open(finished.folder, read_only=True).trials()
+    assert [(t.number, t.state) for t in trials] == [(0, "complete"), (1, "complete"), (2, "complete")]
+    for trial in trials:
+        scores = [finished.metric(f"t{trial.number:04d}-s{seed}", "eval/score") for seed in range(2)]
+        assert [list(s) for s in scores] == [[100, 200]] * 2
+        assert trial.value == pytest.approx((scores[0][200] + scores[1][200]) / 2)
+        assert trial.intermediate == pytest.approx(
+            {step: (scores[0][step] + scores[1][step]) / 2 for step in (100, 200)}
+        )
+    assert len({t.value for t in trials}) == 3
+
+
+def test_the_stage_is_built_once_for_all_trials(finished: Finished):
+    assert finished.stages_built == 1
+    assert len([*(finished.workdir / "artifacts").rglob("content.pt")]) == 1
+    # its history is in the study's own run
+    assert finished.metric("study", "dynamics/train_loss")
+
+
+def test_every_run_exists_once_in_mlflow_and_has_ended(finished: Finished):
+    assert sorted(finished.run_ids()) == sorted([*ALL_RUNS, "study"])
+    experiments = finished.query(
+        "SELECT DISTINCT e.name FROM runs r JOIN experiments e ON e.experiment_id = r.experiment_id"
+    )
+    assert experiments == [("whole",)]
+    assert finished.query("SELECT DISTINCT status FROM runs") == [("FINISHED",)]
+
+
+def test_the_tags_parameters_and_dataset_of_a_run(finished: Finished):
+    trial = Study.open(finished.folder, read_only=True).trials()[1]
+    tags, params = finished.tags("t0001-s1"), finished.params("t0001-s1")
+    config = load_config([finished.folder / "runs" / "t0001-s1" / "config.yaml"], [])
+    [(name, dataset_digest)] = finished.query(
+        "SELECT d.name, d.digest FROM inputs i JOIN datasets d ON d.dataset_uuid = i.source_id"
+        " WHERE i.destination_id = ?", finished.run_ids()["t0001-s1"],
+    )  # fmt: skip
+    assert name == "tiny"
+    wanted = {"study": "whole", "trial": "1", "seed": "1", "method": "ravl", "dataset": "tiny", "outcome": "finished"}
+    assert wanted.items() <= tags.items()
+    assert (finished.folder / "packs" / tags["pack"] / "pack.json").exists()
+    from envs.registry import load_dataset
+
+    content_hash = load_dataset("tiny", finished.workdir).content_hash
+    assert tags["config_hash"] == digest(identity(config, content_hash))
+    assert content_hash.startswith(dataset_digest)
+    assert float(params["method.eta"]) == trial.params["method.eta"]
+    assert (params["method.hidden"], params["seed"]) == ("[16, 16]", "1")
+
+
+def test_every_epoch_of_every_metric_is_in_mlflow_with_its_step(finished: Finished):
+    for key in ALL_RUNS:
+        spooled = points(finished.folder, key)
+        assert {step for name, step in spooled if name == "train/actor_loss"} == {50, 100, 150, 200}
+        names = {name for name, _ in spooled}
+        assert {"rollout/transitions", "eval/return_mean"} <= names
+        for name in names:
+            assert finished.metric(key, name) == pytest.approx({s: v for (n, s), v in spooled.items() if n == name})
+
+
+def test_the_artifacts_of_a_run_and_of_the_study(finished: Finished):
+    assert finished.artifacts("t0002-s0") == {"config.yaml", "policy.npz", "checkpoint.pt", "evaluations.json"}
+    assert {"config.yaml", "trials.csv", "plots/history.png", "plots/slices.png"} <= finished.artifacts("study")
+    state = load_tensors(finished.folder / "runs" / "t0002-s0" / "checkpoint.pt")
+    assert "replay" not in state
+
+
+def test_the_studys_own_run_tells_how_it_went(finished: Finished):
+    trials = Study.open(finished.folder, read_only=True).trials()
+    values = [t.value for t in trials if t.value is not None]
+    assert finished.metric("study", "trial/value") == pytest.approx(dict(enumerate(values)))
+    assert finished.metric("study", "trial/best_value") == pytest.approx({i: max(values[: i + 1]) for i in range(3)})
+    assert finished.tags("study")["best_trial"] == str(values.index(max(values)))
+
+
+def test_what_the_user_reads(finished: Finished):
+    text = finished.text.getvalue()
+    assert "building dynamics" in text
+    assert text.count(" complete ") >= 6  # a line each, and the table
+    assert "best trial:" in text
+    assert "offsweep train --config" in text
+
+
+def test_resuming_a_finished_study_changes_nothing(finished: Finished):
+    before = Remains.of(finished.workdir, "whole")
+    launch.resume("whole", finished.workdir, [], Console(file=io.StringIO()))
+    assert Remains.of(finished.workdir, "whole") == before
+
+
+def test_one_learner_in_ray_gives_the_same_trials(workdir: Path, ray_cluster: None):
+    config = configured(workdir, name="inline", num_trials=2)
+    inline = drive(config, InlineSlots(config.compute))
+    config = configured(workdir, name="ray", num_trials=2)
+    slots = RaySlots(config.compute, 1, 0)
+    try:
+        in_ray = drive(config, slots)
+    finally:
+        import ray
+
+        ray.kill(slots._actors[0])
+    assert [(t.params, t.value, t.intermediate) for t in inline.trials()] == [
+        (t.params, t.value, t.intermediate) for t in in_ray.trials()
+    ]
+
+
+def test_the_number_of_runs_in_a_pack_does_not_change_the_trials(workdir: Path):
+    results = []
+    for runs_per_pack in (1, 2):
+        config = configured(workdir, f"compute.runs_per_pack={runs_per_pack}", name=f"p{runs_per_pack}", num_trials=2)
+        study = drive(config, InlineSlots(config.compute))
+        packs = [*(study.folder / "packs").glob("*/pack.json")]
+        results.append((len(packs), [(t.params, t.value) for t in study.trials()]))
+    assert [number for number, _ in results] == [4, 2]
+    for one, other in zip(results[0][1], results[1][1], strict=True):
+        assert one[0] == other[0]
+        assert one[1] == pytest.approx(other[1], rel=1e-3)
+
+
+# ---- scripted learners ----------------------------------------------------------------------------------------------
+
+
+def scripted(workdir: Path, *overrides: str, **study: Any) -> Config:
+    return configured(
+        workdir, "method.num_updates=300", "evaluation.every_epochs=2",
+        *overrides, **{"name": "s", "space": ETA, "num_trials": 4, **study},
+    )  # fmt: skip
+
+
+def test_a_bad_trial_is_pruned_and_its_runs_are_dropped(workdir: Path):
+    config = scripted(workdir, pruner={"name": "median", "warmup_fraction": 0.0, "startup_trials": 2})
+    slots = ScriptedSlots(config, lambda trial, seed, updates: (10.0 if trial < 3 else 1.0) + seed)
+    trials = drive(config, slots).trials()
+    assert [t.state for t in trials] == ["complete"] * 3 + ["pruned"]
+    assert trials[3].intermediate == {100: 1.5}
+    assert [t.value for t in trials[:3]] == [10.5] * 3
+    assert slots.dropped[-1] == {"t0003-s0", "t0003-s1"}
+    assert slots.calls.count(slots.calls[-1]) == 2  # one evaluation, and the call that drops them
+
+
+def test_a_diverged_trial_is_told_a_bad_value_and_the_study_goes_on(workdir: Path):
+    config = scripted(workdir, pruner={"name": "none"})
+    slots = ScriptedSlots(config, lambda trial, seed, updates: "diverged" if (trial, seed) == (1, 0) else -3.0 - trial)
+    study = drive(config, slots)
+    trials = study.trials()
+    assert [t.diverged for t in trials] == [False, True, False, False]
+    assert trials[1].value == -3.0  # no better than the worst so far, nor than a random policy
+    assert study.best is not None
+    assert study.best.number == 0
+    assert {"t0001-s0", "t0001-s1"} in slots.dropped
+
+
+def test_an_impossible_combination_is_told_as_diverged(workdir: Path):
+    space = {**ETA, "method.num_critics": {"type": "categorical", "choices": [1, 2]}}
+    config = scripted(workdir, "method.eta=0", space=space, num_trials=2, enqueue=[
+        {"method.eta": 1.0, "method.num_critics": 1}, {"method.eta": 1.0, "method.num_critics": 2}])  # fmt: skip
+    slots = ScriptedSlots(config, lambda trial, seed, updates: 5.0)
+    trials = drive(config, slots).trials()
+    assert (trials[0].diverged, trials[1].value) == (True, 5.0)
+    assert "num_critics of at least 2" in trials[0].attrs["failure"]
+    assert [method for method, _ in slots.calls if method == "advance"] == ["advance"] * 3
+
+
+def test_a_failing_pack_fails_its_trial_alone(workdir: Path):
+    config = scripted(workdir, pruner={"name": "none"})
+
+    def script(trial: int, seed: int, updates: int) -> float | Exception:
+        return RuntimeError("out of memory") if (trial, updates) == (2, 200) else 1.0
+
+    study = drive(config, ScriptedSlots(config, script))
+    assert [t.state for t in study.trials()] == ["complete", "complete", "failed", "complete"]
+    assert "out of memory" in study.trials()[2].attrs["failure"]
+
+
+def test_a_study_in_which_nothing_works_stops(workdir: Path):
+    config = scripted(workdir)
+    slots = ScriptedSlots(config, lambda trial, seed, updates: RuntimeError("broken"))
+    with pytest.raises(RuntimeError, match="broken"):
+        drive(config, slots)
+    assert len(slots.calls) == 1
+    # mended, the study goes on with the same trial
+    study = drive(config, ScriptedSlots(config, lambda trial, seed, updates: 1.0), resume=True)
+    assert [(t.number, t.value) for t in study.trials()] == [(i, 1.0) for i in range(4)]
+
+
+def test_a_learner_that_dies_is_asked_again_with_the_same_pack(workdir: Path):
+    from ray.exceptions import ActorDiedError
+
+    deaths = Counter[int]()
+
+    def script(trial: int, seed: int, updates: int) -> float | Exception:
+        if trial == 1 and deaths[updates] < 2:
+            deaths[updates] += 1
+            return ActorDiedError()
+        return float(updates)
+
+    config = scripted(workdir, pruner={"name": "none"}, num_trials=2)
+    slots = ScriptedSlots(config, script)
+    assert [t.value for t in drive(config, slots).trials()] == [300.0, 300.0]
+    assert sum(deaths.values()) == 6
+
+
+def test_trials_that_overtake_each_other_are_all_recorded(workdir: Path):
+    """Two slots, answered last in, first out: the later trial ends first."""
+    config = scripted(workdir, pruner={"name": "none"})
+    study = drive(config, ScriptedSlots(config, lambda trial, seed, updates: float(trial), size=2))
+    assert [t.value for t in study.trials()] == [0.0, 1.0, 2.0, 3.0]
+    metrics = [r for r in records(study.folder, "study") if r["type"] == "metrics" and "trial/value" in r["values"]]
+    assert [r["step"] for r in metrics] == [0, 1, 2, 3]  # ascending, else the tracker takes them for repetitions
+    assert [r["values"]["trial/number"] for r in metrics] != [0, 1, 2, 3]
+    assert {r["values"]["trial/value"] for r in metrics} == {0.0, 1.0, 2.0, 3.0}
+
+
+def test_stages_of_a_searched_dynamics_setting_do_not_mix(workdir: Path):
+    space = {"method.dynamics.learning_rate": {"type": "categorical", "choices": [0.002, 0.003]}}
+    config = scripted(workdir, space=space, num_trials=2, enqueue=[
+        {"method.dynamics.learning_rate": 0.002}, {"method.dynamics.learning_rate": 0.003}])  # fmt: skip
+    slots = ScriptedSlots(config, lambda trial, seed, updates: 1.0, size=2)
+    study = drive(config, slots)
+    assert [call for call in slots.calls if call[0] == "build_stage"] == [("build_stage", "dynamics")] * 2
+    steps: dict[str, list[int]] = {}
+    for record in records(study.folder, "study"):
+        for name in record.get("values", {}):
+            if name.endswith("/train_loss"):
+                steps.setdefault(name, []).append(record["step"])
+    assert list(steps.values()) == [[0, 1, 2], [0, 1, 2]]
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL of the driver: nothing that the program does can catch it."""
+
+
+@pytest.mark.parametrize("moment", ["ask", "set_attr", "report", "should_prune", "tell", "tell_pruned", "metrics"])
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_driver_killed_anywhere_leaves_a_study_that_ends_the_same(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, moment: str, call: int
+):
+    """The driver dies right after it has written something down; a new one with new learners goes on."""
+    pruner = {"name": "median", "warmup_fraction": 0.0, "startup_trials": 1}
+
+    def run(name: str, resume: bool = False) -> Study:
+        config = scripted(workdir, name=name, pruner=pruner)
+        slots = ScriptedSlots(config, lambda trial, seed, updates: (9.0 if trial < 2 else 2.0) + updates / 100 + trial)
+        return drive(config, slots, resume)
+
+    undisturbed = run("undisturbed")
+    assert [t.state for t in undisturbed.trials()] == ["complete", "complete", "pruned", "pruned"]
+    owner: Any = RunSpool if moment == "metrics" else Study
+    original, calls = getattr(owner, moment), 0
+
+    def dying(self: Any, *args: Any) -> Any:
+        nonlocal calls
+        result = original(self, *args)
+        calls += 1
+        if calls == call:
+            raise Killed
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, moment, dying)
+        with pytest.raises(Killed):
+            run("killed")
+    killed = run("killed", resume=True)
+
+    def shown(study: Study) -> list[Any]:
+        return [(t.number, t.state, t.value, t.params, t.intermediate) for t in study.trials()]
+
+    assert shown(killed) == shown(undisturbed)
+    assert points(killed.folder, "study") == points(undisturbed.folder, "study")
+
+
+def test_a_run_whose_driver_died_before_it_could_be_dropped_is_ended(workdir: Path):
+    """The study knows that the trial was pruned, but its learner went down with the driver."""
+    config = scripted(workdir, num_trials=1)
+    folder = workdir / "studies" / "s"
+    with Study.create(folder, config.study_spec()) as study:
+        ticket = study.ask()
+        assert ticket is not None
+        study.report(ticket.number, 100, 1.0)
+        study.tell_pruned(ticket.number)
+    for seed in range(2):
+        with RunSpool(folder / "spool", f"t0000-s{seed}") as spool:
+            spool.start(RunInfo("t000"))
+            spool.metrics(50, {"train/x": 1.0})
+    for _ in range(2):  # the second time there is nothing left to do
+        drive(config, ScriptedSlots(config, lambda trial, seed, updates: 1.0), resume=True)
+        for seed in range(2):
+            kinds = [record["type"] for record in records(folder, f"t0000-s{seed}")]
+            assert kinds == ["start", "metrics", "tags", "end"]
+        assert records(folder, "t0000-s1")[-1]["status"] == "KILLED"

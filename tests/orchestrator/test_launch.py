@@ -1,0 +1,152 @@
+"""Starting, resuming and showing studies: what is checked first, and what may change in between."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from benchmarks.kill_tests import SETTINGS, Remains
+from envs.errors import UserError
+from orchestrator import launch
+from orchestrator.cli import main
+from orchestrator.config import Config, load_config, to_dict
+from sweeps.study import Study
+from tests.orchestrator.studies import ScriptedSlots, configured, quiet
+
+ONE = ("study.space={}", "study.num_trials=1", "num_seeds=1")
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learners that train nothing."""
+    import contextlib
+
+    slots: list[ScriptedSlots] = []
+
+    class Lazy(ScriptedSlots):
+        def __init__(self) -> None: ...
+
+    @contextlib.contextmanager
+    def open_slots(compute: Any) -> Any:
+        yield slots[-1]
+
+    started = launch._run
+
+    def run(config: Config, *args: Any) -> Any:
+        slots.append(ScriptedSlots(config, lambda trial, seed, updates: float(trial)))
+        return started(config, *args)
+
+    monkeypatch.setattr(launch, "open_slots", open_slots)
+    monkeypatch.setattr(launch, "_run", run)
+
+
+def without_space(config: Config) -> Config:
+    config.study.space, config.study.num_trials = {}, 1
+    return config
+
+
+@pytest.mark.usefixtures("scripted")
+def test_a_study_without_a_name_gets_one_that_says_what_it_is(workdir: Path):
+    config = without_space(configured(workdir, "study.name=''"))
+    outcome = launch.start(config, quiet())
+    assert outcome.experiment.startswith("ravl-tiny-2")
+    assert (workdir / "studies" / outcome.experiment / "config.yaml").exists()
+
+
+@pytest.mark.usefixtures("scripted")
+def test_a_resumed_study_may_change_where_it_runs_and_nothing_else(workdir: Path):
+    launch.start(configured(workdir), quiet())
+    before = Remains.of(workdir, "killed")
+    launch.resume("killed", workdir, ["compute.threads=2", "seed=0"], quiet())  # seed=0 is no change
+    assert Remains.of(workdir, "killed").trials == before.trials
+    for override, key in (
+        ("seed=1", "seed"), ("method.tau=0.5", "method.tau"), ("study.num_trials=9", "study.num_trials"),
+        ("evaluation.episodes=1", "evaluation.episodes"), ("workdir=/elsewhere", "workdir"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=rf"^{key} was .* cannot change while a study is resumed"):
+            launch.resume("killed", workdir, [override], quiet())
+
+
+@pytest.mark.usefixtures("scripted")
+def test_sweep_resume_refuses_a_file_that_has_changed_since(workdir: Path, capsys: pytest.CaptureFixture[str]):
+    file = workdir / "study.yaml"
+    file.write_text(yaml.safe_dump(SETTINGS))
+    options = ["--workdir", str(workdir)]
+    assert main(["sweep", str(file), *options, "method.tau=0.01"]) == 0
+    assert main(["sweep", str(file), *options, "method.tau=0.01", "compute.threads=2", "--resume"]) == 0
+    capsys.readouterr()
+    assert main(["sweep", str(file), *options, "--resume"]) == 2
+    assert "method.tau was 0.01 and is 0.005" in capsys.readouterr().err
+    assert main(["sweep", str(file), *options]) == 2
+    assert "already holds a study" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("scripted")
+def test_a_moved_work_folder_can_be_resumed_and_shown(workdir: Path, tmp_path: Path):
+    launch.start(configured(workdir), quiet())
+    moved = tmp_path / "moved"
+    shutil.move(workdir, moved)
+    shutil.rmtree(workdir, ignore_errors=True)
+    outcome = launch.resume("killed", moved, [], quiet())
+    assert outcome.study.folder == moved / "studies" / "killed"
+    assert not workdir.exists()
+    text = io.StringIO()
+    launch.show("killed", moved, Console(file=text, width=200))
+    assert "best trial:" in text.getvalue()
+
+
+def test_a_study_that_was_killed_before_it_began_says_so(workdir: Path):
+    config = configured(workdir)
+    with Study.create(workdir / "studies" / "killed", config.study_spec()):
+        pass
+    with pytest.raises(UserError, match="was killed before it began; remove it"):
+        launch.resume("killed", workdir, [], quiet())
+
+
+@pytest.mark.usefixtures("scripted")
+def test_the_file_names_the_work_folder_unless_the_command_line_does(workdir: Path, tmp_path: Path):
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump({**SETTINGS, "workdir": str(workdir)}))
+    assert main(["sweep", str(file), "study.name=a"]) == 0
+    assert (workdir / "studies" / "a").exists()
+    other = tmp_path / "other"
+    shutil.copytree(workdir, other)
+    assert main(["sweep", str(file), "study.name=b", "--workdir", str(other)]) == 0
+    assert (other / "studies" / "b").exists()
+    assert not (workdir / "studies" / "b").exists()
+
+
+def test_the_stored_configuration_of_a_run_trains_that_run_again(workdir: Path, monkeypatch: pytest.MonkeyPatch):
+    launch.start(configured(workdir, "seed=3", "num_seeds=1", num_trials=2, name="first"), quiet())
+    stored = workdir / "studies" / "first" / "runs" / "t0001-s3"
+    monkeypatch.chdir(workdir.parent)  # away from the work folder, which the file names
+    assert main(["train", "--config", str(stored / "config.yaml"), "study.name=again"]) == 0
+    again = workdir / "studies" / "again"
+    assert (again / "runs" / "t0000-s3" / "policy.npz").read_bytes() == (stored / "policy.npz").read_bytes()
+    assert load_config([stored / "config.yaml"], []).method == load_config([again / "config.yaml"], []).method
+
+
+@pytest.mark.usefixtures("scripted")
+def test_artifacts_of_a_shared_store_are_where_the_store_keeps_them(workdir: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not in this machine's work folder, where the users of the store would not find them."""
+    store = workdir.parent / "shared"
+    store.mkdir()
+    shutil.move(workdir / "mlflow.db", store / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store / 'mlflow.db'}")
+    launch.start(configured(workdir), quiet())
+    assert [*store.rglob("trials.csv")]
+    assert not (workdir / "mlartifacts").exists()
+    assert not (workdir / "mlflow.db").exists()
+
+
+def test_a_plain_configuration_is_not_changed_by_reading_it(workdir: Path):
+    config = configured(workdir)
+    assert to_dict(load_config([to_dict(config)], [])) == to_dict(config)
+    assert os.path.isabs(config.workdir)

@@ -1,0 +1,230 @@
+"""The learner: stopped anywhere it ends as if undisturbed; runs that end early leave the others alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agents.method import load_method
+from benchmarks.kill_tests import policy_digest
+from envs.errors import UserError
+from orchestrator.artifacts import ArtifactStore, load_tensors, stage_key
+from orchestrator.config import ComputeConfig, load_config, to_dict
+from orchestrator.learner import Learner, LearnerProcess, PackSpec
+from orchestrator.workers import Workers
+from tests.orchestrator.studies import IN_PROCESS, configured, make_pack, points, records, same, train
+
+TWO = [({"method.eta": 0.1}, 0), ({"method.eta": 2.0}, 1)]
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+def stop_in_epoch(learner: Learner, epoch: int) -> None:
+    """Make the learner die in the middle of an epoch: after its rollouts, before anything of it is logged."""
+    train_epoch = learner.method.train_epoch
+
+    def dying(number: int) -> Any:
+        if number == epoch:
+            raise Stop
+        return train_epoch(number)
+
+    learner.method.train_epoch = dying  # type: ignore[method-assign, assignment]
+
+
+def assert_same_end(one: PackSpec, other: PackSpec) -> None:
+    for run in one.runs:
+        folders = [Path(pack.study_folder) / "runs" / run.run_key for pack in (one, other)]
+        assert policy_digest(folders[0] / "policy.npz") == policy_digest(folders[1] / "policy.npz")
+        assert same(*(load_tensors(folder / "checkpoint.pt") for folder in folders))
+        evaluations = [json.loads((folder / "evaluations.json").read_text()) for folder in folders]
+        assert evaluations[0] == evaluations[1]
+        assert points(one.study_folder, run.run_key) == points(other.study_folder, run.run_key)
+
+
+def advance_to_the_end(learner: Learner) -> None:
+    while not learner.advance().finished:
+        pass
+
+
+@pytest.mark.parametrize(("epoch", "minutes"), [(0, 0.0), (1, 0.0), (2, 60.0), (3, 0.0)])
+def test_a_learner_stopped_in_any_epoch_ends_like_an_undisturbed_one(workdir: Path, epoch: int, minutes: float):
+    undisturbed, stopped = (make_pack(workdir, TWO, name=name) for name in ("undisturbed", "stopped"))
+    report = train(undisturbed)
+    compute = ComputeConfig(device="cpu", checkpoint_minutes=minutes)  # 60: from the very beginning
+    learner = Learner(stopped, compute, Workers())
+    stop_in_epoch(learner, epoch)
+    with pytest.raises(Stop):
+        advance_to_the_end(learner)
+    again = train(stopped, compute)
+    assert (again.updates, again.evaluations, again.diverged) == (200, report.evaluations, {})
+    assert_same_end(undisturbed, stopped)
+    # what the tracker would be sent: every epoch of every metric, and two evaluations
+    steps = {key: {s for k, s in points(stopped.study_folder, "t0000-s0") if k == key} for key in ("eval/score",)}
+    assert steps == {"eval/score": {100, 200}}
+    assert {s for k, s in points(stopped.study_folder, "t0000-s0") if k.startswith("train/")} == {50, 100, 150, 200}
+
+
+def test_a_learner_stopped_after_its_last_epoch_finishes(workdir: Path):
+    undisturbed, stopped = (make_pack(workdir, TWO, name=name) for name in ("undisturbed", "stopped"))
+    train(undisturbed)
+    learner = Learner(stopped, IN_PROCESS, Workers())
+
+    def die() -> None:
+        raise Stop
+
+    learner._finish = die  # type: ignore[method-assign]
+    learner.advance()
+    with pytest.raises(Stop):
+        learner.advance()
+    report = train(stopped)
+    assert report.finished
+    assert_same_end(undisturbed, stopped)
+
+
+def test_a_run_in_a_pack_ends_as_it_does_alone(workdir: Path):
+    pack = make_pack(workdir, TWO, name="pack")
+    train(pack)
+    for i, member in enumerate(TWO):
+        alone = make_pack(workdir, [member], name=f"alone{i}")
+        train(alone)
+        one = np.load(Path(alone.study_folder) / "runs" / alone.runs[0].run_key / "policy.npz")
+        other = np.load(Path(pack.study_folder) / "runs" / pack.runs[i].run_key / "policy.npz")
+        for name in one:
+            if one[name].dtype.kind == "f":
+                np.testing.assert_allclose(one[name], other[name], rtol=1e-3, atol=1e-4)
+
+
+def test_dropping_a_run_lets_the_others_go_on(workdir: Path):
+    three = [*TWO, ({"method.eta": 0.5}, 2)]
+    whole, thinned = (make_pack(workdir, three, name=name) for name in ("whole", "thinned"))
+    train(whole)
+    learner = Learner(thinned, IN_PROCESS, Workers())
+    assert learner.advance().updates == 100
+    # a fresh learner, so that the checkpoint of three has to be thinned
+    learner = Learner(thinned, IN_PROCESS, Workers())
+    report = learner.advance(["t0001-s1", "nobody"])
+    assert report.finished
+    assert {key: [e.updates for e in done] for key, done in report.evaluations.items()} == {
+        "t0000-s0": [100, 200], "t0001-s1": [100], "t0002-s2": [100, 200],
+    }  # fmt: skip
+    last = records(thinned.study_folder, "t0001-s1")[-2:]
+    assert (last[0]["tags"], last[1]["status"]) == ({"outcome": "pruned"}, "KILLED")
+    assert not (Path(thinned.study_folder) / "runs" / "t0001-s1" / "policy.npz").exists()
+    for key in ("t0000-s0", "t0002-s2"):
+        policies = [np.load(Path(p.study_folder) / "runs" / key / "policy.npz") for p in (whole, thinned)]
+        for name in policies[0]:
+            if policies[0][name].dtype.kind == "f":
+                np.testing.assert_allclose(policies[0][name], policies[1][name], rtol=1e-3, atol=1e-4)
+    # and a learner that comes after the thinned checkpoint knows of it
+    assert Learner(thinned, IN_PROCESS, Workers()).alive == ["t0000-s0", "t0002-s2"]
+
+
+def test_when_all_runs_are_dropped_the_pack_has_ended(workdir: Path):
+    pack = make_pack(workdir, TWO)
+    learner = Learner(pack, IN_PROCESS, Workers())
+    learner.advance()
+    assert learner.advance([run.run_key for run in pack.runs]).finished
+
+
+def test_a_diverging_run_is_stopped_and_marked_and_its_mate_ends_as_alone(workdir: Path):
+    mixed = make_pack(workdir, [TWO[0], ({"method.actor_lr": 1e6, "method.critic_lr": 1e6}, 1)], name="mixed")
+    alone = make_pack(workdir, TWO[:1], name="alone")
+    report, alone_report = train(mixed), train(alone)
+    assert list(report.diverged) == ["t0001-s1"]
+    assert report.finished
+    last = records(mixed.study_folder, "t0001-s1")[-2:]
+    assert (last[0]["tags"], last[1]["status"]) == ({"outcome": "diverged"}, "FAILED")
+    assert not (Path(mixed.study_folder) / "runs" / "t0001-s1" / "policy.npz").exists()
+    values = [[e.value for e in r.evaluations["t0000-s0"]] for r in (report, alone_report)]
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
+    assert records(mixed.study_folder, "t0000-s0")[-1]["status"] == "FINISHED"
+    # it stays so for a learner that comes later
+    assert Learner(mixed, IN_PROCESS, Workers()).diverged == report.diverged
+
+
+def test_a_policy_that_is_not_finite_counts_as_diverged(workdir: Path):
+    """The last update of an epoch can spoil the policy although all metrics of the epoch are finite."""
+    pack = make_pack(workdir, TWO)
+    learner = Learner(pack, IN_PROCESS, Workers())
+    train_epoch = learner.method.train_epoch
+
+    def spoiling(epoch: int) -> Any:
+        metrics = train_epoch(epoch)
+        if epoch == 1:
+            actor = learner.method.sac.actor  # type: ignore[attr-defined]
+            actor.blocks(actor.flat)[0][1] = math.nan
+        return metrics
+
+    learner.method.train_epoch = spoiling  # type: ignore[method-assign]
+    report = learner.advance()
+    assert report.diverged == {"t0001-s1": 100}
+    assert report.evaluations["t0001-s1"] == []
+    assert [e.updates for e in learner.advance().evaluations["t0000-s0"]] == [100, 200]
+
+
+def test_what_a_run_announces(workdir: Path):
+    pack = make_pack(workdir, TWO)
+    Learner(pack, IN_PROCESS, Workers())
+    start = records(pack.study_folder, "t0001-s1")[0]
+    assert start["run_name"] == "t001-s1"
+    assert start["params"]["method.eta"] == "2.0"
+    tags = start["tags"]
+    assert (tags["trial"], tags["seed"], tags["method"], tags["dataset"]) == ("1", "1", "ravl", "tiny")
+    assert tags["pack"] == "pack"
+    assert tags["config_hash"] != records(pack.study_folder, "t0000-s0")[0]["tags"]["config_hash"]
+    assert start["datasets"][0]["name"] == "tiny"
+    stored = load_config([Path(pack.study_folder) / "runs" / "t0001-s1" / "config.yaml"], [])
+    assert to_dict(stored) == pack.runs[1].config
+
+
+def test_a_checkpoint_of_another_pack_is_refused(workdir: Path):
+    pack = make_pack(workdir, TWO)
+    Learner(pack, IN_PROCESS, Workers()).advance()
+    other = make_pack(workdir, [TWO[1], TWO[0]])
+    with pytest.raises(UserError, match="of another version or pack"):
+        Learner(other, IN_PROCESS, Workers())
+
+
+def test_a_pack_survives_json(workdir: Path):
+    pack = make_pack(workdir, TWO)
+    assert PackSpec.from_json(json.loads(json.dumps(pack.to_json()))) == pack
+
+
+def test_a_stage_is_built_once_and_keeps_its_history(workdir: Path):
+    config = configured(workdir, "method.dynamics.seed=7")
+    process = LearnerProcess(IN_PROCESS)
+    process.build_stage(to_dict(config), "dynamics")
+    store = ArtifactStore(workdir / "artifacts")
+    dataset_hash = Learner(make_pack(workdir, TWO), IN_PROCESS, Workers()).dataset.content_hash
+    stage = load_method("ravl").stages(config.method)["dynamics"]  # type: ignore[attr-defined]
+    key = stage_key(stage, dataset_hash)
+    content = store.folder(stage.kind, key) / "content.pt"
+    before = content.stat().st_mtime_ns
+    process.build_stage(to_dict(config), "dynamics")
+    assert content.stat().st_mtime_ns == before
+    history = store.description(stage.kind, key)["history"]
+    assert [step for step, _ in history] == sorted({step for step, _ in history})
+    assert history[0][1]["train_loss"] > 0
+
+
+def test_a_stage_whose_data_cannot_be_learned_leaves_nothing(workdir: Path):
+    """Rewards of 1e38 overflow: said at once, and no half-made artifact is taken for a whole one."""
+    import dataclasses
+
+    from envs.hdf5 import write_hdf5
+    from envs.registry import load_dataset
+
+    tiny = load_dataset("tiny", workdir)
+    rewards = np.where(np.arange(len(tiny.rewards)) % 2, 1e38, -1e38).astype(np.float32)
+    write_hdf5(dataclasses.replace(tiny, name="huge", rewards=rewards), workdir / "datasets" / "huge.hdf5")
+    before = set((workdir / "artifacts").rglob("content.pt"))
+    with pytest.raises(UserError, match="diverged"):
+        LearnerProcess(IN_PROCESS).build_stage(to_dict(configured(workdir, "dataset=huge")), "dynamics")
+    assert set((workdir / "artifacts").rglob("content.pt")) == before

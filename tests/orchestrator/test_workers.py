@@ -1,0 +1,145 @@
+"""Rollout workers and evaluators: Ray actors give the numbers of the parent process, whatever happens to them."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from agents.dynamics import Ensemble
+from agents.method import RolloutJob, RolloutResult
+from orchestrator.learner import Learner
+from orchestrator.workers import Workers
+from tests.orchestrator.studies import IN_PROCESS, make_pack
+
+SEEDS = range(10_000, 10_003)
+
+
+@pytest.fixture(scope="module")
+def learner(base: Path) -> Learner:
+    """A pack of three, whose first epoch's rollouts make three jobs."""
+    pack = make_pack(base, [({}, seed) for seed in range(3)], name="workers")
+    return Learner(pack, IN_PROCESS, Workers())
+
+
+def policies(learner: Learner) -> list[dict[str, np.ndarray]]:
+    return [learner._policy(m) for m in range(3)]
+
+
+def same_rollouts(one: Sequence[RolloutResult], other: Sequence[RolloutResult]) -> bool:
+    return len(one) == len(other) and all(
+        a.member == b.member and torch.equal(a.rows, b.rows) and a.statistics == b.statistics
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def pool(request: pytest.FixtureRequest, ray_cluster: None) -> Iterator[Workers]:
+    """Two actors of the kind that the test names: they take up the two CPUs of the tests' Ray."""
+    import ray
+
+    kind = request.param
+    workers = Workers(2, 0) if kind == "rollout_workers" else Workers(0, 2)
+    yield workers
+    for actor in (*workers._rollout_workers, *workers._evaluators):
+        ray.kill(actor)
+
+
+def first_of(pool: Workers) -> Workers:
+    workers = Workers()
+    workers._rollout_workers, workers._evaluators = pool._rollout_workers[:1], pool._evaluators[:1]
+    return workers
+
+
+rollout_workers = pytest.mark.parametrize("pool", ["rollout_workers"], indirect=True)
+evaluators = pytest.mark.parametrize("pool", ["evaluators"], indirect=True)
+
+
+@rollout_workers
+def test_one_and_two_actors_give_the_rollouts_of_the_parent_process(learner: Learner, pool: Workers):
+    jobs = learner.method.rollout_jobs(0)
+    assert len(jobs) == 3
+    here = Workers().rollouts(jobs, learner.method.ensemble)
+    assert len({tuple(r.rows[0].tolist()) for r in here}) == 3
+    assert same_rollouts(here, pool.rollouts(jobs, learner.method.ensemble))
+    assert same_rollouts(here, first_of(pool).rollouts(jobs, learner.method.ensemble))
+
+
+def changed(ensemble: Ensemble, factor: float) -> Ensemble:
+    state = ensemble.state_dict()
+    return Ensemble.from_state_dict({**state, "tensors": {k: v * factor for k, v in state["tensors"].items()}})
+
+
+@rollout_workers
+def test_a_worker_never_uses_the_ensemble_of_an_earlier_pack(learner: Learner, pool: Workers):
+    """Ensembles come and go with their packs, often at the same address."""
+    jobs, workers = learner.method.rollout_jobs(0), first_of(pool)
+    for i in range(6):
+        ensemble = changed(learner.method.ensemble, 1.0 + 0.1 * i)
+        assert same_rollouts(Workers().rollouts(jobs, ensemble), workers.rollouts(jobs, ensemble))
+        del ensemble
+        gc.collect()
+
+
+def killed_in_mid_work(work: Callable[[], Any], pid: int, after: float = 0.1) -> Any:
+    """Do some work while a process it needs is killed."""
+    killed_at: list[float] = []
+
+    def kill() -> None:
+        time.sleep(after)
+        os.kill(pid, signal.SIGKILL)
+        killed_at.append(time.monotonic())
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    result = work()
+    ended_at = time.monotonic()
+    thread.join()
+    assert killed_at[0] < ended_at, "the work was done before the kill: give it more to do"
+    return result
+
+
+@rollout_workers
+def test_a_killed_rollout_worker_is_asked_again(learner: Learner, pool: Workers):
+    jobs: list[RolloutJob] = [job for epoch in range(120) for job in learner.method.rollout_jobs(epoch)]
+    pids = pool.pids()["rollout_workers"]
+    here = Workers().rollouts(jobs, learner.method.ensemble)
+    there = killed_in_mid_work(lambda: pool.rollouts(jobs, learner.method.ensemble), pids[0])
+    assert same_rollouts(here, there)
+    after = pool.pids()["rollout_workers"]
+    assert (after[0] != pids[0], after[1]) == (True, pids[1])
+    # and the restarted one goes on
+    assert same_rollouts(here[:3], pool.rollouts(jobs[:3], learner.method.ensemble))
+
+
+@evaluators
+def test_one_and_two_actors_give_the_evaluations_of_the_parent_process(learner: Learner, pool: Workers):
+    here = Workers().evaluate(policies(learner), "Pendulum-v1", SEEDS)
+    assert len({tuple(r.tolist()) for r in here}) == 3
+    for workers in (pool, first_of(pool)):
+        there = workers.evaluate(policies(learner), "Pendulum-v1", SEEDS)
+        assert [r.tolist() for r in here] == [r.tolist() for r in there]
+
+
+@evaluators
+def test_a_killed_evaluator_is_asked_again(learner: Learner, pool: Workers):
+    seeds = range(50)
+    pids = pool.pids()["evaluators"]
+    here = Workers().evaluate(policies(learner), "Pendulum-v1", seeds)
+    there = killed_in_mid_work(lambda: pool.evaluate(policies(learner), "Pendulum-v1", seeds), pids[0])
+    assert [r.tolist() for r in here] == [r.tolist() for r in there]
+    after = pool.pids()["evaluators"]
+    assert (after[0] != pids[0], after[1]) == (True, pids[1])
+
+
+def test_no_jobs_are_no_work(learner: Learner):
+    assert Workers().rollouts([], learner.method.ensemble) == []

@@ -1,0 +1,145 @@
+"""Benchmarks: their arithmetic is that of the code they time, and no failed run replaces earlier results."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from agents.dynamics import DynamicsConfig, EnsembleTrainer
+from agents.replay import Replay, transition_rows
+from benchmarks import common, learner_speed, ravl_hopper, run
+from envs.errors import UserError
+from orchestrator.spool import RunInfo, RunSpool
+
+
+def count_flops(work):
+    """Of the matrix products that torch executes, oneDNN's linear included."""
+    custom = {}
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+
+        def linear(x, weight, *args, out_shape, **kwargs):
+            return 2 * out_shape.numel() * x[-1]
+
+        custom[torch.ops.mkldnn._linear_pointwise] = linear
+    with FlopCounterMode(display=False, custom_mapping=custom) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", learner_speed.SAC_CASES)
+@pytest.mark.parametrize("pack", [1, 3])
+def test_the_counted_arithmetic_of_an_update_is_what_the_update_does(name, pack):
+    """Otherwise the share of the machine's rate in the results is wrong: mend `sac_flops` with the update."""
+    case = learner_speed.SAC_CASES[name]
+    replay = Replay(transition_rows(*learner_speed.hopper_shaped(1000)), pack, 0)
+    work = learner_speed.sac_work(learner_speed.sac_learner(case, pack), replay)
+    work()
+    widths = (learner_speed.OBSERVATION_DIM, learner_speed.ACTION_DIM)
+    counted = learner_speed.sac_flops(*widths, learner_speed.BATCH, case)
+    assert count_flops(work) / pack == pytest.approx(counted, rel=0.03)
+
+
+def test_the_counted_arithmetic_of_an_ensemble_epoch_is_what_the_epoch_does():
+    obs, action, reward, _, next_obs = learner_speed.hopper_shaped(1000)
+    config = DynamicsConfig(ensemble_size=3, num_elites=2)
+    trainer = EnsembleTrainer(obs, action, reward, next_obs, config)
+
+    def epoch():
+        trainer.train_epoch(0)
+        trainer.holdout_mse()
+
+    counted = learner_speed.dynamics_flops(obs.shape[1], action.shape[1], 800, 200, config)
+    assert count_flops(epoch) == pytest.approx(counted, rel=0.03)
+
+
+def test_a_pack_is_measured_beside_a_pack_of_one(capfd):
+    words = ["--cases", "small_net", "--packs", "2", "--threads", "1", "--blocks", "2", "--seconds", "0.02"]
+    assert learner_speed.main(words) == 0
+    (text,) = capfd.readouterr().out.splitlines()
+    line = common.parse_line(text, "learner_speed")
+    assert (line["case"], line["pack"], line["threads"]) == ("small_net", 2, 1)
+    assert line["ratio"] == pytest.approx(line["value"] / line["reference"], rel=1e-4)
+    assert "pack of 1" in line["reference_is"]
+    of_products = line["flops_per_update"] * line["value"] / (line["matrix_gflops"] * 1e9)
+    assert line["share_of_matrix_rate"] == pytest.approx(of_products, rel=1e-4)
+    assert line["matrix_gflops"] == max(line["matrix_rates"].values())
+
+
+@pytest.fixture
+def spool(tmp_path):
+    spool = RunSpool(tmp_path, "t0000-s0")
+    tags = {"environment": "Hopper-v5", "score_reference": "D4RL"}
+    spool.start(RunInfo("t000-s0", {}, tags))
+    spool.metrics(1000, {"train/q_mean": 5.0})
+    spool.metrics(2000, {"train/q_mean": 900.0, "eval/score": 12.0})
+    spool.start(RunInfo("t000-s0", {}, tags))  # killed and resumed: the last step comes again
+    spool.metrics(2000, {"train/q_mean": 900.0, "eval/score": 12.0})
+    return spool
+
+
+def test_a_run_is_summarised_by_its_last_score_and_its_largest_value_estimate(spool):
+    spool.metrics(3000, {"train/q_mean": 70.0, "eval/score": 30.0})
+    spool.set_tags({"outcome": "finished"})
+    spool.end("FINISHED")
+    summary = ravl_hopper.run_summary(spool.path)
+    assert summary["normalized_score"] == 30.0
+    assert (summary["mean_q"], summary["max_mean_q"], summary["updates"]) == (70.0, 900.0, 3000)
+    assert summary["environment"] == "Hopper-v5"
+
+
+def test_a_diverged_run_has_no_score(spool):
+    spool.metrics(3000, {"train/q_mean": float("nan")})
+    spool.set_tags({"outcome": "diverged"})
+    spool.end("FAILED")
+    summary = ravl_hopper.run_summary(spool.path)
+    assert summary["normalized_score"] is None
+    line = common.record("ravl_hopper", "base/s0", None, "score", 1.0, 1, "python", **summary)
+    assert json.loads(json.dumps(line, allow_nan=False))["mean_q"] is None
+    assert line["max_mean_q"] == 900.0
+
+
+def fake_benchmark(monkeypatch, root, body):
+    """Let `benchmarks.run` find a benchmark of ours."""
+    (root / "benchmarks").mkdir()
+    (root / "benchmarks" / "learner_speed.py").write_text(body)
+    monkeypatch.setattr(run, "ROOT", root)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+
+
+LINE = json.dumps(dict.fromkeys(common.FIELDS, 1) | {"benchmark": "learner_speed"})
+
+
+def test_results_are_replaced_by_those_of_a_run_that_ended_well(monkeypatch, tmp_path, capfd):
+    fake_benchmark(monkeypatch, tmp_path, f"import sys\nprint({LINE!r})\nprint('by the way', file=sys.stderr)\n")
+    (tmp_path / "learner_speed.jsonl").write_text("old\n")
+    assert run.main(["learner_speed", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "learner_speed.jsonl").read_text() == LINE + "\n"
+    assert capfd.readouterr().out == LINE + "\n"
+
+
+@pytest.mark.parametrize(
+    "body", [f"print({LINE!r})\nraise SystemExit(1)", "print('42 updates per second')", "print('{}')", "pass"]
+)
+def test_results_are_kept_when_a_run_fails_or_prints_something_else(monkeypatch, tmp_path, body):
+    fake_benchmark(monkeypatch, tmp_path, body)
+    (tmp_path / "learner_speed.jsonl").write_text("old\n")
+    assert run.main(["learner_speed", "--out", str(tmp_path)]) == 1
+    assert (tmp_path / "learner_speed.jsonl").read_text() == "old\n"
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".jsonl"] == ["learner_speed.jsonl"]
+
+
+def test_a_line_of_another_benchmark_is_refused():
+    with pytest.raises(UserError, match="ravl_hopper printed a line of 'learner_speed'"):
+        common.parse_line(LINE, "ravl_hopper")
+
+
+def test_the_methods_share_one_dynamics_ensemble_and_differ_where_they_should():
+    args = ravl_hopper.build_parser().parse_args(["--updates", "20000", "--hidden", "256", "256"])
+    configs = {m: ravl_hopper.load_config([], ravl_hopper.overrides(m, args)) for m in ravl_hopper.METHODS}
+    assert configs["ravl"].method.dynamics == configs["base"].method.dynamics == configs["mopo"].method.dynamics
+    assert {m: (c.method.num_critics, c.method.eta) for m, c in configs.items()} == {
+        "base": (2, 0.0), "ravl": (10, 1.0), "mopo": (2, 0.0),
+    }  # fmt: skip
+    assert all(c.method.hidden == [256, 256] and c.method.num_updates == 20000 for c in configs.values())
+    assert all(c.evaluation.every_epochs * c.method.updates_per_epoch == 5000 for c in configs.values())
