@@ -72,7 +72,9 @@ class ModelBasedConfig:
             raise UserError(f"method.gamma={self.gamma} must lie between 0 and 1")
         if not 0 < self.tau <= 1:
             raise UserError(f"method.tau={self.tau} must lie in (0, 1]")
-        if self.eta < 0 or (self.eta > 0 and self.num_critics < 2):
+        if self.max_alpha is not None and not self.max_alpha > 0:
+            raise UserError(f"method.max_alpha={self.max_alpha} must be greater than 0, or null")
+        if not self.eta >= 0 or (self.eta > 0 and self.num_critics < 2):
             raise UserError(f"method.eta={self.eta} must be 0, or greater with method.num_critics of at least 2")
         if self.initialisation not in INITIALISATIONS:
             raise UserError(
@@ -85,8 +87,8 @@ class ModelBasedConfig:
                 f"method.num_updates={self.num_updates} must be a multiple of "
                 f"method.updates_per_epoch={self.updates_per_epoch}"
             )
-        if not self.hidden:
-            raise UserError("method.hidden needs at least one width, for example [256,256]")
+        if not self.hidden or min(self.hidden) < 1:
+            raise UserError(f"method.hidden={self.hidden} needs one or more widths of at least 1, such as [256,256]")
 
     @property
     def num_epochs(self) -> int:
@@ -165,7 +167,7 @@ class ModelBasedSAC:
             starts = self._draw_starts(generator(seed, "starts", epoch))
             for shard, rows in enumerate(starts.split(SHARD_ROWS)):
                 jobs.append(RolloutJob(
-                    m, seed, epoch, shard, self.data.env_id, actor, rows, config.rollout_length,
+                    m, seed, epoch, shard, self.data.env_id, actor, rows.clone(), config.rollout_length,
                     type(self).penalty, self.penalty_coef(config),
                 ))  # fmt: skip
         return jobs
@@ -180,11 +182,13 @@ class ModelBasedSAC:
         return self.data.observations[index.to(self.device)]
 
     def add_rollouts(self, results: Sequence[RolloutResult]) -> list[dict[str, float]]:
+        if not results:
+            return [{} for _ in range(self.num_members)]
         per_member: list[dict[str, float]] = []
         for m in range(self.num_members):
             mine = [r for r in results if r.member == m]
             if not mine:
-                return [{} for _ in range(self.num_members)]
+                raise ValueError(f"no rollouts for member {m} of {self.num_members}")
             total = mine[0].statistics
             for result in mine[1:]:
                 total = total + result.statistics
@@ -195,7 +199,8 @@ class ModelBasedSAC:
                 "rollout/transitions": float(total.transitions),
                 "rollout/mean_length": total.transitions / self.num_starts,
                 "rollout/terminal_share": total.terminals / count,
-                "rollout/reward_mean": total.reward_sum / count,
+                # not a number where nothing could be kept and there is nothing to learn from
+                "rollout/reward_mean": total.reward_sum / count if self.replay.sizes[m] else math.nan,
                 "rollout/dropped": float(total.dropped),
             }
             if type(self).penalty is not None:

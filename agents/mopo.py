@@ -28,8 +28,8 @@ class MOPOConfig(ModelBasedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.penalty_coef < 0:
-            raise UserError(f"method.penalty_coef={self.penalty_coef} must not be negative")
+        if not self.penalty_coef >= 0:
+            raise UserError(f"method.penalty_coef={self.penalty_coef} must be 0 or greater")
 
 
 def max_aleatoric(std_EBD: Tensor) -> Tensor:

@@ -92,6 +92,10 @@ class StackedMLP:
         gather_members(self, self.flat, other, other.flat, members)
         return other
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # pickled as a whole, every view would carry the whole storage again
+        return _rebuild, (self.lead, self.sizes, self.flat)
+
     def parts(self, batch: int) -> list[tuple[slice, StackedMLP]]:
         """The stack in parts that share its storage, with their places in it.
 
@@ -153,6 +157,12 @@ class StackedMLP:
         for layer, (x, delta) in enumerate(zip(inputs, [*deltas, grad_out], strict=True)):
             torch.bmm(x.mT, delta, out=self.weight_grads[layer])
             torch.sum(delta, dim=1, keepdim=True, out=self.bias_grads[layer])
+
+
+def _rebuild(lead: tuple[int, ...], sizes: tuple[int, ...], flat: Tensor) -> StackedMLP:
+    network = StackedMLP(lead, sizes, flat.device)
+    network.flat.copy_(flat)
+    return network
 
 
 class StackedScalar:

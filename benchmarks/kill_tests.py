@@ -291,14 +291,8 @@ def undisturbed(base: Path) -> tuple[Remains, float]:
         sweep = Sweep(workdir, RAY)
         sweep.wait_for_training()
         began = time.monotonic()
-        total = 0
-
-        def ended() -> bool:
-            nonlocal total
-            total = logged_points(workdir)
-            return len([*(workdir / "studies" / STUDY).glob("runs/*/policy.npz")]) == 6
-
-        wait_until("the end of training", ended)
+        policies = SETTINGS["study"]["num_trials"] * SETTINGS["num_seeds"]
+        wait_until("the end", lambda: len([*workdir.glob("studies/*/runs/*/policy.npz")]) == policies)
         seconds = time.monotonic() - began
         return sweep.finish(), seconds
 
@@ -362,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     BENCHMARK, case, float(result.equal), "equal to undisturbed", None, 1, command,
                     round=number, killed_at_s=killed_at, training_s=seconds, trials=len(remains.trials),
                     points=remains.points.total(), lost=result.lost, duplicated=result.duplicated,
-                    different=result.different, seed=args.seed,
+                    different=result.different, seed=args.seed, with_ray=case == "driver" and number % 2 == 0,
                 )  # fmt: skip
                 print_line({**line, "reference": "undisturbed run"})
     return int(failed)

@@ -85,7 +85,7 @@ def resume(
     stored = load_config([file], [])
     config = asked or load_config([file], overrides)
     if asked:
-        config.workdir = stored.workdir  # the folder may have moved
+        config.workdir = stored.workdir  # given by the command line, perhaps relative
     before, now = flatten(to_dict(stored)), flatten(to_dict(config))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and not key.startswith(RESUMABLE):
@@ -129,7 +129,10 @@ def _check_before_compute(config: Config) -> Dataset:
 def _run(config: Config, study: Study, dataset: Dataset, console: Console) -> Outcome:
     tracker = Tracker(
         _store_uri(config), study.spec.name, study.folder / "spool", study.folder / "tracker.json",
-        experiment_tags={"offsweep.study": study.spec.name, "method": config.method_name, "dataset": config.dataset},
+        experiment_tags={
+            "offsweep.study": study.spec.name, "method": config.method_name, "dataset": config.dataset,
+            "mlflow.experimentKind": "custom_model_development",  # its page opens on training runs, not on traces
+        },
     )  # fmt: skip
     tracker.set_experiment_note(_note(config, study.spec))
     with _tracking(tracker, console), RunSpool(study.folder / "spool", "study") as spool:

@@ -200,19 +200,24 @@ class Learner:
         started = time.perf_counter()
         jobs = self.method.rollout_jobs(self.epoch)
         results = self.workers.rollouts(jobs, self.method.ensemble) if jobs else []
-        metrics = self.method.add_rollouts(results)
+        metrics = dict(zip(self.alive, self.method.add_rollouts(results), strict=True))
         rolled_out = time.perf_counter()
-        trained = self.method.train_epoch(self.epoch)
-        now = time.perf_counter()
+        # where no model row could be kept there is nothing to learn from
+        self._log_and_diverge(metrics, only_diverged=True)
+        if not self.alive:
+            return
+        trained = dict(zip(self.alive, self.method.train_epoch(self.epoch), strict=True))
+        seconds = time.perf_counter() - rolled_out
         self.epoch += 1
-        rate = self.configs[0].method.updates_per_epoch / (now - rolled_out)
+        rate = self.configs[0].method.updates_per_epoch / seconds
         timing = {"time/updates_per_second": rate, "time/rollout_seconds": rolled_out - started}
-        diverged = []
-        for m, key in enumerate(self.alive):
-            values = {**metrics[m], **trained[m]}
-            self._spools[key].metrics(self.updates, {**values, **timing})
-            if not all(math.isfinite(v) for v in values.values()):
-                diverged.append(key)
+        self._log_and_diverge({key: {**metrics[key], **values, **timing} for key, values in trained.items()})
+
+    def _log_and_diverge(self, metrics: Mapping[str, Mapping[str, float]], only_diverged: bool = False) -> None:
+        """Log each run's metrics at the current number of updates; stop the runs with one that is not finite."""
+        diverged = [key for key, values in metrics.items() if not all(map(math.isfinite, values.values()))]
+        for key in diverged if only_diverged else metrics:
+            self._spools[key].metrics(self.updates, metrics[key])
         self._diverge(diverged)
 
     def _evaluate(self) -> None:

@@ -403,7 +403,10 @@ def test_the_stage_names_every_setting_it_depends_on() -> None:
         ({"initialisation": "xavier"}, r"method\.initialisation='xavier' must be one of edac, edac-fan-in, torch"),
         ({"actor_lr_schedule": "linear"}, r"method\.actor_lr_schedule='linear' must be constant or cosine"),
         ({"num_updates": 1500}, r"method\.num_updates=1500 must be a multiple of method\.updates_per_epoch=1000"),
-        ({"hidden": []}, r"method\.hidden needs at least one width"),
+        ({"hidden": []}, r"method\.hidden=\[\] needs one or more widths"),
+        ({"hidden": [0]}, r"method\.hidden=\[0\] needs one or more widths"),
+        ({"eta": math.nan}, r"method\.eta=nan must be 0"),
+        ({"max_alpha": 0.0}, r"method\.max_alpha=0\.0 must be greater than 0"),
     ],
 )  # fmt: skip
 def test_a_bad_setting_is_named(changes: dict[str, Any], sentence: str) -> None:
@@ -412,7 +415,7 @@ def test_a_bad_setting_is_named(changes: dict[str, Any], sentence: str) -> None:
 
 
 def test_a_negative_penalty_is_named() -> None:
-    with pytest.raises(UserError, match=r"^method\.penalty_coef=-0\.5 must not be negative$"):
+    with pytest.raises(UserError, match=r"^method\.penalty_coef=-0\.5 must be 0 or greater$"):
         MOPOConfig(penalty_coef=-0.5)
     with pytest.raises(UserError, match=r"method\.gamma=2"):
         MOPOConfig(gamma=2.0)  # what all methods check

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Sequence
 
 import pytest
@@ -160,3 +161,15 @@ def test_a_member_starts_the_same_in_every_pack(scheme: str) -> None:
 def test_an_unknown_scheme_is_named() -> None:
     with pytest.raises(ValueError, match="unknown initialisation 'xavier'; one of edac, edac-fan-in, torch"):
         initialise(stack(), [torch.Generator()] * 2, scheme="xavier", last_bound=1.0)
+
+
+def test_a_pickled_stack_is_as_large_as_its_parameters_and_computes_the_same() -> None:
+    stack = StackedMLP((2,), (5, 64, 64, 3))
+    initialise(stack, [torch.Generator().manual_seed(m) for m in range(2)], scheme="torch", last_bound=1.0)
+    content = pickle.dumps(stack)
+    assert len(content) < 4 * stack.flat.numel() + 5_000
+    copy = pickle.loads(content)
+    x = torch.randn(2, 7, 5)
+    assert torch.equal(copy.forward(x)[0], stack.forward(x)[0])
+    copy.flat.zero_()  # parameters and layers are one storage again
+    assert not copy.forward(x)[0].any()

@@ -317,21 +317,30 @@ class Killed(BaseException):
     """Stands for a SIGKILL of the driver: nothing that the program does can catch it."""
 
 
-@pytest.mark.parametrize("moment", ["ask", "set_attr", "report", "should_prune", "tell", "tell_pruned", "metrics"])
-@pytest.mark.parametrize("call", [1, 2])
+def pruning(workdir: Path, name: str, resume: bool = False) -> Study:
+    """A study of three trials; the last is pruned."""
+    pruner = {"name": "median", "warmup_fraction": 0.0, "startup_trials": 1}
+    config = scripted(workdir, "num_seeds=1", name=name, num_trials=3, pruner=pruner)
+    slots = ScriptedSlots(config, lambda trial, seed, updates: (9.0 if trial < 2 else 2.0) + updates / 100 + trial)
+    return drive(config, slots, resume)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base: Path) -> Study:
+    study = pruning(base, "undisturbed")
+    assert [t.state for t in study.trials()] == ["complete", "complete", "pruned"]
+    return study
+
+
+@pytest.mark.parametrize(
+    ("moment", "call"),
+    [("ask", 2), ("set_attr", 1), ("set_attr", 5), ("report", 2), ("should_prune", 3), ("tell", 1), ("tell_pruned", 1),
+     ("metrics", 1), ("metrics", 5)],
+)  # fmt: skip
 def test_a_driver_killed_anywhere_leaves_a_study_that_ends_the_same(
-    workdir: Path, monkeypatch: pytest.MonkeyPatch, moment: str, call: int
+    workdir: Path, undisturbed: Study, monkeypatch: pytest.MonkeyPatch, moment: str, call: int
 ):
     """The driver dies right after it has written something down; a new one with new learners goes on."""
-    pruner = {"name": "median", "warmup_fraction": 0.0, "startup_trials": 1}
-
-    def run(name: str, resume: bool = False) -> Study:
-        config = scripted(workdir, name=name, pruner=pruner)
-        slots = ScriptedSlots(config, lambda trial, seed, updates: (9.0 if trial < 2 else 2.0) + updates / 100 + trial)
-        return drive(config, slots, resume)
-
-    undisturbed = run("undisturbed")
-    assert [t.state for t in undisturbed.trials()] == ["complete", "complete", "pruned", "pruned"]
     owner: Any = RunSpool if moment == "metrics" else Study
     original, calls = getattr(owner, moment), 0
 
@@ -346,8 +355,8 @@ def test_a_driver_killed_anywhere_leaves_a_study_that_ends_the_same(
     with monkeypatch.context() as patch:
         patch.setattr(owner, moment, dying)
         with pytest.raises(Killed):
-            run("killed")
-    killed = run("killed", resume=True)
+            pruning(workdir, "killed")
+    killed = pruning(workdir, "killed", resume=True)
 
     def shown(study: Study) -> list[Any]:
         return [(t.number, t.state, t.value, t.params, t.intermediate) for t in study.trials()]

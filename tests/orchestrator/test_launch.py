@@ -89,17 +89,13 @@ def test_sweep_resume_refuses_a_file_that_has_changed_since(workdir: Path, capsy
 
 
 @pytest.mark.usefixtures("scripted")
-def test_a_moved_work_folder_can_be_resumed_and_shown(workdir: Path, tmp_path: Path):
-    launch.start(configured(workdir), quiet())
-    moved = tmp_path / "moved"
-    shutil.move(workdir, moved)
-    shutil.rmtree(workdir, ignore_errors=True)
-    outcome = launch.resume("killed", moved, [], quiet())
-    assert outcome.study.folder == moved / "studies" / "killed"
-    assert not workdir.exists()
+def test_a_study_is_shown_while_it_has_a_driver(workdir: Path):
+    outcome = launch.start(configured(workdir), quiet())
     text = io.StringIO()
-    launch.show("killed", moved, Console(file=text, width=200))
+    with Study.open(outcome.study.folder):
+        launch.show("killed", workdir, Console(file=text, width=200))
     assert "best trial:" in text.getvalue()
+    assert "3.0" not in text.getvalue()  # three trials: 0, 1, 2
 
 
 def test_a_study_that_was_killed_before_it_began_says_so(workdir: Path):
