@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from envs.errors import UserError
 from orchestrator.config import ComputeConfig
-from orchestrator.environment import worker_environment
+from orchestrator.environment import prepare_environment, worker_environment
 from orchestrator.learner import LearnerProcess, resolve_device
 
 
@@ -93,29 +93,31 @@ def open_slots(compute: ComputeConfig) -> Iterator[Slots]:
     A cluster of our own gets as many logical CPUs as there are processes to run, even on fewer cores. On a cluster
     that runs already, more processes than its CPUs are refused: Ray would wait for them for ever.
     """
-    if compute.device == "cuda" and compute.address is None:
+    address = compute.address or os.environ.get("RAY_ADDRESS")
+    if compute.device == "cuda" and address is None:
         resolve_device(compute.device)
     per_learner = 1 + compute.num_rollout_workers + compute.num_evaluators
     inline = compute.num_learners == 0
     if inline and per_learner == 1:
         yield InlineSlots(compute)
         return
+    prepare_environment(address)
     import ray
 
     cores = len(os.sched_getaffinity(0))
-    gpus = _gpus_here(compute) if compute.address is None else 0
+    gpus = _gpus_here(compute) if address is None else 0
     try:
-        if compute.address is None:
+        if address is None:
             learners = _default_learners(compute, cores, gpus)
             needed = max(learners, 1) * per_learner
             ray.init(
                 address="local", num_cpus=max(cores, needed), num_gpus=gpus, include_dashboard=False,
-                configure_logging=True, logging_level=logging.ERROR, log_to_driver=False,
+                logging_level=logging.ERROR, log_to_driver=False,
                 runtime_env={"env_vars": worker_environment()},
             )  # fmt: skip
         else:
             ray.init(
-                address=compute.address, logging_level=logging.ERROR, log_to_driver=False,
+                address=address, logging_level=logging.ERROR, log_to_driver=False,
                 runtime_env={"env_vars": worker_environment()},
             )  # fmt: skip
             resources = ray.cluster_resources()
@@ -125,10 +127,10 @@ def open_slots(compute: ComputeConfig) -> Iterator[Slots]:
             if needed > resources.get("CPU", 0):
                 raise UserError(
                     f"{needed} worker processes do not fit the {resources.get('CPU', 0):.0f} CPUs of the cluster at "
-                    f"{compute.address}; lower compute.num_learners, num_rollout_workers or num_evaluators"
+                    f"{address}; lower compute.num_learners, num_rollout_workers or num_evaluators"
                 )
     except (ConnectionError, TimeoutError) as error:
-        raise UserError(f"no Ray cluster answers at compute.address={compute.address}: {error}") from None
+        raise UserError(f"no Ray cluster answers at {address}: {error}") from None
     try:
         if inline:
             yield InlineSlots(compute)

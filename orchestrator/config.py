@@ -57,7 +57,7 @@ class ComputeConfig:
     runs_per_pack: int | None = None  # None: the seeds of one trial
     threads: int = 1  # of torch, per process
     device: str = "auto"  # auto | cpu | cuda
-    address: str | None = None  # of a running Ray cluster; None: a cluster of our own on this machine
+    address: str | None = None  # of a running Ray cluster; None: $RAY_ADDRESS, else one of our own on this machine
     checkpoint_minutes: float = 5.0  # 0: every epoch; always when a run ends
 
 

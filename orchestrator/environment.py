@@ -38,6 +38,9 @@ KNOBS: dict[str, str] = {
     "DO_NOT_TRACK": "true",
     # The tracker retries from its spool; MLflow's own seven retries would block a call for over a minute.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # seconds; a server that hangs is one that is away
+    # Ending a run over http would print its address between the lines of the display.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # `offsweep ui` needs none of the server's job consumers, which take most of its start-up time and memory.
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
 }

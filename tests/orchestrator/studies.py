@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
 
@@ -22,6 +24,11 @@ from orchestrator.workers import Workers
 from sweeps.study import Study
 
 IN_PROCESS = ComputeConfig(device="cpu", checkpoint_minutes=0.0)
+
+
+def copied(base: Path, factory: pytest.TempPathFactory) -> Path:
+    """A copy of the prepared work folder, for fixtures of a module."""
+    return Path(shutil.copytree(base, factory.mktemp("copy") / "work"))
 
 
 def quiet() -> Console:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from agents.method import load_method, method_settings
 from envs.errors import UserError
 from orchestrator.config import (
     Config,
@@ -40,9 +41,11 @@ def test_command_line_goes_over_files_and_files_over_the_methods_settings(tmp_pa
     config = load_config([file], ["method.eta=2", "evaluation.episodes=4"])
     assert (config.method.eta, config.evaluation.episodes) == (2.0, 4)  # command line
     assert (config.method.num_critics, config.seed) == (7, 3)  # file
-    assert config.method.hidden == [64, 64]  # the method's settings for pendulum, over its own [256, 256, 256]
-    assert config.method.initialisation == "edac"  # the method's settings for any dataset, over the class's "torch"
-    assert config.method.auto_alpha is True  # the class
+    _, settings = method_settings("ravl", "embedded/pendulum-medium-v0", None)
+    plain = load_method("ravl").Config()
+    assert config.method.rollout_batch == settings["rollout_batch"] != plain.rollout_batch  # the method's settings
+    assert "max_alpha" not in settings
+    assert config.method.max_alpha == plain.max_alpha  # the class
 
 
 def test_a_later_file_goes_over_an_earlier_one():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 import sqlite3
 from collections import Counter
 from pathlib import Path
@@ -20,7 +21,7 @@ from orchestrator.config import Config, digest, identity, load_config
 from orchestrator.learner import LearnerProcess
 from orchestrator.spool import RunInfo, RunSpool
 from sweeps.study import Study
-from tests.orchestrator.studies import ScriptedSlots, configured, drive, points, records
+from tests.orchestrator.studies import ScriptedSlots, configured, copied, drive, points, records
 
 ETA = {"method.eta": {"type": "float", "low": 0.01, "high": 10.0, "log": True}}
 ALL_RUNS = [f"t{trial:04d}-s{seed}" for trial in range(3) for seed in range(2)]
@@ -69,9 +70,7 @@ class Finished:
 @pytest.fixture(scope="module")
 def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """Three trials of two seeds, from a work folder without stages."""
-    import shutil
-
-    workdir = Path(shutil.copytree(base, tmp_path_factory.mktemp("driver") / "work"))
+    workdir = copied(base, tmp_path_factory)
     shutil.rmtree(workdir / "artifacts")
     done = Finished(workdir, "whole")
     with pytest.MonkeyPatch.context() as patch:
@@ -175,6 +174,7 @@ def test_resuming_a_finished_study_changes_nothing(finished: Finished):
     assert Remains.of(finished.workdir, "whole") == before
 
 
+@pytest.mark.slow  # test_kill.py holds a learner in Ray, and killed there, against one in this process
 def test_one_learner_in_ray_gives_the_same_trials(workdir: Path, ray_cluster: None):
     config = configured(workdir, name="inline", num_trials=2)
     inline = drive(config, InlineSlots(config.compute))
@@ -276,7 +276,7 @@ def test_a_learner_that_dies_is_asked_again_with_the_same_pack(workdir: Path):
     deaths = Counter[int]()
 
     def script(trial: int, seed: int, updates: int) -> float | Exception:
-        if trial == 1 and deaths[updates] < 2:
+        if trial == 1 and deaths[updates] < 1:
             deaths[updates] += 1
             return ActorDiedError()
         return float(updates)
@@ -284,7 +284,7 @@ def test_a_learner_that_dies_is_asked_again_with_the_same_pack(workdir: Path):
     config = scripted(workdir, pruner={"name": "none"}, num_trials=2)
     slots = ScriptedSlots(config, script)
     assert [t.value for t in drive(config, slots).trials()] == [300.0, 300.0]
-    assert sum(deaths.values()) == 6
+    assert sum(deaths.values()) == 3
 
 
 def test_trials_that_overtake_each_other_are_all_recorded(workdir: Path):
@@ -326,15 +326,15 @@ def pruning(workdir: Path, name: str, resume: bool = False) -> Study:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(base: Path) -> Study:
-    study = pruning(base, "undisturbed")
+def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    study = pruning(copied(base, tmp_path_factory), "undisturbed")
     assert [t.state for t in study.trials()] == ["complete", "complete", "pruned"]
     return study
 
 
 @pytest.mark.parametrize(
     ("moment", "call"),
-    [("ask", 2), ("set_attr", 1), ("set_attr", 5), ("report", 2), ("should_prune", 3), ("tell", 1), ("tell_pruned", 1),
+    [("ask", 2), ("set_attr", 1), ("set_attr", 5), ("report", 7), ("should_prune", 3), ("tell", 1), ("tell_pruned", 1),
      ("metrics", 1), ("metrics", 5)],
 )  # fmt: skip
 def test_a_driver_killed_anywhere_leaves_a_study_that_ends_the_same(

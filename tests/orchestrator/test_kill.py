@@ -7,7 +7,6 @@ Rollout workers and evaluators alone are killed in test_workers.py; whole sweeps
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import threading
 from collections import Counter
@@ -31,7 +30,7 @@ from benchmarks.kill_tests import (
 )
 from orchestrator.cluster import InlineSlots, RaySlots
 from orchestrator.tracking import Tracker
-from tests.orchestrator.studies import configured, drive
+from tests.orchestrator.studies import configured, copied, drive
 
 
 def tracked(workdir: Path) -> None:
@@ -43,7 +42,7 @@ def tracked(workdir: Path) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Remains:
-    workdir = Path(shutil.copytree(base, tmp_path_factory.mktemp("undisturbed") / "work"))
+    workdir = copied(base, tmp_path_factory)
     config = configured(workdir)
     drive(config, InlineSlots(config.compute))
     tracked(workdir)
@@ -67,7 +66,8 @@ def assert_equal(undisturbed: Remains, killed: Remains) -> None:
     assert (len(killed.trials), len(killed.policies)) == (3, 6)
 
 
-@pytest.mark.parametrize("minutes", [0.0, 60.0])  # a checkpoint every epoch, and none before the end
+# a checkpoint every epoch, and none before the end
+@pytest.mark.parametrize("minutes", [0.0, pytest.param(60.0, marks=pytest.mark.slow)])
 def test_a_killed_learner_takes_its_pack_up_again(
     workdir: Path, undisturbed: Remains, ray_cluster: None, minutes: float
 ):
@@ -108,7 +108,7 @@ def test_a_killed_sweep_ends_the_same_when_it_is_resumed(workdir: Path, undistur
 
 @pytest.fixture(scope="module")
 def undisturbed_sweep(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Remains:
-    return Sweep(Path(shutil.copytree(base, tmp_path_factory.mktemp("undisturbed") / "work")), RAY).finish()
+    return Sweep(copied(base, tmp_path_factory), RAY).finish()
 
 
 @pytest.mark.slow

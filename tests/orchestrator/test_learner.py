@@ -17,9 +17,17 @@ from orchestrator.artifacts import ArtifactStore, load_tensors, stage_key
 from orchestrator.config import ComputeConfig, load_config, to_dict
 from orchestrator.learner import Learner, LearnerProcess, PackSpec
 from orchestrator.workers import Workers
-from tests.orchestrator.studies import IN_PROCESS, configured, make_pack, points, records, same, train
+from tests.orchestrator.studies import IN_PROCESS, configured, copied, make_pack, points, records, same, train
 
 TWO = [({"method.eta": 0.1}, 0), ({"method.eta": 2.0}, 1)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> PackSpec:
+    """The pack of two, trained to its end."""
+    pack = make_pack(copied(base, tmp_path_factory), TWO)
+    train(pack)
+    return pack
 
 
 class Stop(Exception):
@@ -54,16 +62,17 @@ def advance_to_the_end(learner: Learner) -> None:
 
 
 @pytest.mark.parametrize(("epoch", "minutes"), [(0, 0.0), (1, 0.0), (2, 60.0), (3, 0.0)])
-def test_a_learner_stopped_in_any_epoch_ends_like_an_undisturbed_one(workdir: Path, epoch: int, minutes: float):
-    undisturbed, stopped = (make_pack(workdir, TWO, name=name) for name in ("undisturbed", "stopped"))
-    report = train(undisturbed)
+def test_a_learner_stopped_in_any_epoch_ends_like_an_undisturbed_one(
+    workdir: Path, undisturbed: PackSpec, epoch: int, minutes: float
+):
+    stopped = make_pack(workdir, TWO)
     compute = ComputeConfig(device="cpu", checkpoint_minutes=minutes)  # 60: from the very beginning
     learner = Learner(stopped, compute, Workers())
     stop_in_epoch(learner, epoch)
     with pytest.raises(Stop):
         advance_to_the_end(learner)
     again = train(stopped, compute)
-    assert (again.updates, again.evaluations, again.diverged) == (200, report.evaluations, {})
+    assert (again.updates, again.diverged) == (200, {})
     assert_same_end(undisturbed, stopped)
     # what the tracker would be sent: every epoch of every metric, and two evaluations
     steps = {key: {s for k, s in points(stopped.study_folder, "t0000-s0") if k == key} for key in ("eval/score",)}
@@ -71,9 +80,8 @@ def test_a_learner_stopped_in_any_epoch_ends_like_an_undisturbed_one(workdir: Pa
     assert {s for k, s in points(stopped.study_folder, "t0000-s0") if k.startswith("train/")} == {50, 100, 150, 200}
 
 
-def test_a_learner_stopped_after_its_last_epoch_finishes(workdir: Path):
-    undisturbed, stopped = (make_pack(workdir, TWO, name=name) for name in ("undisturbed", "stopped"))
-    train(undisturbed)
+def test_a_learner_stopped_after_its_last_epoch_finishes(workdir: Path, undisturbed: PackSpec):
+    stopped = make_pack(workdir, TWO)
     learner = Learner(stopped, IN_PROCESS, Workers())
 
     def die() -> None:
@@ -88,9 +96,8 @@ def test_a_learner_stopped_after_its_last_epoch_finishes(workdir: Path):
     assert_same_end(undisturbed, stopped)
 
 
-def test_a_run_in_a_pack_ends_as_it_does_alone(workdir: Path):
-    pack = make_pack(workdir, TWO, name="pack")
-    train(pack)
+def test_a_run_in_a_pack_ends_as_it_does_alone(workdir: Path, undisturbed: PackSpec):
+    pack = undisturbed
     for i, member in enumerate(TWO):
         alone = make_pack(workdir, [member], name=f"alone{i}")
         train(alone)

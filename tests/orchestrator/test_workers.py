@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import threading
@@ -19,15 +18,15 @@ from agents.dynamics import Ensemble
 from agents.method import RolloutJob, RolloutResult
 from orchestrator.learner import Learner
 from orchestrator.workers import Workers
-from tests.orchestrator.studies import IN_PROCESS, make_pack
+from tests.orchestrator.studies import IN_PROCESS, copied, make_pack
 
 SEEDS = range(10_000, 10_003)
 
 
 @pytest.fixture(scope="module")
-def learner(base: Path) -> Learner:
+def learner(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Learner:
     """A pack of three, whose first epoch's rollouts make three jobs."""
-    pack = make_pack(base, [({}, seed) for seed in range(3)], name="workers")
+    pack = make_pack(copied(base, tmp_path_factory), [({}, seed) for seed in range(3)], name="workers")
     return Learner(pack, IN_PROCESS, Workers())
 
 
@@ -74,20 +73,19 @@ def test_one_and_two_actors_give_the_rollouts_of_the_parent_process(learner: Lea
     assert same_rollouts(here, first_of(pool).rollouts(jobs, learner.method.ensemble))
 
 
-def changed(ensemble: Ensemble, factor: float) -> Ensemble:
-    state = ensemble.state_dict()
-    return Ensemble.from_state_dict({**state, "tensors": {k: v * factor for k, v in state["tensors"].items()}})
-
-
 @rollout_workers
 def test_a_worker_never_uses_the_ensemble_of_an_earlier_pack(learner: Learner, pool: Workers):
-    """Ensembles come and go with their packs, often at the same address."""
+    """Ensembles come and go with their packs; a new one may lie where an old one lay."""
     jobs, workers = learner.method.rollout_jobs(0), first_of(pool)
-    for i in range(6):
-        ensemble = changed(learner.method.ensemble, 1.0 + 0.1 * i)
-        assert same_rollouts(Workers().rollouts(jobs, ensemble), workers.rollouts(jobs, ensemble))
-        del ensemble
-        gc.collect()
+    elites, width = learner.method.ensemble.elites, learner.method.ensemble.observation_dim
+    weights = [{k: v * factor for k, v in learner.method.ensemble.tensors.items()} for factor in (0.9, 1.1)]
+    ensemble = Ensemble(weights[0], elites, width)
+    address = id(ensemble)
+    workers.rollouts(jobs, ensemble)
+    del ensemble
+    others = [Ensemble(weights[1], elites, width) for _ in range(1000)]
+    other = next((e for e in others if id(e) == address), others[0])
+    assert same_rollouts(Workers().rollouts(jobs, other), workers.rollouts(jobs, other))
 
 
 def killed_in_mid_work(work: Callable[[], Any], pid: int, after: float = 0.1) -> Any:
