@@ -53,8 +53,8 @@ class DynamicsConfig:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "batch_size", "max_holdout", "patience", "max_epochs"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"dynamics.{name}={getattr(self, name)} must be greater than 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"dynamics.{name}={getattr(self, name)} must be greater than 0 and finite")
         if not 1 <= self.num_elites <= self.ensemble_size:
             raise UserError(f"dynamics.num_elites={self.num_elites} must lie in 1..ensemble_size={self.ensemble_size}")
         if len(self.weight_decay) != len(self.hidden) + 1:

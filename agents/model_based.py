@@ -64,8 +64,8 @@ class ModelBasedConfig:
         positive = ("num_critics", "batch_size", "num_updates", "updates_per_epoch", "rollout_length", "rollout_batch",
                     "rollout_epochs_retained", "actor_lr", "critic_lr", "alpha_lr", "alpha")  # fmt: skip
         for name in positive:
-            if not getattr(self, name) > 0:
-                raise UserError(f"method.{name}={getattr(self, name)} must be greater than 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"method.{name}={getattr(self, name)} must be greater than 0 and finite")
         if not 0 <= self.real_ratio <= 1:
             raise UserError(f"method.real_ratio={self.real_ratio} must lie between 0 and 1")
         if not 0 < self.gamma < 1:

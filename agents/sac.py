@@ -178,7 +178,7 @@ class SAC:
 
     # ---- update ---------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def update(self, rows_MBW: Tensor, noise: Noise, with_metrics: bool = False) -> dict[str, Tensor] | None:
         """One gradient step of every member, in place.
 

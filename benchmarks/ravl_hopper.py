@@ -221,9 +221,7 @@ def run_all(args: argparse.Namespace, command: str) -> int:
     base: float | None = None
     with ThreadPoolExecutor(max(1, args.at_once)) as pool:
         # the ensemble is built once: the store lets a second process wait for it
-        trained = {
-            method: pool.submit(train, method, configs[method], given, args) for method, given in chosen.items()
-        }
+        trained = {method: pool.submit(train, method, configs[method], given, args) for method, given in chosen.items()}
         for method, future in trained.items():
             lines = list(lines_of(method, future.result(), configs[method], dataset, command))
             for line in lines:

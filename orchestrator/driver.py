@@ -289,6 +289,12 @@ class Driver:
             self.progress.stage = None
         if _process_died(result) and self._deaths.get(key, 0) < MAX_DEATHS:
             self._deaths[key] = self._deaths.get(key, 0) + 1
+        elif isinstance(result, UserError) and key not in self._base_keys.values():
+            # with the settings of some trials only: as if their runs had diverged
+            for number in {run.trial for pack in self._waiting.pop(key, []) for run in pack.runs}:
+                self.study.set_attr(number, "failure", str(result))
+                self.study.tell_diverged(number, self._bad_value())
+                self._end(self.progress.running[number])
         elif isinstance(result, BaseException):
             raise result
         self._queue.extendleft(reversed(self._waiting.pop(key, [])))

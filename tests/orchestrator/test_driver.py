@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.kill_tests import Remains
+from envs.errors import UserError
 from orchestrator import launch
 from orchestrator.artifacts import load_tensors
 from orchestrator.cluster import InlineSlots, RaySlots
@@ -246,6 +247,24 @@ def test_an_impossible_combination_is_told_as_diverged(workdir: Path):
     assert (trials[0].diverged, trials[1].value) == (True, 5.0)
     assert "num_critics of at least 2" in trials[0].attrs["failure"]
     assert [method for method, _ in slots.calls if method == "advance"] == ["advance"] * 3
+
+
+def test_a_stage_that_diverges_with_one_trials_settings_ends_that_trial_alone(workdir: Path):
+    space = {"method.dynamics.learning_rate": {"type": "categorical", "choices": [1e-3, 2e-3, 1e3]}}
+    enqueue = [{"method.dynamics.learning_rate": rate} for rate in (2e-3, 1e3, 1e-3)]
+    config = scripted(workdir, space=space, num_trials=3, enqueue=enqueue)
+    slots = ScriptedSlots(config, lambda trial, seed, updates: 5.0)
+    build = slots.build_stage
+
+    def diverging(run: dict[str, Any], name: str) -> None:
+        if run["method"]["dynamics"]["learning_rate"] == 1e3:
+            raise UserError("dynamics training diverged")
+        build(run, name)
+
+    slots.build_stage = diverging  # type: ignore[method-assign]
+    trials = drive(config, slots).trials()
+    assert [t.diverged for t in trials] == [False, True, False]
+    assert trials[1].attrs["failure"] == "dynamics training diverged"
 
 
 def test_a_failing_pack_fails_its_trial_alone(workdir: Path):
