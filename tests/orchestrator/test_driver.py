@@ -261,7 +261,7 @@ def test_a_stage_that_diverges_with_one_trials_settings_ends_that_trial_alone(wo
             raise UserError("dynamics training diverged")
         build(run, name)
 
-    slots.build_stage = diverging  # type: ignore[method-assign]
+    slots.build_stage = diverging  # type: ignore[method-assign, assignment]
     trials = drive(config, slots).trials()
     assert [t.diverged for t in trials] == [False, True, False]
     assert trials[1].attrs["failure"] == "dynamics training diverged"
