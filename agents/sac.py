@@ -197,7 +197,7 @@ class SAC:
             self._update_alpha(sample.log_prob)
         q_pi = self._update_actor(obs, sample, batch)
         target = self._critic_target(reward, done, next_obs, noise.target)
-        q, squared_error, diversity = self._update_critic(state_action, target, batch, with_metrics)
+        q, diversity = self._update_critic(state_action, target, batch, with_metrics)
         self.target.flat.lerp_(self.critic.flat, self.settings.tau)
         if not with_metrics:
             return None
@@ -206,7 +206,7 @@ class SAC:
             "q_policy": q_pi.mean(1),
             "q_std": q.view(self.num_members, self.num_critics, -1).std(1, correction=0).mean(1),
             "target_q": target.mean(1),
-            "critic_loss": squared_error,
+            "critic_loss": (q.view(self.num_members, -1, batch) - target.unsqueeze(1)).square().mean(2).sum(1),
             "entropy": -sample.log_prob.mean(1),
             "alpha": self.alpha_M1.view(-1).clone(),
             "actor_loss": (self.alpha_M1 * sample.log_prob - q_pi).mean(1),
@@ -255,8 +255,8 @@ class SAC:
 
     def _update_critic(
         self, sa_MBX: Tensor, target_MB: Tensor, batch: int, with_metrics: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradient step of all critics; their values `(G, B, 1)`, squared error `(M,)` and diversity `(M,)`."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradient step of all critics; their values before it, `(G, B, 1)`, and their diversity ES, `(M,)`."""
         m, n = self.num_members, self.num_critics
         x_GBX = self._to_stack(sa_MBX)
         y_GB1 = target_MB.unsqueeze(1).expand(m, n, batch).reshape(m * n, batch, 1)
@@ -274,8 +274,7 @@ class SAC:
         if self._eta_G11 is not None:
             diversity = self._write_diverse_gradients(traces, (q_GB1 - y_GB1).mul_(2.0 / batch), with_metrics)
         self.critic_optim.step()
-        squared_error = (q_GB1 - y_GB1).view(m, n, batch).square().mean(2).sum(1) if with_metrics else q_GB1
-        return q_GB1, squared_error, diversity
+        return q_GB1, diversity
 
     def _write_diverse_gradients(
         self, traces: list[tuple[list[Tensor], list[Tensor]]], c_GB1: Tensor, with_metrics: bool

@@ -19,10 +19,6 @@ class EmbeddedSpec:
     seed: int
 
 
-def _replay(prefix: str, snapshots: int) -> tuple[tuple[str, float], ...]:
-    return tuple((f"{prefix}-{i}", 1.0) for i in range(snapshots))
-
-
 EMBEDDED: dict[str, EmbeddedSpec] = {
     "embedded/pendulum-random-v0": EmbeddedSpec("Pendulum-v1", ((UNIFORM, 1.0),), 20_000, 1),
     "embedded/pendulum-medium-v0": EmbeddedSpec("Pendulum-v1", (("pendulum-medium", 1.0),), 20_000, 2),
@@ -31,7 +27,9 @@ EMBEDDED: dict[str, EmbeddedSpec] = {
         "Pendulum-v1", ((UNIFORM, 1.0), ("pendulum-random", 1.0), ("pendulum-medium", 1.0)), 20_000, 4
     ),
     "embedded/hopper-medium-v0": EmbeddedSpec("Hopper-v5", (("hopper-medium", 1.0),), 100_000, 5),
-    "embedded/hopper-medium-replay-v0": EmbeddedSpec("Hopper-v5", _replay("hopper-replay", 6), 100_000, 6),
+    "embedded/hopper-medium-replay-v0": EmbeddedSpec(
+        "Hopper-v5", (*((f"hopper-replay-{i}", 1.0) for i in range(5)), ("hopper-medium", 1.0)), 100_000, 6
+    ),
 }
 
 _TASKS = {"hopper": "Hopper", "halfcheetah": "HalfCheetah", "walker2d": "Walker2d", "ant": "Ant"}

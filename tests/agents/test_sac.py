@@ -79,7 +79,7 @@ def test_critic_gradient_is_autograds(eta: float) -> None:
     rows, _ = batch(1)
     target = torch.randn(1, BATCH)
     expected, diversity = critic_reference(sac, rows, target)
-    _, _, measured = sac._update_critic(rows[..., : OBS + ACT], target, BATCH, with_metrics=True)
+    _, measured = sac._update_critic(rows[..., : OBS + ACT], target, BATCH, with_metrics=True)
     torch.testing.assert_close(sac.critic.grad, expected, rtol=1e-4, atol=1e-6)
     if eta:
         assert measured is not None
