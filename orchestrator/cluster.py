@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -79,6 +80,15 @@ class RaySlots:
                 results.append((slot, getattr(error, "cause", None) or error))
         return results
 
+    def close(self) -> None:
+        """End the actors, also those that Ray is restarting."""
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor, no_restart=True)
+        self._actors.clear()
+        self._running.clear()
+
     def pids(self) -> list[dict[str, list[int]]]:
         """Process ids of every slot's learner, rollout workers and evaluators."""
         import ray
@@ -131,14 +141,31 @@ def open_slots(compute: ComputeConfig) -> Iterator[Slots]:
                 )
     except (ConnectionError, TimeoutError) as error:
         raise UserError(f"no Ray cluster answers at {address}: {error}") from None
+    slots: InlineSlots | RaySlots
+    if inline:
+        slots = InlineSlots(compute)
+    else:
+        use_gpu = gpus and compute.device != "cpu"
+        slots = RaySlots(compute, learners, min(1.0, int(1e4 * gpus / learners) / 1e4) if use_gpu else 0)
     try:
-        if inline:
-            yield InlineSlots(compute)
-        else:
-            use_gpu = gpus and compute.device != "cpu"
-            yield RaySlots(compute, learners, min(1.0, int(1e4 * gpus / learners) / 1e4) if use_gpu else 0)
+        yield slots
     finally:
+        if isinstance(slots, RaySlots):
+            slots.close()
+        _shut_down_ray()
+
+
+def _shut_down_ray() -> None:
+    """Leave Ray. It ends this process on the spot if a reference of its own is collected while it shuts down, which the
+    tracker's thread may do with what a caught exception held; so that is collected before, and nothing meanwhile."""
+    import ray
+
+    gc.collect()
+    gc.disable()
+    try:
         ray.shutdown()
+    finally:
+        gc.enable()
 
 
 def _gpus_here(compute: ComputeConfig) -> int:
