@@ -82,9 +82,7 @@ class StackedMLP:
 
     def to(self, device: torch.device | str) -> StackedMLP:
         """A copy on another device."""
-        other = StackedMLP(self.lead, self.sizes, device)
-        other.flat.copy_(self.flat)
-        return other
+        return _rebuild(self.lead, self.sizes, self.flat, device)
 
     def select(self, members: Sequence[int]) -> StackedMLP:
         """The networks of some members (indices into the first leading axis), copied."""
@@ -159,8 +157,10 @@ class StackedMLP:
             torch.sum(delta, dim=1, keepdim=True, out=self.bias_grads[layer])
 
 
-def _rebuild(lead: tuple[int, ...], sizes: tuple[int, ...], flat: Tensor) -> StackedMLP:
-    network = StackedMLP(lead, sizes, flat.device)
+def _rebuild(
+    lead: tuple[int, ...], sizes: tuple[int, ...], flat: Tensor, device: torch.device | str | None = None
+) -> StackedMLP:
+    network = StackedMLP(lead, sizes, flat.device if device is None else device)
     network.flat.copy_(flat)
     return network
 

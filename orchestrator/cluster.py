@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from envs.errors import UserError
 from orchestrator.config import ComputeConfig
 from orchestrator.environment import prepare_environment, worker_environment
-from orchestrator.learner import LearnerProcess, resolve_device
+from orchestrator.learner import LearnerProcess
 
 
 class Slots(Protocol):
@@ -96,6 +96,11 @@ class RaySlots:
         return ray.get([actor.pids.remote() for actor in self._actors])
 
 
+def cluster_address(compute: ComputeConfig) -> str | None:
+    """The running Ray cluster to join; None: one of our own on this machine."""
+    return compute.address or os.environ.get("RAY_ADDRESS")
+
+
 @contextlib.contextmanager
 def open_slots(compute: ComputeConfig) -> Iterator[Slots]:
     """Connect to Ray if anything is to run in it, and make the slots.
@@ -103,9 +108,7 @@ def open_slots(compute: ComputeConfig) -> Iterator[Slots]:
     A cluster of our own gets as many logical CPUs as there are processes to run, even on fewer cores. On a cluster
     that runs already, more processes than its CPUs are refused: Ray would wait for them for ever.
     """
-    address = compute.address or os.environ.get("RAY_ADDRESS")
-    if compute.device == "cuda" and address is None:
-        resolve_device(compute.device)
+    address = cluster_address(compute)
     per_learner = 1 + compute.num_rollout_workers + compute.num_evaluators
     inline = compute.num_learners == 0
     if inline and per_learner == 1:

@@ -215,7 +215,7 @@ class Driver:
                 self._record_ended()
                 continue
             for run in runs:
-                key = f"t{ticket.number:04d}-s{run.seed}"
+                key = run_key(ticket.number, run.seed)
                 tags = {**self.tags, "study": self.study.spec.name}
                 groups.setdefault(pack_key(run), []).append(RunSpec(key, ticket.number, run.seed, to_dict(run), tags))
         limit = self.config.compute.runs_per_pack or max(self.config.num_seeds, 1)
@@ -238,7 +238,7 @@ class Driver:
         return self.study.folder / "packs" / pack_id / "pack.json"
 
     def _track(self, ticket: TrialTicket) -> None:
-        keys = [f"t{ticket.number:04d}-s{seed}" for seed in self.config.seeds]
+        keys = [run_key(ticket.number, seed) for seed in self.config.seeds]
         # a driver may have died between the last report and the pruner's answer: that step is judged again
         judged = max(sorted(self.study.trials()[ticket.number].intermediate)[:-1], default=-1)
         self.progress.running[ticket.number] = TrialProgress(ticket.number, dict(ticket.active), keys, judged=judged)
@@ -373,7 +373,7 @@ class Driver:
         """End the runs of an ended trial whose learner could not."""
         failed = record.state == "failed"
         for seed in self.config.seeds:
-            path = self.spool.path.with_name(f"t{record.number:04d}-s{seed}.jsonl")
+            path = self.spool.path.with_name(f"{run_key(record.number, seed)}.jsonl")
             if not path.exists() or [r for r, _ in read_records(path) if r][-1]["type"] == "end":
                 continue
             with RunSpool(path.parent, path.stem) as run:
@@ -394,8 +394,8 @@ class Driver:
                 self._close_runs(self.study.trials()[number])
                 self._end(trial)
 
-    def _trial_of(self, run_key: str) -> TrialProgress | None:
-        return self.progress.running.get(int(run_key[1:].partition("-")[0]))
+    def _trial_of(self, key: str) -> TrialProgress | None:
+        return self.progress.running.get(int(key[1:].partition("-")[0]))
 
     def _bad_value(self) -> float:
         """A finite value that keeps the sampler away from trials that diverged: no better than the worst one told,
@@ -405,6 +405,11 @@ class Driver:
         if self.dataset.summary().get("score") is None:
             floor = float(self.dataset.episode_returns().min())
         return min([floor, *told])
+
+
+def run_key(trial: int, seed: int) -> str:
+    """The identity of a run in its study; `Driver._trial_of` reads the trial back."""
+    return f"t{trial:04d}-s{seed}"
 
 
 def _process_died(result: Any) -> bool:

@@ -15,11 +15,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from agents.method import load_method
 from envs.dataset import Dataset
+from envs.episodes import make_env
 from envs.errors import UserError
 from envs.registry import load_dataset
+from envs.termination import termination_rule
 from orchestrator.artifacts import save_json, write_atomically, write_text
-from orchestrator.cluster import open_slots
+from orchestrator.cluster import cluster_address, open_slots
 from orchestrator.config import Config, check_space, load_config, to_dict, to_yaml
 from orchestrator.display import Display, print_summary, show_params, value_unit
 from orchestrator.driver import Driver
@@ -112,14 +115,10 @@ def _store_uri(config: Config) -> str:
 
 
 def _check_before_compute(config: Config) -> Dataset:
-    if config.compute.address is None:
+    if cluster_address(config.compute) is None:
         resolve_device(config.compute.device)
     check_reachable(_store_uri(config))
     dataset = load_dataset(config.dataset, Path(config.workdir))
-    from agents.method import load_method
-    from envs.episodes import make_env
-    from envs.termination import termination_rule
-
     if load_method(config.method_name).stages(config.method):
         termination_rule(dataset.env_id)
     make_env(config.evaluation.env_id or dataset.env_id).close()
