@@ -40,7 +40,8 @@ def per_member(default: Any) -> Any:
 class TrainingData:
     """A dataset on the learner's device, actions mapped from the environment's bounds to [-1, 1].
 
-    Shapes: `(N, S)`, `(N, A)`, `(N,)`, `(N, S)`, `(N,)`.
+    Shapes: `(N, S)`, `(N, A)`, `(N,)`, `(N, S)`, `(N,)`; mean and standard deviation `(S,)` where the dataset's
+    observations are standardised.
     """
 
     env_id: str
@@ -49,6 +50,8 @@ class TrainingData:
     rewards: Tensor
     next_observations: Tensor
     terminals: Tensor
+    observation_mean: Tensor | None = None
+    observation_std: Tensor | None = None
 
     @classmethod
     def from_dataset(
@@ -58,7 +61,17 @@ class TrainingData:
         center, scale = (action_high + action_low) / 2, (action_high - action_low) / 2
         actions = ((dataset.actions - center) / scale).astype(np.float32)
         arrays = (dataset.observations, actions, dataset.rewards, dataset.next_observations, dataset.terminals)
-        return cls(dataset.env_id, *(torch.tensor(a, dtype=torch.float32, device=device) for a in arrays))
+        scaling = dataset.scaling
+        return cls(
+            dataset.env_id,
+            *(torch.tensor(a, dtype=torch.float32, device=device) for a in arrays),
+            *(None if a is None else torch.tensor(a) for a in (scaling.observation_mean, scaling.observation_std)),
+        )
+
+    @property
+    def termination(self) -> Termination:
+        """When a rollout in these observations ends."""
+        return Termination(self.env_id, self.observation_mean, self.observation_std)
 
     @property
     def observation_dim(self) -> int:
@@ -84,6 +97,26 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Termination:
+    """An environment's termination rule for observations as the learner has them.
+
+    Args:
+        env_id: Gymnasium id.
+        mean, std: `(S,)` on the CPU if observations are standardised, else None.
+    """
+
+    env_id: str
+    mean: Tensor | None = None
+    std: Tensor | None = None
+
+    def __call__(self, next_obs: Tensor) -> Tensor:
+        """Done flags `(...)` of next observations `(..., S)`."""
+        if self.mean is not None and self.std is not None:
+            next_obs = next_obs * self.std.to(next_obs.device) + self.mean.to(next_obs.device)
+        return termination_rule(self.env_id)(next_obs)
+
+
+@dataclass(frozen=True)
 class RolloutJob:
     """One shard of one member's model rollouts: a pure function of its fields and the ensemble."""
 
@@ -91,7 +124,7 @@ class RolloutJob:
     seed: int
     epoch: int
     shard: int
-    env_id: str
+    termination: Termination
     actor: StackedMLP
     starts: Tensor  # (B, S)
     length: int
@@ -100,7 +133,7 @@ class RolloutJob:
 
     def run(self, ensemble: Ensemble) -> RolloutResult:
         rows, statistics = rollout(
-            self.actor, ensemble, termination_rule(self.env_id), self.starts, self.length,
+            self.actor, ensemble, self.termination, self.starts, self.length,
             generator(self.seed, "rollout", self.epoch, self.shard), self.penalty, self.penalty_coef,
         )  # fmt: skip
         return RolloutResult(self.member, rows, statistics)

@@ -167,7 +167,7 @@ class ModelBasedSAC:
             starts = self._draw_starts(generator(seed, "starts", epoch))
             for shard, rows in enumerate(starts.split(SHARD_ROWS)):
                 jobs.append(RolloutJob(
-                    m, seed, epoch, shard, self.data.env_id, actor, rows.clone(), config.rollout_length,
+                    m, seed, epoch, shard, self.data.termination, actor, rows.clone(), config.rollout_length,
                     type(self).penalty, self.penalty_coef(config),
                 ))  # fmt: skip
         return jobs

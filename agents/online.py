@@ -45,9 +45,19 @@ class Snapshot:
 
 
 def actor_arrays(
-    actor: StackedMLP, member: int, action_low: np.ndarray, action_high: np.ndarray
+    actor: StackedMLP,
+    member: int,
+    action_low: np.ndarray,
+    action_high: np.ndarray,
+    observation_mean: np.ndarray | None = None,
+    observation_std: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """One member's squashed-Gaussian actor as the arrays of a policy file (weights as (out, in))."""
+    """One member's squashed-Gaussian actor as the arrays of a policy file (weights as (out, in)).
+
+    Args:
+        action_low, action_high: `(A,)` the environment's bounds.
+        observation_mean, observation_std: `(S,)` if the actor has learned from standardised observations.
+    """
     action_dim = actor.sizes[-1] // 2
     weights = [w[member].T.cpu().numpy().copy() for w in actor.weights]
     biases = [b[member, 0].cpu().numpy().copy() for b in actor.biases]
@@ -57,6 +67,9 @@ def actor_arrays(
     arrays["Wm"], arrays["bm"] = weights[-1][:action_dim], biases[-1][:action_dim]
     arrays["Ws"], arrays["bs"] = weights[-1][action_dim:], biases[-1][action_dim:]
     arrays["action_low"], arrays["action_high"] = action_low.astype(np.float32), action_high.astype(np.float32)
+    if observation_mean is not None and observation_std is not None:
+        arrays["obs_mean"], arrays["obs_var"] = observation_mean, observation_std**2
+        arrays["obs_eps"] = np.array(0.0, np.float32)
     arrays["log_std_min"], arrays["log_std_max"] = np.array(LOG_STD_MIN, np.float32), np.array(LOG_STD_MAX, np.float32)
     return arrays
 

@@ -185,7 +185,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method, one pack (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the first one")
     parser.add_argument("--episodes", type=int, default=10, help="of an evaluation (default: %(default)s)")
-    parser.add_argument("--dataset", default="embedded/hopper-medium-replay-v0")
+    parser.add_argument("--dataset", default="embedded/hopper-medium-snapshots-v0")
     parser.add_argument("--dynamics-epochs", type=int, help="most for the ensemble (default: until it stops)")
     parser.add_argument("--at-once", type=int, default=1, help="methods trained at a time (default: %(default)s)")
     parser.add_argument("--name", default=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",

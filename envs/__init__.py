@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from envs.policies import UniformPolicy as UniformPolicy
     from envs.policies import load_policy as load_policy
     from envs.policies import save_policy as save_policy
-    from envs.registry import dataset_names as dataset_names
+    from envs.registry import catalogue as catalogue
     from envs.registry import load_dataset as load_dataset
     from envs.scores import ReferenceScores as ReferenceScores
     from envs.scores import normalized_score as normalized_score
@@ -35,7 +35,7 @@ _HOME = {
     "ReferenceScores": "scores",
     "UniformPolicy": "policies",
     "UserError": "errors",
-    "dataset_names": "registry",
+    "catalogue": "registry",
     "load_dataset": "registry",
     "load_policy": "policies",
     "make_env": "episodes",

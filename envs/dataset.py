@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,42 @@ class EpisodeIndex:
 
 
 @dataclass(frozen=True, eq=False)
+class Scaling:
+    """How a dataset's numbers differ from its environment's; the fields' defaults change nothing.
+
+    stored observation = (observation - observation_mean) / observation_std, stored reward = reward_scale * reward +
+    reward_shift.
+    """
+
+    observation_mean: FloatArray | None = None  # (S,)
+    observation_std: FloatArray | None = None  # (S,)
+    reward_scale: float = 1.0
+    reward_shift: float = 0.0
+
+    def rewards(self, stored: FloatArray) -> NDArray[np.float64]:
+        """The environment's rewards for stored ones, any shape."""
+        return (stored.astype(np.float64) - self.reward_shift) / self.reward_scale
+
+    def update_hash(self, digest: Any) -> None:
+        if self.observation_mean is not None and self.observation_std is not None:
+            for name, values in (("mean", self.observation_mean), ("std", self.observation_std)):
+                digest.update(f"observation_{name}{values.shape}".encode())
+                digest.update(np.ascontiguousarray(values, dtype="<f4").data)
+        if (self.reward_scale, self.reward_shift) != (1.0, 0.0):
+            digest.update(f"reward {self.reward_scale!r} {self.reward_shift!r}".encode())
+
+
+class Batch(NamedTuple):
+    """Rows of a dataset, B of them."""
+
+    observations: FloatArray  # (B, S)
+    actions: FloatArray  # (B, A)
+    rewards: FloatArray  # (B,)
+    next_observations: FloatArray  # (B, S)
+    terminals: BoolArray  # (B,)
+
+
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """Transitions (s, a, r, s', terminal, timeout) in file order.
 
@@ -68,6 +104,19 @@ class Dataset:
     terminals: BoolArray  # (N,) the environment ended the episode: s' has no value
     timeouts: BoolArray  # (N,) the episode was cut here (time limit, or end of collection): s' has a value
     provenance: Mapping[str, Any] = field(default_factory=dict)  # JSON-able: who made the rows, and how
+    scaling: Scaling = field(default_factory=Scaling)
+
+    @classmethod
+    def trusted(cls, content_hash: str, **fields: Any) -> "Dataset":
+        """A dataset of columns that were checked before, taken as they are: nothing is read here.
+
+        Args:
+            content_hash: of these columns and this scaling.
+            fields: every field of the class.
+        """
+        dataset = object.__new__(cls)
+        dataset.__dict__.update(fields, content_hash=content_hash)
+        return dataset
 
     def __post_init__(self) -> None:
         for column, ndim in _FLOAT_COLUMNS:
@@ -138,13 +187,14 @@ class Dataset:
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 (hex) of the six arrays' names, shapes and bytes; the dataset's name is not part of it."""
+        """SHA-256 (hex) of the six arrays' names, shapes and bytes and of the scaling; the name is not part of it."""
         digest = hashlib.sha256()
         for column in COLUMNS:
             values = getattr(self, column)
             digest.update(f"{column}{values.shape}".encode())
             # Little-endian on every machine; no copy where it already is.
             digest.update(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).data)
+        self.scaling.update_hash(digest)
         return digest.hexdigest()
 
     @cached_property
@@ -159,10 +209,25 @@ class Dataset:
         return EpisodeIndex(np.concatenate([[0], ends[:-1]]).astype(np.int64), ends.astype(np.int64), complete)
 
     def episode_returns(self) -> NDArray[np.float64]:
-        """(number of complete episodes,) undiscounted returns, in file order."""
+        """(number of complete episodes,) undiscounted returns in the environment's rewards, in file order."""
         episodes = self.episodes
-        sums = np.add.reduceat(self.rewards, episodes.starts, dtype=np.float64)
+        rewards = self.scaling.rewards(self.rewards)
+        sums = np.add.reduceat(rewards, episodes.starts, dtype=np.float64)
         return sums[episodes.complete]
+
+    def rows(self, indices: IntArray) -> Batch:
+        """The rows of these numbers, copied."""
+        return Batch(
+            np.take(self.observations, indices, axis=0),
+            np.take(self.actions, indices, axis=0),
+            np.take(self.rewards, indices),
+            np.take(self.next_observations, indices, axis=0),
+            np.take(self.terminals, indices),
+        )
+
+    def sample(self, batch_size: int, rng: np.random.Generator) -> Batch:
+        """Rows drawn uniformly with replacement."""
+        return self.rows(rng.integers(self.num_transitions, size=batch_size))
 
     def summary(self) -> dict[str, Any]:
         """What `offsweep data info` shows, as plain JSON-able values.
@@ -186,7 +251,7 @@ class Dataset:
             "return_min": float(returns.min()) if some else None,
             "return_max": float(returns.max()) if some else None,
             "score": normalized_score(float(returns.mean()), reference) if some and reference else None,
-            "score_source": reference.source if reference else None,
+            "score_source": reference.label if reference else None,
             "terminals": int(self.terminals.sum()),
             "timeouts": int(self.timeouts.sum()),
             "content_hash": self.content_hash,

@@ -14,8 +14,8 @@ import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from envs.errors import UserError
-from envs.names import nearest
+from envs.environments import register
+from envs.errors import UserError, nearest
 
 Act = Callable[[NDArray[Any]], NDArray[Any]]
 """Observations (B, S) -> actions (B, A)."""
@@ -53,8 +53,9 @@ def make_env(env_id: str) -> gymnasium.Env[Any, Any]:
         EpisodeError: unknown id (with the nearest ones), an environment that cannot be built here, or spaces
             other than flat boxes with finite action bounds.
     """
+    register()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet_mujoco():
             # That v4 has a successor is known: D4RL's sets are scored in it on purpose.
             warnings.simplefilter("ignore")
             env = gymnasium.make(env_id, disable_env_checker=True)
@@ -73,6 +74,26 @@ def make_env(env_id: str) -> gymnasium.Env[Any, Any]:
     if env.spec is None or env.spec.max_episode_steps is None:
         raise EpisodeError(f"environment '{env_id}' has no time limit: its episodes might never end.")
     return env
+
+
+@contextmanager
+def _quiet_mujoco() -> Iterator[None]:
+    """Drops what MuJoCo has to say while it compiles a model.
+
+    Its warnings are about Gymnasium's model files (deprecated attributes), nothing a user could mend, and it would
+    both print each one and append it to a MUJOCO_LOG.TXT in the current folder.
+    """
+    try:
+        import mujoco
+    except ImportError:  # an environment that needs it says so itself
+        yield
+        return
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda _: None)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
 
 
 # Building a MuJoCo environment costs as much as a thousand of its steps, and reset(seed=...) leaves nothing
@@ -192,17 +213,17 @@ def _lockstep(
             recorder.actions[alive, t] = actions
         ended = False
         for row, i in enumerate(alive):
-            next_obs, reward, terminated, truncated, _ = envs[i].step(actions[row])
-            obs[row] = next_obs
+            obs[row], reward, terminated, truncated, _ = envs[i].step(actions[row])
             returns[i] += float(reward)
             if recorder is not None:
-                recorder.observations[i, t + 1] = next_obs
                 recorder.rewards[i, t] = reward
             if terminated or truncated:
                 lengths[i] = t + 1
                 ended = True
                 if recorder is not None:
                     recorder.terminated[i] = terminated
+        if recorder is not None:
+            recorder.observations[alive, t + 1] = obs
         t += 1
         if ended:
             keep = [row for row, i in enumerate(alive) if lengths[i] == 0]

@@ -17,8 +17,6 @@ Shape suffixes: B batch, S observation, A action.
 
 import hashlib
 import io
-import os
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,8 +25,8 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from envs.errors import UserError
-from envs.names import nearest
+from envs.errors import UserError, nearest
+from envs.files import write_atomically
 
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 
@@ -308,15 +306,7 @@ def save_policy(
     np.savez(buffer, allow_pickle=False, **stored)  # type: ignore[arg-type]
     content = buffer.getvalue()
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.chmod(temporary, 0o644)  # mkstemp's files are private
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_atomically(path, lambda temporary: temporary.write_bytes(content))
     except OSError as error:
         raise PolicyError(f"cannot write policy file {path}: {error.strerror or error}.") from error
     return hashlib.sha256(content).hexdigest()

@@ -1,67 +1,170 @@
-"""Datasets by name: embedded, your own, D4RL's, or the path of a file."""
+"""Datasets by name, whatever their source: embedded, your own, D4RL's, Minari's, NeoRL's, or the path of a file."""
 
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from envs.collect import collect, uniform_policy
+from envs import d4rl_sets, minari_sets, neorl_sets
+from envs.cache import file_source, flat_store
+from envs.catalogue import Entry
+from envs.collect import COLLECTION_SCHEME
 from envs.dataset import Dataset
+from envs.download import Progress
 from envs.episodes import EpisodeError, borrow_envs
-from envs.errors import UserError
-from envs.hdf5 import Hdf5Error, check_writable, read_hdf5, write_hdf5
-from envs.names import EMBEDDED, UNIFORM, EmbeddedSpec, d4rl_spec, nearest
-from envs.policies import Policy, embedded_actors, load_policy
+from envs.errors import UnknownDatasetError, nearest
+from envs.hdf5 import read_hdf5
+from envs.npz import read_npz
+from envs.recipes import EMBEDDED
+from envs.transforms import apply, parse
+
+FILE_KINDS = (".hdf5", ".h5", ".npz")
+
+Downloads = Callable[[str], AbstractContextManager[Progress | None]]
+"""What shows the download of a dataset: its name -> a context that gives a callback."""
 
 
-class UnknownDatasetError(UserError):
-    """There is no dataset of this name, or its file is not there."""
+@dataclass(frozen=True)
+class Source:
+    """Rows that can be had now."""
+
+    key: dict[str, Any]  # what the flat store knows them by
+    make: Callable[[], Dataset]
 
 
-def load_dataset(name: str, workdir: Path) -> Dataset:
-    """A dataset by name.
+def load_dataset(name: str, workdir: Path, downloads: Downloads | None = None) -> Dataset:
+    """A dataset by name; its columns are mapped from the flat store (`envs.cache`), which the first use fills.
 
-    - `embedded/...`: collected from the embedded actors on first use and kept under `workdir`/datasets. Two
-      processes that do so at once do the same work twice and leave the same file.
-    - a path that ends in .hdf5 (or .h5): that file.
-    - a D4RL name such as `hopper-medium-replay-v2`: the file d4rl would use, under $D4RL_DATASET_DIR, else
-      ~/.d4rl/datasets. It is scored in Gymnasium's v4 environment.
-    - any other name: `workdir`/datasets/<name>.hdf5.
+    - `embedded/...`: collected here on first use, from actors that are part of the package.
+    - a path that ends in .hdf5, .h5 or .npz: that file.
+    - `hopper-medium-v2`: D4RL's file, where d4rl keeps it ($D4RL_DATASET_DIR, else ~/.d4rl/datasets); downloaded if
+      it is not there. Scored in Gymnasium's v4 environment.
+    - `neorl/Hopper-v3-medium-1000`: NeoRL's file, likewise.
+    - `mujoco/hopper/medium-v0`: Minari's, through its package.
+    - any other name: `workdir`/datasets/<name>.hdf5 or .npz.
+
+    Behind the name may stand what is to be done with the rows, and several names may be mixed: see `envs.transforms`.
+
+    Args:
+        downloads: shows downloads. None is made where $OFFSWEEP_OFFLINE is set.
 
     Raises:
-        UnknownDatasetError: no such dataset (with the nearest names), or its file is missing (with the path).
+        UnknownDatasetError: no such dataset (with the nearest names), or not here and not to be had.
         EpisodeError: its rows do not have the shapes of its environment.
-        UserError: it cannot be read, used or collected.
+        UserError: it cannot be read, used, collected or stored.
     """
+    workdir = Path(workdir)
+    request, store = parse(name), flat_store(workdir)
+    parts = []
+    for term in request.terms:
+        _fetch(term.name, workdir, downloads)
+        source = find_source(term.name, workdir)
+        if source is None:
+            raise _unknown(term.name, workdir)
+        parts.append(store.get(source.key, lambda make=source.make: _checked(make())))  # type: ignore[misc]
+    if request.plain:
+        return parts[0]
+    key = {"request": str(request), "parts": [part.content_hash for part in parts]}
+    return store.get(key, lambda: apply(request, parts))
+
+
+def find_source(name: str, workdir: Path) -> Source | None:
+    """Where the rows of one name (without options) come from; None if there is no such dataset or not here."""
     if name in EMBEDDED:
-        return _load_embedded(name, Path(workdir))
-    if Path(name).suffix in (".hdf5", ".h5"):
-        return _checked(read_hdf5(Path(name).expanduser()))
-    d4rl = d4rl_spec(name)
+        spec = EMBEDDED[name]
+        policies = spec.policies()
+        described = [policy.describe() | {"weight": weight} for policy, weight in policies]
+        key = {"collected": described, "env_id": spec.env_id, "rows": spec.rows, "seed": spec.seed, "name": name}
+        key["scheme"] = COLLECTION_SCHEME
+        return Source(key, lambda: spec.collect(name=name))
+    if Path(name).suffix in FILE_KINDS:
+        return _file(Path(name).expanduser(), None, None)
+    d4rl = d4rl_sets.d4rl_spec(name)
     if d4rl is not None:
-        folder = d4rl_folder()
-        path = folder / d4rl.file_name
-        if not path.is_file():
-            raise UnknownDatasetError(
-                f"the D4RL dataset '{name}' is not on this machine: {path} does not exist; put D4RL's"
-                f" {d4rl.file_name} there, or point D4RL_DATASET_DIR at the folder that holds it."
-            )
-        return _checked(read_hdf5(path, name=name, env_id=d4rl.env_id))
-    path = _datasets_folder(Path(workdir)) / f"{name}.hdf5"
-    if path.is_file() and ".." not in Path(name).parts:
-        return _checked(read_hdf5(path, name=name))
-    known = dataset_names(Path(workdir))
-    raise UnknownDatasetError(
-        f"there is no dataset '{name}'{nearest(name, known)}; loadable now are {', '.join(known)}; D4RL's"
-        " names (with their files in place) and paths that end in .hdf5 work too."
+        return _file(d4rl_sets.d4rl_path(d4rl), name, d4rl.env_id)
+    neorl = neorl_sets.neorl_spec(name)
+    if neorl is not None:
+        path = neorl_sets.neorl_path(neorl)
+        return Source(_key(path, name=name), lambda: neorl_sets.read_neorl(neorl, path))
+    own = _own_path(name, workdir)
+    if own is not None:
+        return _file(own, name, None)
+    if minari_sets.is_minari_name(name) and not minari_sets.missing(name):
+        return Source(minari_sets.minari_source(name), lambda: minari_sets.read_minari(name))
+    return None
+
+
+def _file(path: Path, name: str | None, env_id: str | None) -> Source:
+    read = read_npz if path.suffix == ".npz" else read_hdf5
+    return Source(_key(path, name=name, env_id=env_id), lambda: read(path, name=name, env_id=env_id))
+
+
+def _key(path: Path, **more: Any) -> dict[str, Any]:
+    # a file that is not there is reported by its reader
+    return file_source(path, **more) if path.is_file() else {"missing file": str(path)}
+
+
+def _fetch(name: str, workdir: Path, downloads: Downloads | None) -> None:
+    """Download what a name stands for, if it is one that can be downloaded and is not here."""
+    d4rl, neorl, minari = d4rl_sets.d4rl_spec(name), neorl_sets.neorl_spec(name), minari_sets.missing(name)
+    with downloads(name) if downloads else nullcontext() as progress:
+        if d4rl is not None:
+            d4rl_sets.fetch(d4rl, progress)
+        elif neorl is not None:
+            neorl_sets.fetch(neorl, progress)
+        elif minari is not None and _own_path(name, workdir) is None:
+            minari_sets.fetch(minari, progress)
+
+
+def _own_path(name: str, workdir: Path) -> Path | None:
+    """The file of a set of one's own."""
+    if ".." in Path(name).parts:
+        return None
+    paths = (datasets_folder(workdir) / f"{name}{kind}" for kind in FILE_KINDS)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def catalogue(workdir: Path) -> Iterator[Entry]:
+    """Every dataset that is known by name: embedded, those under `workdir`, Minari's local ones, D4RL's, NeoRL's."""
+    store = flat_store(workdir)
+    for entry in _entries(Path(workdir)):
+        source = find_source(entry.name, workdir) if entry.present else None
+        yield replace(entry, cached=source is not None and store.holds(source.key))
+
+
+def _entries(workdir: Path) -> Iterator[Entry]:
+    for name, spec in EMBEDDED.items():
+        if spec.available():
+            yield Entry(name, "embedded", spec.env_id, None, True, None, "MIT")
+    folder = datasets_folder(workdir)
+    for path in sorted(p for kind in FILE_KINDS for p in folder.rglob(f"*{kind}")):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name not in EMBEDDED and not d4rl_sets.d4rl_spec(name) and not neorl_sets.neorl_spec(name):
+            yield Entry(name, "collected", None, path, True, path.stat().st_size, None)
+    yield from minari_sets.entries()
+    yield from d4rl_sets.entries()
+    yield from neorl_sets.entries()
+
+
+def _unknown(name: str, workdir: Path) -> UnknownDatasetError:
+    known = [entry.name for entry in _entries(workdir)]
+    return UnknownDatasetError(
+        f"there is no dataset '{name}'{nearest(name, known)}; `offsweep data list` shows the names, and paths that end"
+        f" in {', '.join(FILE_KINDS)} work too."
     )
 
 
-def _checked(dataset: Dataset) -> Dataset:
-    """The dataset, if a policy learned from it could act in its environment.
+def datasets_folder(workdir: Path) -> Path:
+    """Where sets of one's own lie."""
+    return workdir / "datasets"
 
-    D4RL's Ant sets, for one, have 111 observations where Gymnasium's Ant-v4 has 27. An environment that is
-    not installed is no obstacle to looking at the data.
+
+def _checked(dataset: Dataset) -> Dataset:
+    """Refuse rows whose shapes are not those of their environment.
+
+    Done when the rows are stored, not at every use. An environment that is not installed is no obstacle to looking at
+    the data.
     """
     try:
         with borrow_envs(dataset.env_id, 1) as (env,):
@@ -75,72 +178,3 @@ def _checked(dataset: Dataset) -> Dataset:
             f" {action_shape}: it belongs to another environment or version."
         )
     return dataset
-
-
-def dataset_names(workdir: Path | None = None) -> list[str]:
-    """Names that `load_dataset` can load now: embedded ones, those under `workdir`, D4RL's present ones."""
-    actors = {UNIFORM, *embedded_actors()}
-    names = [name for name, spec in EMBEDDED.items() if all(actor in actors for actor, _ in spec.actors)]
-    if workdir is not None:
-        folder = _datasets_folder(Path(workdir))
-        own = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.hdf5"))
-        # D4RL's names always mean D4RL's files.
-        names += [name for name in own if name not in EMBEDDED and d4rl_spec(name) is None]
-    folder = d4rl_folder()
-    for task in ("hopper", "halfcheetah", "walker2d", "ant"):
-        for kind in ("random", "medium", "expert", "medium-replay", "medium-expert", "full-replay"):
-            for version in ("v0", "v1", "v2"):
-                d4rl = d4rl_spec(f"{task}-{kind}-{version}")
-                if d4rl is not None and (folder / d4rl.file_name).is_file():
-                    names.append(f"{task}-{kind}-{version}")
-    return names
-
-
-def d4rl_folder() -> Path:
-    """Where d4rl keeps its files: $D4RL_DATASET_DIR, else ~/.d4rl/datasets."""
-    return Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
-
-
-def _datasets_folder(workdir: Path) -> Path:
-    return workdir / "datasets"
-
-
-def _load_embedded(name: str, workdir: Path) -> Dataset:
-    spec = EMBEDDED[name]
-    path = _datasets_folder(workdir) / f"{name}.hdf5"
-    policies = [(_actor(actor, spec, name), weight) for actor, weight in spec.actors]
-    if path.is_file():
-        try:
-            kept = read_hdf5(path, name=name)
-        except Hdf5Error:
-            kept = None  # damaged: it can be made again
-        if kept is not None and _same_recipe(kept.provenance, spec, policies):
-            return kept
-    check_writable(path)
-    write_hdf5(collect(spec.env_id, policies, spec.rows, spec.seed, name=name), path)
-    return read_hdf5(path, name=name)
-
-
-def _actor(actor: str, spec: EmbeddedSpec, dataset: str) -> Policy:
-    if actor == UNIFORM:
-        return uniform_policy(spec.env_id)
-    if actor not in embedded_actors():
-        raise UnknownDatasetError(
-            f"dataset '{dataset}' needs the embedded actor '{actor}', which is not installed: reinstall"
-            " offsweep, or use another dataset."
-        )
-    return load_policy(actor)
-
-
-def _same_recipe(provenance: Mapping[str, Any], spec: EmbeddedSpec, policies: list[tuple[Policy, float]]) -> bool:
-    """False when the kept file comes from other actors or settings than this version's."""
-    stored = provenance.get("policies")
-    if not isinstance(stored, list) or len(stored) != len(policies):
-        return False
-    wanted = [policy.describe() | {"weight": weight} for policy, weight in policies]
-    return (
-        all(item | expected == item for item, expected in zip(stored, wanted, strict=True))
-        and provenance.get("env_id") == spec.env_id
-        and provenance.get("rows") == spec.rows
-        and provenance.get("seed") == spec.seed
-    )

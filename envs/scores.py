@@ -10,49 +10,100 @@ from typing import overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from envs import d4rl_sets
 from envs.errors import UserError
 from envs.names import env_id_of
 
 PROVENANCE_FILE = Path(__file__).parent / "embedded" / "provenance.json"
 
-# (return of the random policy, return of the expert): D4RL, d4rl/infos.py, REF_MIN_SCORE and REF_MAX_SCORE.
-_D4RL = {
-    "Hopper": (-20.272305, 3234.3),
-    "HalfCheetah": (-280.178953, 12135.0),
-    "Walker2d": (1.629008, 4592.3),
-    "Ant": (-325.6, 3879.7),
+# Gymnasium's and gymnasium-robotics' environments of D4RL's tasks.
+_D4RL_TASKS = {
+    "Hopper": "hopper",
+    "HalfCheetah": "halfcheetah",
+    "Walker2d": "walker2d",
+    "Ant": "ant",
+    "AdroitHandDoor": "door",
+    "AdroitHandHammer": "hammer",
+    "AdroitHandPen": "pen",
+    "AdroitHandRelocate": "relocate",
 }
+
+# polixir/NeoRL a4b6c57; MOREC's, LEQ's and NEUBAY's code have the same numbers.
+_NEORL = {"Hopper": (5.0, 3294.0), "HalfCheetah": (-298.0, 12284.0), "Walker2d": (1.0, 5143.0)}
+
+# What Minari's sets called mujoco/<key>/... were made in.
+_MINARI = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5", "ant": "Ant-v5"}
 
 
 @dataclass(frozen=True)
 class ReferenceScores:
-    """Undiscounted returns of the random policy (score 0) and the expert (100), and who measured them."""
+    """Undiscounted returns of the random policy (score 0) and the expert (100), and who measured them.
+
+    A pair belongs to the environment that it was measured in; scores are measured in another version of it where
+    that one no longer runs. `label` names both.
+    """
 
     random: float
     expert: float
-    source: str
+    source: str  # whose pair it is
+    measured: str = ""  # where scores are measured, if not where the pair was
+
+    @property
+    def label(self) -> str:
+        """What to write beside every score that was normalised with this pair."""
+        return f"{self.source}; {self.measured}" if self.measured else self.source
 
 
 def reference_scores(name_or_env_id: str) -> ReferenceScores | None:
     """Reference returns of an environment id or of a dataset name; None when there are none.
 
-    For MuJoCo's v5 environments D4RL's pair is used and the source says so: v5 pays 1.0 less on the
-    terminating step and Walker2d-v5 has other friction, so those scores are not D4RL's.
+    D4RL's locomotion pair belongs to Gym's v2 environments. Gymnasium's v4 are the same on MuJoCo's current bindings.
+    v5 are not: they pay 1.0 less on the terminating step, Walker2d-v5's right foot has a friction of 1.9 instead of
+    0.9, and Ant-v5 has a contact cost and 105 observations; a score in v5 is labelled as not comparable. So is one in
+    gymnasium-robotics' Adroit environments, where for example a dropped pen does not end the episode.
 
     Raises:
-        UserError: the file with this project's own reference returns is damaged.
+        UserError: the file with this project's own reference returns, or the installed d4rl, cannot be used.
     """
-    env_id = env_id_of(name_or_env_id)
+    name = name_or_env_id
+    neorl = re.fullmatch(r"neorl/(\w+)-v\d+(?:-.+)?", name)
+    if neorl:
+        return _neorl(neorl[1])
+    spec = d4rl_sets.d4rl_spec(name)
+    if spec is not None:
+        pair = d4rl_sets.reference_pair(name)
+        return ReferenceScores(*pair, "D4RL reference", _where(spec.env_id)) if pair else None
+    minari = re.fullmatch(r"mujoco/(\w+)/.+", name)
+    env_id = _MINARI.get(minari[1]) if minari else env_id_of(name)
     if env_id is None:
         return None
-    match = re.fullmatch(r"(\w+)-v(\d+)", env_id)
-    if match and match[1] in _D4RL:
-        random, expert = _D4RL[match[1]]
-        source = "D4RL infos.py"
-        if int(match[2]) >= 5:
-            source += f", but the score was measured on {env_id}, not on v2"
-        return ReferenceScores(random, expert, source)
-    return _measured_here(env_id)
+    task = _d4rl_task(env_id)
+    pair = d4rl_sets.reference_pair(f"{task}-expert-v1") if task else None  # the same for all sets of a task
+    return ReferenceScores(*pair, "D4RL reference", _where(env_id)) if pair else _measured_here(env_id)
+
+
+def _neorl(robot: str) -> ReferenceScores | None:
+    if robot not in _NEORL:
+        return None
+    where = f"Gymnasium {robot}-v4 with the x position (NeoRL: Gym v3)"
+    return ReferenceScores(*_NEORL[robot], "NeoRL reference", where)
+
+
+def _d4rl_task(env_id: str) -> str | None:
+    match = re.fullmatch(r"(?:d4rl/)?(\w+)-v\d+", env_id)
+    return _D4RL_TASKS.get(match[1]) if match else None
+
+
+def _where(env_id: str) -> str:
+    """How an environment relates to the one that D4RL's pair was measured in."""
+    if _d4rl_task(env_id) is None:
+        return ""  # D4RL's own name: there is no other environment of this task
+    robot, _, version = env_id.removeprefix("d4rl/").rpartition("-v")
+    if robot.startswith("Adroit"):
+        return f"measured in {env_id}: not comparable with D4RL's numbers"
+    if int(version) >= 5:
+        return f"measured in {env_id}: not comparable with D4RL's v2 numbers"
+    return "" if version == "2" else f"Gymnasium {robot}-v{version} (D4RL: v2)"
 
 
 def _measured_here(env_id: str) -> ReferenceScores | None:

@@ -1,18 +1,21 @@
 """Termination rules of the simulators, for rollouts in learned models.
 
-Shapes: (..., S) next observations -> (...) done flags. Sources: Gymnasium's hopper_v5.py and walker2d_v5.py
-(`is_healthy`), the same limits since v2; HalfCheetah and Pendulum never terminate. A next observation that is
-not finite always ends a rollout, since nothing can follow it.
+Shapes: (..., S) next observations -> (...) done flags. Sources: Gymnasium's hopper_v5.py, walker2d_v5.py and
+ant_v5.py (`is_healthy`), the same limits since v2; polixir/NeoRL a4b6c57, Hopper-v3_done.py and Walker2d-v3_done.py.
+HalfCheetah, Pendulum and the toy tasks never terminate. A next observation that is not finite always ends a rollout,
+since nothing can follow it.
 """
 
 import re
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from envs.errors import UserError
-from envs.names import nearest
+from envs.errors import UserError, nearest
 
 TerminationRule = Callable[[Tensor], Tensor]
 
@@ -35,15 +38,44 @@ def walker2d_done(next_obs: Tensor) -> Tensor:
     return ~healthy
 
 
+def ant_done(next_obs: Tensor) -> Tensor:
+    """Done unless all finite and height 0.2 <= s'[0] <= 1.0."""
+    height = next_obs[..., 0]
+    return ~(torch.isfinite(next_obs).all(-1) & (height >= 0.2) & (height <= 1.0))
+
+
 def never_done(next_obs: Tensor) -> Tensor:
     """Done only where a value is not finite."""
     return ~torch.isfinite(next_obs).all(-1)
 
 
+def neorl_hopper_done(next_obs: Tensor) -> Tensor:
+    """Hopper's rule behind the x position s'[0], which may have any finite value."""
+    return hopper_done(next_obs[..., 1:]) | ~torch.isfinite(next_obs[..., 0])
+
+
+def neorl_walker2d_done(next_obs: Tensor) -> Tensor:
+    """Walker2d's rule behind the x position s'[0], and every |s'[3:]| < 100.
+
+    The simulator has no such bound, NeoRL's rule for learned models has; simulated states do not come near it.
+    """
+    return (
+        walker2d_done(next_obs[..., 1:]) | ~torch.isfinite(next_obs[..., 0]) | (next_obs[..., 3:].abs() >= 100).any(-1)
+    )
+
+
+_GYM = range(2, 6)
 _RULES: dict[str, tuple[TerminationRule, range]] = {
-    "Hopper": (hopper_done, range(2, 6)),
-    "Walker2d": (walker2d_done, range(2, 6)),
-    "HalfCheetah": (never_done, range(2, 6)),
+    "Hopper": (hopper_done, _GYM),
+    "Walker2d": (walker2d_done, _GYM),
+    "HalfCheetah": (never_done, _GYM),
+    "Ant": (ant_done, _GYM),
+    "d4rl/Ant": (ant_done, range(4, 5)),
+    "neorl/Hopper": (neorl_hopper_done, range(4, 5)),
+    "neorl/Walker2d": (neorl_walker2d_done, range(4, 5)),
+    "neorl/HalfCheetah": (never_done, range(4, 5)),
+    "offsweep/EdgeOfReach": (never_done, range(0, 1)),
+    "offsweep/Refrigerator": (never_done, range(0, 1)),
     "Pendulum": (never_done, range(0, 2)),
 }
 
@@ -56,7 +88,7 @@ def termination_rule(env_id: str) -> TerminationRule:
     Raises:
         UserError: there is no rule for this environment.
     """
-    match = re.fullmatch(r"(\w+)-v(\d+)", env_id)
+    match = re.fullmatch(r"(.+)-v(\d+)", env_id)
     rule, versions = _RULES.get(match[1], (None, range(0))) if match else (None, range(0))
     if rule is None or match is None or int(match[2]) not in versions:
         known = [f"{name}-v{version}" for name, (_, versions) in _RULES.items() for version in versions]
@@ -65,3 +97,13 @@ def termination_rule(env_id: str) -> TerminationRule:
             f" {', '.join(known)}{nearest(env_id, known)}."
         )
     return rule
+
+
+def terminated(env_id: str, next_observations: NDArray[Any]) -> NDArray[np.bool_]:
+    """The same for arrays: (..., S) -> (...).
+
+    Raises:
+        UserError: there is no rule for this environment.
+    """
+    done: NDArray[np.bool_] = termination_rule(env_id)(torch.from_numpy(np.asarray(next_observations))).numpy()
+    return done

@@ -1,4 +1,4 @@
-"""Files that must never be half-written, and the store of stages (dynamics ensembles and the like).
+"""What runs leave behind, never half-written, and the store of stages (dynamics ensembles and the like).
 
 A stage is built once per content key, the digest of its kind, its settings and the dataset's hash; every run, trial
 and study with that key under the same work folder shares it.
@@ -6,12 +6,8 @@ and study with that key under the same work folder shares it.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +15,10 @@ import numpy as np
 import torch
 
 from agents.method import Stage
+from envs.files import locked, write_atomically
 from orchestrator.config import digest
 
 CONTENT, DESCRIPTION = "content.pt", "stage.json"
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file in the same folder, sync it and move it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, content: Mapping[str, Any]) -> None:
@@ -101,17 +82,9 @@ class ArtifactStore:
         """The stage's content; built here if nobody has. Two processes that need it at once build it once."""
         folder = self.folder(stage.kind, key)
         if not self.exists(stage.kind, key):
-            with _locked(folder.with_name(f".{key}.lock")):
+            with locked(folder.with_name(f".{key}.lock")):
                 if not self.exists(stage.kind, key):
                     content = build()
                     save_json(folder / DESCRIPTION, {"kind": stage.kind, "settings": stage.settings, **description})
                     save_tensors(folder / CONTENT, content)
         return self.load(stage.kind, key)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -7,8 +7,9 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from orchestrator.environment import UserError, check_packages, prepare_environment
 
@@ -17,7 +18,8 @@ EPILOG = """examples:
   offsweep train method=ravl dataset=embedded/pendulum-medium-v0 num_seeds=3
   offsweep sweep study.yaml study.num_trials=40
   offsweep resume my-study
-  offsweep data collect --env Hopper-v5 --policy hopper-medium --rows 100000 --name my-hopper
+  offsweep data verify hopper-medium-v2
+  offsweep data collect hopper-medium-expert --workers 2
 """
 
 
@@ -70,30 +72,71 @@ def build_parser() -> argparse.ArgumentParser:
 
     add("methods", "List the methods and their variants.")
 
-    data = add("data", "Datasets: list, info, collect, train-actor.").add_subparsers(
-        dest="data_command", required=True, metavar="COMMAND"
-    )
-    listing = add("list", "Names that can be loaded now.", data)
+    _add_data_commands(add, add_workdir)
+    return parser
+
+
+def _add_data_commands(add: Callable[..., Any], add_workdir: Callable[[argparse.ArgumentParser], None]) -> None:
+    text = "Datasets: list, info, verify, download, export, collect, train-actor."
+    data = add("data", text).add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    name_help = "a name, a path, or either with options behind it: hopper-medium-v2,first=100000"
+
+    listing = add("list", "The datasets known by name: what is here, in the flat store, or to be downloaded.", data)
+    listing.add_argument("pattern", nargs="?", default="*", help="part of a name, or a pattern such as 'hopper-*-v2'")
+    listing.add_argument("--json", action="store_true")
     add_workdir(listing)
+
     info = add("info", "What a dataset holds: rows, returns, score, hash, provenance.", data)
-    info.add_argument("dataset")
+    info.add_argument("dataset", help=name_help)
     info.add_argument("--json", action="store_true")
     add_workdir(info)
-    collect = add("collect", "Collect a dataset by D4RL's recipe: whole trajectories, sampled actions.", data)
-    collect.add_argument("--env", required=True, help="a Gymnasium id, such as Hopper-v5")
-    collect.add_argument(
-        "--policy", required=True, action="append",
-        help="random, an embedded actor's name or a policy file (.npz); several share the rows in the order given",
+
+    check = add(
+        "verify", "Check a dataset: bounds, episode ends, duplicates, statistics, and its steps repeated in the "
+        "simulator. Exit code 1: not what it says it is.", data,
     )  # fmt: skip
-    collect.add_argument("--rows", type=int, required=True, help="transitions")
-    collect.add_argument("--name", required=True, help="the dataset's name from now on")
+    check.add_argument("dataset", help="a name or a path")
+    check.add_argument("--rows", type=int, default=2000, help="rows repeated in the simulator (default: %(default)s)")
+    check.add_argument("--json", action="store_true")
+    add_workdir(check)
+
+    fetch = add("download", "Download datasets of D4RL, Minari or NeoRL and convert them to the flat store.", data)
+    fetch.add_argument("datasets", nargs="+", metavar="dataset", help="names")
+    add_workdir(fetch)
+
+    export = add("export", "Write a dataset as an HDF5 file in D4RL's layout.", data)
+    export.add_argument("dataset", help=name_help)
+    export.add_argument("file", type=Path, help="the .hdf5 file to be written")
+    add_workdir(export)
+
+    collect = add("collect", "Collect a dataset by D4RL's recipe: whole trajectories, sampled actions.", data)
+    collect.add_argument(
+        "recipe", nargs="?", help="such as hopper-medium-expert (see README): names the environment and the actors"
+    )
+    collect.add_argument("--env", help="a Gymnasium id, such as Hopper-v5; with a recipe: instead of its own")
+    collect.add_argument(
+        "--policy", action="append",
+        help="instead of a recipe: random, an embedded actor's name or a policy file (.npz); several share the rows in "
+        "the order given",
+    )  # fmt: skip
+    collect.add_argument("--rows", type=int, help="transitions; with a recipe by default as many as D4RL has")
+    collect.add_argument("--name", help="the dataset's name from now on; default: collected/RECIPE")
     collect.add_argument("--seed", type=int, default=0)
     collect.add_argument("--deterministic", action="store_true", help="the policies' mean actions")
+    collect.add_argument(
+        "--workers", type=int, default=0, help="Ray actors that step environments; 0 (default): this process. The rows "
+        "are the same",
+    )  # fmt: skip
     add_workdir(collect)
+
     actor = add("train-actor", "Train an actor online with soft actor-critic; keep snapshots and learning curve.", data)
     actor.add_argument("--out", type=Path, required=True, help="an empty or new folder")
-    add_overrides(actor, "env_id, steps, seed, hidden, learning_rate, snapshot_every, ...")
-    return parser
+    actor.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="env_id, steps, seed, hidden, learning_rate, snapshot_every, ...",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,6 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"offsweep: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `offsweep data list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it does not complain again
+        return 0
     except KeyboardInterrupt:
         print("offsweep: stopped; nothing is lost, `offsweep resume NAME` goes on", file=sys.stderr)
         return 130
@@ -175,16 +221,28 @@ def _free_name(workdir: Path, name: str) -> str:
 def _data(args: argparse.Namespace) -> int:
     from orchestrator import data_commands
 
-    if args.data_command == "list":
-        data_commands.show_names(args.workdir)
+    if args.data_command == "train-actor":
+        from orchestrator.actor_training import train_actor
+
+        train_actor(args.overrides, args.out)
+    elif args.data_command == "list":
+        data_commands.show_catalogue(args.workdir, args.pattern, args.json)
     elif args.data_command == "info":
         data_commands.show_info(args.dataset, args.workdir, args.json)
+    elif args.data_command == "verify":
+        return data_commands.verify_dataset(args.dataset, args.workdir, args.json, args.rows)
+    elif args.data_command == "download":
+        data_commands.download(args.datasets, args.workdir)
+    elif args.data_command == "export":
+        data_commands.export(args.dataset, args.file, args.workdir)
     elif args.data_command == "collect":
         data_commands.collect_dataset(
-            args.env, args.policy, args.rows, args.seed, args.name, args.workdir, args.deterministic
-        )
-    else:
-        data_commands.train_actor(args.overrides, args.out)
+            data_commands.CollectRequest(
+                recipe=args.recipe, env_id=args.env, policies=args.policy or [], rows=args.rows, name=args.name,
+                seed=args.seed, deterministic=args.deterministic, workers=args.workers,
+            ),
+            args.workdir,
+        )  # fmt: skip
     return 0
 
 

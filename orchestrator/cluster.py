@@ -1,17 +1,15 @@
-"""Ray: connecting, and the slots in which learners run."""
+"""The slots in which learners run: Ray actors, or this process."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
-import logging
 import os
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from envs.errors import UserError
+from envs.dataset import Dataset
 from orchestrator.config import ComputeConfig
-from orchestrator.environment import prepare_environment, worker_environment
+from orchestrator.connection import check_room, cluster_address, connected
 from orchestrator.learner import LearnerProcess
 
 
@@ -32,8 +30,8 @@ class InlineSlots:
 
     size = 1
 
-    def __init__(self, compute: ComputeConfig) -> None:
-        self._process = LearnerProcess(compute)
+    def __init__(self, compute: ComputeConfig, dataset: Dataset) -> None:
+        self._process = LearnerProcess(compute, dataset)
         self._call: tuple[str, tuple[Any, ...]] | None = None
 
     def submit(self, slot: int, method: str, *args: Any) -> None:
@@ -52,13 +50,14 @@ class InlineSlots:
 class RaySlots:
     """Ray actors, one a slot. An actor whose process dies is restarted by Ray; its call is not repeated by Ray."""
 
-    def __init__(self, compute: ComputeConfig, size: int, gpus_each: float) -> None:
+    def __init__(self, compute: ComputeConfig, dataset: Dataset, size: int, gpus_each: float) -> None:
         import ray
 
         self.size = size
+        self._dataset = ray.put(dataset)  # copied once; each node fetches it once, and its actors map the same pages
         options = {"num_cpus": 1, "num_gpus": gpus_each, "max_restarts": -1, "max_task_retries": 0}
         actor = ray.remote(LearnerProcess).options(**options)
-        self._actors: list[Any] = [actor.remote(compute) for _ in range(size)]
+        self._actors: list[Any] = [actor.remote(compute, self._dataset) for _ in range(size)]
         self._running: dict[Any, int] = {}
 
     def submit(self, slot: int, method: str, *args: Any) -> None:
@@ -88,6 +87,7 @@ class RaySlots:
             ray.kill(actor, no_restart=True)
         self._actors.clear()
         self._running.clear()
+        del self._dataset
 
     def pids(self) -> list[dict[str, list[int]]]:
         """Process ids of every slot's learner, rollout workers and evaluators."""
@@ -96,79 +96,36 @@ class RaySlots:
         return ray.get([actor.pids.remote() for actor in self._actors])
 
 
-def cluster_address(compute: ComputeConfig) -> str | None:
-    """The running Ray cluster to join; None: one of our own on this machine."""
-    return compute.address or os.environ.get("RAY_ADDRESS")
-
-
 @contextlib.contextmanager
-def open_slots(compute: ComputeConfig) -> Iterator[Slots]:
+def open_slots(compute: ComputeConfig, dataset: Dataset) -> Iterator[Slots]:
     """Connect to Ray if anything is to run in it, and make the slots.
 
-    A cluster of our own gets as many logical CPUs as there are processes to run, even on fewer cores. On a cluster
-    that runs already, more processes than its CPUs are refused: Ray would wait for them for ever.
+    Raises:
+        UserError: no cluster answers, or it has fewer CPUs than there are processes to run.
     """
-    address = cluster_address(compute)
+    address = cluster_address(compute.address)
     per_learner = 1 + compute.num_rollout_workers + compute.num_evaluators
     inline = compute.num_learners == 0
     if inline and per_learner == 1:
-        yield InlineSlots(compute)
+        yield InlineSlots(compute, dataset)
         return
-    prepare_environment(address)
-    import ray
-
-    cores = len(os.sched_getaffinity(0))
     gpus = _gpus_here(compute) if address is None else 0
-    try:
-        if address is None:
-            learners = _default_learners(compute, cores, gpus)
-            needed = max(learners, 1) * per_learner
-            ray.init(
-                address="local", num_cpus=max(cores, needed), num_gpus=gpus, include_dashboard=False,
-                logging_level=logging.ERROR, log_to_driver=False,
-                runtime_env={"env_vars": worker_environment()},
-            )  # fmt: skip
-        else:
-            ray.init(
-                address=address, logging_level=logging.ERROR, log_to_driver=False,
-                runtime_env={"env_vars": worker_environment()},
-            )  # fmt: skip
-            resources = ray.cluster_resources()
+    learners = _default_learners(compute, len(os.sched_getaffinity(0)), gpus)
+    with connected(address, max(learners, 1) * per_learner, gpus) as resources:
+        if address is not None:
             gpus = int(resources.get("GPU", 0))
             learners = _default_learners(compute, int(resources.get("CPU", 0)) // per_learner, gpus)
-            needed = max(learners, 1) * per_learner
-            if needed > resources.get("CPU", 0):
-                raise UserError(
-                    f"{needed} worker processes do not fit the {resources.get('CPU', 0):.0f} CPUs of the cluster at "
-                    f"{address}; lower compute.num_learners, num_rollout_workers or num_evaluators"
-                )
-    except (ConnectionError, TimeoutError) as error:
-        raise UserError(f"no Ray cluster answers at {address}: {error}") from None
-    slots: InlineSlots | RaySlots
-    if inline:
-        slots = InlineSlots(compute)
-    else:
+            advice = "lower compute.num_learners, num_rollout_workers or num_evaluators"
+            check_room(max(learners, 1) * per_learner, resources, advice)
+        if inline:
+            yield InlineSlots(compute, dataset)
+            return
         use_gpu = gpus and compute.device != "cpu"
-        slots = RaySlots(compute, learners, min(1.0, int(1e4 * gpus / learners) / 1e4) if use_gpu else 0)
-    try:
-        yield slots
-    finally:
-        if isinstance(slots, RaySlots):
+        slots = RaySlots(compute, dataset, learners, min(1.0, int(1e4 * gpus / learners) / 1e4) if use_gpu else 0)
+        try:
+            yield slots
+        finally:
             slots.close()
-        _shut_down_ray()
-
-
-def _shut_down_ray() -> None:
-    """Leave Ray. It ends this process on the spot if a reference of its own is collected while it shuts down, which the
-    tracker's thread may do with what a caught exception held; so that is collected before, and nothing meanwhile."""
-    import ray
-
-    gc.collect()
-    gc.disable()
-    try:
-        ray.shutdown()
-    finally:
-        gc.enable()
 
 
 def _gpus_here(compute: ComputeConfig) -> int:

@@ -21,6 +21,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from agents.method import load_method, method_settings
 from envs.errors import UserError
+from envs.transforms import base_name
 from sweeps.spec import PrunerSpec, SamplerSpec, StudySpec
 
 
@@ -152,7 +153,7 @@ def _resolve(given: DictConfig) -> Config:
     name = str(block.name)
     del block["name"]
     method = load_method(name)
-    variant, settings = method_settings(name, str(dataset), block.get("variant"))
+    variant, settings = method_settings(name, base_name(str(dataset)), block.get("variant"))
     schema = OmegaConf.structured(Config)
     schema.method = OmegaConf.structured(method.Config)
     schema.method_name = name

@@ -1,36 +1,70 @@
-"""`offsweep data ...`: datasets and the actors that the embedded ones are collected from."""
+"""`offsweep data ...`: datasets. Nothing here loads torch before it is needed: most of these commands are quick."""
 
 from __future__ import annotations
 
-import csv
+import fnmatch
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from rich import filesize
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
-from agents.online import OnlineSACConfig, Snapshot, train_online
+from envs.catalogue import Entry
 from envs.collect import collect, uniform_policy
-from envs.episodes import make_env, run_episodes
+from envs.dataset import Dataset
+from envs.episodes import make_env
 from envs.errors import UserError
-from envs.hdf5 import check_writable
-from envs.policies import NetworkPolicy, Policy, load_policy
-from envs.registry import dataset_names, load_dataset
-from orchestrator.artifacts import save_json, write_arrays, write_atomically
+from envs.hdf5 import write_hdf5
+from envs.policies import Policy, load_policy
+from envs.recipes import recipe
+from envs.registry import FILE_KINDS, catalogue, datasets_folder, find_source, load_dataset
+from orchestrator.collection import parallel_shards
 
-CURVE_EPISODES = 10  # per point of an actor's learning curve
+
+@contextmanager
+def shown_download(name: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar for the download of a dataset; it appears with the first bytes."""
+    bars = Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )  # fmt: skip
+    task = bars.add_task(name, total=None)
+
+    def advance(done: int, total: int | None) -> None:
+        bars.start()
+        bars.update(task, completed=done, total=total)
+
+    try:
+        yield advance
+    finally:
+        if bars.live.is_started:
+            bars.stop()
+
+
+def load(name: str, workdir: Path) -> Dataset:
+    """A dataset by name; a download shows its progress."""
+    return load_dataset(name, workdir, shown_download)
 
 
 def show_info(name: str, workdir: Path, as_json: bool) -> None:
     """Print what a dataset holds."""
-    summary = load_dataset(name, workdir).summary()
+    summary = load(name, workdir).summary()
     if as_json:
         print(json.dumps(summary, indent=1))
         return
@@ -39,76 +73,133 @@ def show_info(name: str, workdir: Path, as_json: bool) -> None:
         if key not in ("name", "provenance"):
             table.add_row(key, f"{value:.2f}" if isinstance(value, float) else str(value))
     table.add_row("provenance", json.dumps(summary["provenance"], indent=1))
-    Console().print(table)
+    _console().print(table)
 
 
-def show_names(workdir: Path) -> None:
-    """Print the names that can be loaded now."""
-    print("\n".join(dataset_names(workdir)))
+def show_catalogue(workdir: Path, pattern: str, as_json: bool) -> None:
+    """Print the datasets that are known by name."""
+    entries = [e for e in catalogue(workdir) if fnmatch.fnmatchcase(e.name, pattern) or pattern in e.name]
+    if not entries:
+        raise UserError(f"no known dataset is called like '{pattern}'; `offsweep data list` shows all names")
+    if as_json:
+        print(json.dumps([asdict(entry) | {"path": entry.path and str(entry.path)} for entry in entries], indent=1))
+        return
+    table = Table(title="datasets known by name")
+    for heading in ("name", "source", "scored in", "rows are", "size", "licence"):
+        table.add_column(heading, justify="right" if heading == "size" else "left", no_wrap=heading == "name")
+    for entry in entries:
+        size = "" if entry.size is None else filesize.decimal(entry.size)
+        table.add_row(
+            entry.name, entry.source, entry.env_id or "see its file", _state(entry), size, entry.licence or ""
+        )
+    _console().print(table)
     print(
-        "D4RL's names (such as hopper-medium-replay-v2) too, where their files are in place, and paths to .hdf5 files"
+        "paths of .hdf5, .h5 and .npz files are names too; slices and mixes: hopper-medium-v2,first=100000 or "
+        "hopper-random-v2:0.5+hopper-expert-v2:0.5"
     )
 
 
-def collect_dataset(
-    env_id: str, policies: Sequence[str], rows: int, seed: int, name: str, workdir: Path, deterministic: bool
-) -> None:
-    """Roll policies in an environment and keep the set as `<workdir>/datasets/<name>.hdf5`."""
-    if not name or Path(name).suffix in (".hdf5", ".h5") or "/" in name:
-        raise UserError(f"--name {name!r} must be a plain name such as my-hopper-set, without a folder or an ending")
-    path = workdir / "datasets" / f"{name}.hdf5"
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 150)
+
+
+def _state(entry: Entry) -> str:
+    if entry.cached:
+        return "cached"
+    if entry.source == "embedded":
+        return "made on first use"
+    return "here" if entry.present else "to be downloaded"
+
+
+def download(names: Sequence[str], workdir: Path) -> None:
+    """Have datasets on this machine, converted to the flat store."""
+    for name in names:
+        dataset = load(name, workdir)
+        print(f"{name}: {dataset.num_transitions:,} transitions, content hash {dataset.content_hash[:16]}")
+
+
+def export(name: str, path: Path, workdir: Path) -> None:
+    """Write a dataset as an HDF5 file in D4RL's layout."""
+    if path.suffix not in (".hdf5", ".h5"):
+        raise UserError(f"{path} must end in .hdf5")
     if path.exists():
-        raise UserError(f"{path} exists already; choose another --name or remove the file")
-    if rows < 1:
-        raise UserError(f"--rows {rows} must be at least 1")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    check_writable(path)
+        raise UserError(f"{path} exists already; choose another place or remove it")
+    write_hdf5(load(name, workdir), path)
+    print(f"written to {path}")
+
+
+def verify_dataset(name: str, workdir: Path, as_json: bool, replay_rows: int) -> int:
+    """Check a dataset's rows and print what was found; returns the exit code, 1 for one that is rejected."""
+    from envs.verify import verify  # loads torch, for the termination rules
+    from orchestrator.verify_display import print_report
+
+    report = verify(load(name, workdir), replay_rows=replay_rows)
+    if as_json:
+        print(report.to_json())
+    else:
+        print_report(report, _console())
+    return report.exit_code
+
+
+@dataclass(frozen=True)
+class CollectRequest:
+    """The words of `offsweep data collect`."""
+
+    recipe: str | None
+    env_id: str | None
+    policies: Sequence[str]
+    rows: int | None
+    name: str | None
+    seed: int = 0
+    deterministic: bool = False
+    workers: int = 0
+
+
+def collect_dataset(request: CollectRequest, workdir: Path) -> None:
+    """Roll policies out and keep the set as `<workdir>/datasets/<name>.hdf5`."""
+    env_id, policies, rows, about = _what_to_collect(request)
+    name = request.name or f"collected/{request.recipe}"
+    path = _free_path(name, workdir)
     make_env(env_id).close()
-    chosen: list[tuple[Policy, float]] = [
-        (uniform_policy(env_id) if p == "random" else load_policy(p), 1.0) for p in policies
-    ]
-    collect(env_id, chosen, rows, seed, deterministic, name, path)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with parallel_shards(request.workers) as run_shards, Progress(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task(f"{name}: {env_id}", total=rows)
+        collect(
+            env_id, policies, rows, request.seed, request.deterministic, name, path, run_shards,
+            on_rows=lambda done: bars.update(task, completed=done), about=about,
+        )  # fmt: skip
     show_info(name, workdir, as_json=False)
     print(f"written to {path}; train on it with dataset={name}")
 
 
-def train_actor(overrides: Sequence[str], out: Path) -> None:
-    """Train an actor online and keep its snapshots and learning curve under `out`."""
-    config = _online_config(overrides)
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out} is not empty; choose another folder")
-    make_env(config.env_id).close()
-    rows: list[list[Any]] = []
-    with Progress() as progress:
-        task = progress.add_task(f"{config.env_id}, seed {config.seed}", total=config.steps)
-        for snapshot in train_online(config, lambda step: progress.update(task, completed=step)):
-            rows.append([snapshot.step, *_save_snapshot(snapshot, config.env_id, out)])
-            write_atomically(out / "learning_curve.csv", lambda p: _write_csv(p, rows))
-    command = " ".join(["offsweep data train-actor", *overrides])
-    save_json(out / "training.json", {"command": command, "config": asdict(config)})
-    print(f"{len(rows)} snapshots and learning_curve.csv written to {out}")
+def _what_to_collect(request: CollectRequest) -> tuple[str, list[tuple[Policy, float]], int, dict[str, Any]]:
+    """Environment, policies with their shares, number of rows, and what the provenance says of the recipe."""
+    if request.recipe is not None:
+        if request.policies:
+            raise UserError("give either a recipe or --policy, not both")
+        found = recipe(request.recipe, request.env_id)
+        rows = found.rows if request.rows is None else _positive(request.rows)
+        return found.env_id, found.policies(), rows, found.about()
+    if not (request.env_id and request.policies and request.name and request.rows is not None):
+        raise UserError("give a recipe such as hopper-medium, or --env, --policy, --rows and --name")
+    env_id, rows = request.env_id, _positive(request.rows)
+    chosen = [uniform_policy(env_id) if p == "random" else load_policy(p) for p in request.policies]
+    return env_id, [(policy, 1.0) for policy in chosen], rows, {}
 
 
-def _online_config(overrides: Sequence[str]) -> OnlineSACConfig:
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(OnlineSACConfig), OmegaConf.from_dotlist(list(overrides)))
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise UserError(str(error).splitlines()[0]) from None
-    assert isinstance(config, OnlineSACConfig)
-    return config
+def _positive(rows: int) -> int:
+    if rows < 1:
+        raise UserError(f"--rows {rows} must be at least 1")
+    return rows
 
 
-def _save_snapshot(snapshot: Snapshot, env_id: str, out: Path) -> tuple[float, float, float]:
-    write_arrays(out / f"{snapshot.step:07d}.npz", snapshot.arrays)
-    policy = NetworkPolicy(snapshot.arrays, "snapshot", "")
-    episodes = run_episodes(env_id, lambda obs: policy.act(obs, None), range(CURVE_EPISODES))
-    returns: np.ndarray = episodes.returns
-    return float(returns.mean()), float(returns.std()), float(episodes.lengths.mean())
-
-
-def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["step", "return_mean", "return_std", "length_mean"])
-        writer.writerows([[row[0], *(f"{x:.2f}" for x in row[1:])] for row in rows])
+def _free_path(name: str, workdir: Path) -> Path:
+    """Where a set of this name is to be written: a name that means nothing else, and no file there yet."""
+    if not re.fullmatch(r"(?:[A-Za-z0-9][\w.-]*/)*[A-Za-z0-9][\w.-]*", name) or Path(name).suffix in FILE_KINDS:
+        raise UserError(f"--name {name!r} must be a plain name such as my-hopper-set, without an ending")
+    path = datasets_folder(workdir) / f"{name}.hdf5"
+    if path.exists():
+        raise UserError(f"{path} exists already; choose another --name or remove the file")
+    if find_source(name, workdir) is not None:
+        raise UserError(f"--name {name!r} is the name of a dataset already; choose another one")
+    return path

@@ -19,11 +19,13 @@ from agents.method import load_method
 from envs.dataset import Dataset
 from envs.episodes import make_env
 from envs.errors import UserError
+from envs.files import write_atomically
 from envs.registry import load_dataset
 from envs.termination import termination_rule
-from orchestrator.artifacts import save_json, write_atomically, write_text
-from orchestrator.cluster import cluster_address, open_slots
+from orchestrator.artifacts import save_json, write_text
+from orchestrator.cluster import open_slots
 from orchestrator.config import Config, check_space, load_config, to_dict, to_yaml
+from orchestrator.connection import cluster_address
 from orchestrator.display import Display, print_summary, show_params, value_unit
 from orchestrator.driver import Driver
 from orchestrator.learner import dataset_record, flatten, resolve_device
@@ -115,7 +117,7 @@ def _store_uri(config: Config) -> str:
 
 
 def _check_before_compute(config: Config) -> Dataset:
-    if cluster_address(config.compute) is None:
+    if cluster_address(config.compute.address) is None:
         resolve_device(config.compute.device)
     check_reachable(_store_uri(config))
     dataset = load_dataset(config.dataset, Path(config.workdir))
@@ -137,7 +139,7 @@ def _run(config: Config, study: Study, dataset: Dataset, console: Console) -> Ou
     with _tracking(tracker, console), RunSpool(study.folder / "spool", "study") as spool:
         tags = _tags()
         _announce(spool, config, dataset, tags)
-        with Display(console, value_unit(dataset)) as display, open_slots(config.compute) as slots:
+        with Display(console, value_unit(dataset)) as display, open_slots(config.compute, dataset) as slots:
             Driver(config, study, dataset, slots, tags, spool, display).run()
         _conclude(spool, study, value_unit(dataset))
     print_summary(console, study, config, dataset, tracker.tracking_uri)

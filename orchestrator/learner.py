@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from agents.online import actor_arrays
 from envs.dataset import Dataset
 from envs.episodes import make_env
 from envs.errors import UserError
-from envs.registry import load_dataset
 from envs.scores import normalized_score, reference_scores
 from orchestrator.artifacts import (
     ArtifactStore,
@@ -95,11 +93,6 @@ class PackReport:
     diverged: dict[str, int] = field(default_factory=dict)  # run key -> updates
 
 
-@lru_cache(maxsize=2)
-def _dataset(name: str, workdir: str) -> Dataset:
-    return load_dataset(name, Path(workdir))
-
-
 def action_bounds(env_id: str) -> tuple[np.ndarray, np.ndarray]:
     """The environment's action bounds, `(A,)` each."""
     env = make_env(env_id)
@@ -116,7 +109,7 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def training_data(config: Config, dataset: Dataset, device: torch.device) -> TrainingData:
+def training_data(dataset: Dataset, device: torch.device) -> TrainingData:
     return TrainingData.from_dataset(dataset, *action_bounds(dataset.env_id), device)
 
 
@@ -127,17 +120,17 @@ class Learner:
         pack: what to train; if its folder holds a checkpoint, training goes on from there.
         compute: threads, device and checkpoint interval.
         workers: where rollouts and evaluations are computed.
+        dataset: what the runs learn from.
     """
 
-    def __init__(self, pack: PackSpec, compute: ComputeConfig, workers: Workers) -> None:
-        self.pack, self.compute, self.workers = pack, compute, workers
+    def __init__(self, pack: PackSpec, compute: ComputeConfig, workers: Workers, dataset: Dataset) -> None:
+        self.pack, self.compute, self.workers, self.dataset = pack, compute, workers, dataset
         self.device = resolve_device(compute.device)
         self.configs = [load_config([run.config], []) for run in pack.runs]
         config = self.configs[0]
-        self.dataset = _dataset(config.dataset, config.workdir)
         self.env_id = config.evaluation.env_id or self.dataset.env_id
         self.reference = reference_scores(self.env_id)
-        data = training_data(config, self.dataset, self.device)
+        data = training_data(self.dataset, self.device)
         self._action_low, self._action_high = action_bounds(self.env_id)
         store = ArtifactStore(Path(config.workdir) / "artifacts")
         cls = load_method(config.method_name)
@@ -243,7 +236,11 @@ class Learner:
         self._diverge(diverged)
 
     def _policy(self, member: int) -> dict[str, np.ndarray]:
-        return actor_arrays(self.method.actor(member), 0, self._action_low, self._action_high)
+        scaling = self.dataset.scaling
+        return actor_arrays(
+            self.method.actor(member), 0, self._action_low, self._action_high,
+            scaling.observation_mean, scaling.observation_std,
+        )  # fmt: skip
 
     def _diverge(self, keys: Sequence[str]) -> None:
         self.diverged |= dict.fromkeys(keys, self.updates)
@@ -275,7 +272,7 @@ class Learner:
             **run.tags, "trial": str(run.trial), "seed": str(run.seed), "method": config.method_name,
             "dataset": config.dataset, "pack": self.pack.pack_id, "environment": self.env_id, "device":
             str(self.device), "config_hash": digest(identity(config, self.dataset.content_hash)),
-            "score_reference": self.reference.source if self.reference else "none: values are raw returns",
+            "score_reference": self.reference.label if self.reference else "none: values are raw returns",
         }  # fmt: skip
         name = f"t{run.trial:03d}-s{run.seed}" if "study" in run.tags else run.run_key
         self._spools[run.run_key].start(RunInfo(name, params, tags, [dataset_record(self.dataset)]))
@@ -352,11 +349,15 @@ class LearnerProcess:
     """A slot for learners: an object in the driver's process, or a Ray actor that Ray restarts when it dies.
 
     Every call carries its pack, so a restarted actor takes it up again from the checkpoint by itself.
+
+    Args:
+        compute: for every learner and worker of this slot.
+        dataset: of the study; in an actor its columns lie in the node's object store, shared by all actors there.
     """
 
-    def __init__(self, compute: ComputeConfig) -> None:
+    def __init__(self, compute: ComputeConfig, dataset: Dataset) -> None:
         configure_cpu(compute.threads)
-        self.compute = compute
+        self.compute, self.dataset = compute, dataset
         self.workers = Workers(compute.num_rollout_workers, compute.num_evaluators, compute.threads)
         self._learner: Learner | None = None
 
@@ -365,7 +366,7 @@ class LearnerProcess:
 
     def advance(self, pack: PackSpec, dropped: Sequence[str]) -> PackReport:
         if self._learner is None or self._learner.pack.pack_id != pack.pack_id:
-            self._learner = Learner(pack, self.compute, self.workers)
+            self._learner = Learner(pack, self.compute, self.workers, self.dataset)
         report = self._learner.advance(dropped)
         if report.finished:
             self._learner = None
@@ -374,16 +375,15 @@ class LearnerProcess:
     def build_stage(self, config: dict[str, Any], name: str) -> None:
         """Build one stage of a run's method if it is missing."""
         resolved = load_config([config], [])
-        dataset = _dataset(resolved.dataset, resolved.workdir)
         stage = load_method(resolved.method_name).stages(resolved.method)[name]
-        key = stage_key(stage, dataset.content_hash)
+        key = stage_key(stage, self.dataset.content_hash)
         history: list[tuple[int, dict[str, float]]] = []
 
         def build() -> dict[str, Any]:
-            data = training_data(resolved, dataset, resolve_device(self.compute.device))
+            data = training_data(self.dataset, resolve_device(self.compute.device))
             return stage.build(data, lambda step, metrics: history.append((step, dict(metrics))))
 
         store = ArtifactStore(Path(resolved.workdir) / "artifacts")
         # the history is kept with the stage: whoever uses it can show it
-        description = {"dataset": dataset.name, "dataset_hash": dataset.content_hash, "history": history}
+        description = {"dataset": self.dataset.name, "dataset_hash": self.dataset.content_hash, "history": history}
         store.get_or_build(stage, key, build, description)

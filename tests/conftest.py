@@ -9,8 +9,12 @@ import pytest
 from orchestrator.environment import prepare_environment, worker_environment
 
 # A user's settings must not lead tests to that user's cluster, server or data.
-for _name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "MLFLOW_TRACKING_URI", "OFFSWEEP_WORKDIR", "D4RL_DATASET_DIR"):
+for _name in (
+    "RAY_ADDRESS", "RAY_AUTH_MODE", "MLFLOW_TRACKING_URI", "OFFSWEEP_WORKDIR", "OFFSWEEP_CACHE",
+    "D4RL_DATASET_DIR", "NEORL_DATASET_DIR", "MINARI_DATASETS_PATH",
+):  # fmt: skip
     os.environ.pop(_name, None)
+os.environ["OFFSWEEP_OFFLINE"] = "1"  # nothing is downloaded; the tests of downloads have a server of their own
 os.environ["MPLBACKEND"] = "Agg"
 prepare_environment()  # before any test module imports ray, torch or mlflow
 

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agents.dynamics import DynamicsConfig, EnsembleTrainer
 from agents.replay import Replay, transition_rows
-from benchmarks import common, learner_speed, ravl_hopper, run
+from benchmarks import common, data_bad_inputs, data_collect, data_load, learner_speed, ravl_hopper, run
 from envs.errors import UserError
 from orchestrator.spool import RunInfo, RunSpool
 
@@ -64,6 +64,33 @@ def test_a_pack_is_measured_beside_a_pack_of_one(capfd):
     of_products = line["flops_per_update"] * line["value"] / (line["matrix_gflops"] * 1e9)
     assert line["share_of_matrix_rate"] == pytest.approx(of_products, rel=1e-4)
     assert line["matrix_gflops"] == max(line["matrix_rates"].values())
+
+
+def test_a_collection_is_measured_beside_a_plain_loop(capfd):
+    words = ["--robots", "hopper", "--workers", "0", "--rows", "300", "--blocks", "2", "--in-process"]
+    assert data_collect.main(words) == 0
+    (text,) = capfd.readouterr().out.splitlines()
+    line = common.parse_line(text, "data_collect")
+    assert (line["case"], line["env_id"], line["workers"], line["rows"]) == ("hopper/0", "Hopper-v5", 0, 300)
+    assert line["ratio"] == pytest.approx(line["value"] / line["reference"], rel=1e-4)
+    assert len(line["content_hash"]) == 64
+
+
+def test_loading_is_measured_cold_and_warm(capfd):
+    assert data_load.main(["--rows", "2000", "--repeats", "1", "--no-minari"]) == 0
+    lines = [common.parse_line(text, "data_load") for text in capfd.readouterr().out.splitlines()]
+    assert [line["case"] for line in lines] == ["hdf5_cold", "cache_warm"]
+    for line in lines:
+        assert line["rows"] == 2000
+        assert line["ratio"] == pytest.approx(line["value"] / line["reference"], rel=1e-3)
+
+
+@pytest.mark.parametrize("case", ["truncated_file", "unknown_name"])
+def test_a_bad_input_is_one_sentence_and_leaves_nothing(capfd, case):
+    assert data_bad_inputs.main(["--cases", case]) == 0
+    (text,) = capfd.readouterr().out.splitlines()
+    line = common.parse_line(text, "data_bad_inputs")
+    assert (line["input"], line["exit_code"], line["lines"], line["left_behind"]) == (case, 2, 1, [])
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import yaml
 from agents.method import TrainingData, load_method, method_names, method_settings, settings_file
 from agents.mopo import MOPO, MOPOConfig
 from agents.ravl import RAVL, RAVLConfig
-from envs.dataset import Dataset
+from envs.dataset import Dataset, Scaling
 from envs.errors import UserError
 
 # OfflineRL-Kit e3ce697, run_example/run_mopo.py, D4RL v2: rollout length, penalty coefficient
@@ -265,6 +265,17 @@ def test_actions_are_mapped_from_the_environments_bounds() -> None:
     assert (data.observation_dim, data.action_dim, data.env_id) == (3, 2, "Pendulum-v1")
     assert {t.dtype for t in (data.observations, data.actions, data.rewards, data.terminals)} == {torch.float32}
     assert float(data.observations.sum() + data.next_observations.sum()) == 15.0
+
+
+def test_standardised_observations_bring_their_units() -> None:
+    ones, none = np.ones((4, 2), np.float32), np.zeros(4, bool)
+    scaling = Scaling(np.array([1.0, 2.0], np.float32), np.array([3.0, 4.0], np.float32))
+    dataset = Dataset("made-up", "Hopper-v4", ones, ones, ones[:, 0], ones, none, none, scaling=scaling)
+    data = TrainingData.from_dataset(dataset, -np.ones(2), np.ones(2))
+    assert data.termination.mean is not None
+    assert data.termination.std is not None
+    assert data.termination.mean.tolist() == [1, 2]
+    assert data.termination.std.tolist() == [3, 4]
 
 
 def test_settings_are_plain_yaml() -> None:

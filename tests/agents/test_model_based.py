@@ -247,7 +247,7 @@ def test_jobs_cover_every_member_in_shards() -> None:
     assert [len(j.starts) for j in jobs[:3]] == [SHARD_ROWS, SHARD_ROWS, 7]
     for job in jobs:
         assert torch.equal(job.actor.flat, method.actor(job.member).flat)
-        assert (job.length, job.env_id) == (3, "Hopper-v4")
+        assert (job.length, job.termination.env_id) == (3, "Hopper-v4")
 
 
 def test_a_job_keeps_the_policy_it_was_made_with() -> None:

@@ -108,3 +108,12 @@ def test_a_snapshot_is_a_policy_file(tmp_path: Path) -> None:
     sampled = policy.act(obs, np.random.default_rng(0))
     assert np.abs(sampled).max() <= 2.0
     assert np.abs(sampled - expected).max() > 0.1
+
+
+def test_an_actor_of_standardised_observations_acts_on_the_environments() -> None:
+    actor, low, high = random_actor(), -np.ones(2), np.ones(2)
+    mean, std = np.array([1.0, -2.0, 0.5], np.float32), np.array([0.5, 2.0, 3.0], np.float32)
+    obs = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    plain = NetworkPolicy(actor_arrays(actor, 0, low, high), "actor", "")
+    scaled = NetworkPolicy(actor_arrays(actor, 0, low, high, mean, std), "actor", "")
+    np.testing.assert_allclose(scaled.act(obs * std + mean, None), plain.act(obs, None), atol=1e-5)

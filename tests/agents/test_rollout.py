@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from agents.dynamics import Ensemble
-from agents.method import RolloutJob
+from agents.method import RolloutJob, Termination
 from agents.mopo import max_aleatoric
 from agents.networks import StackedMLP
 from agents.rollout import RolloutStatistics, rollout
@@ -193,7 +193,7 @@ def test_statistics_add_up() -> None:
 
 
 def job(**changes: Any) -> RolloutJob:
-    first = RolloutJob(0, 7, 3, 2, "Hopper-v4", random_actor(), torch.tensor(STARTS) + 1.0, 5, None, 0.0)
+    first = RolloutJob(0, 7, 3, 2, Termination("Hopper-v4"), random_actor(), torch.tensor(STARTS) + 1.0, 5, None, 0.0)
     return dataclasses.replace(first, **changes)
 
 
@@ -222,10 +222,18 @@ def test_a_job_ends_its_rollouts_by_the_rule_of_its_environment() -> None:
     """Hopper falls when |s'[1]| >= 0.2; HalfCheetah never does."""
     starts = torch.tensor([[1.5, 0.0]])
     hopper = job(starts=starts).run(linear_ensemble([0.0]))
-    cheetah = job(starts=starts, env_id="HalfCheetah-v4").run(linear_ensemble([0.0]))
+    cheetah = job(starts=starts, termination=Termination("HalfCheetah-v4")).run(linear_ensemble([0.0]))
     assert hopper.rows[:, D].tolist() == [1.0]
     assert cheetah.rows[:, D].tolist() == [0.0] * 5
     assert hopper.statistics.terminals == 1
+
+
+def test_standardised_observations_end_a_rollout_where_the_environments_would() -> None:
+    raw = torch.tensor([[0.9, 0.1, 3.0], [0.6, 0.1, 3.0], [0.9, 0.3, 3.0]])
+    mean, std = torch.tensor([1.2, -0.1, 5.0]), torch.tensor([0.2, 0.05, 4.0])
+    done = Termination("Hopper-v4")(raw)
+    assert done.tolist() == [False, True, True]
+    assert torch.equal(Termination("Hopper-v4", mean, std)((raw - mean) / std), done)
 
 
 def test_a_job_can_be_sent_to_another_process() -> None:

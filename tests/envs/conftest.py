@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ ENDS = {"terminals": [3], "timeouts": [7]}
 
 
 @pytest.fixture
-def columns() -> dict[str, np.ndarray]:
+def columns() -> dict[str, Any]:
     """Columns of a small dataset; where an episode ends, the next observation is not the next one's first."""
     rng = np.random.default_rng(0)
     observations = rng.normal(size=(10, 3)).astype(np.float32)
@@ -29,7 +30,7 @@ def columns() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture
-def dataset(columns: dict[str, np.ndarray]) -> Dataset:
+def dataset(columns: dict[str, Any]) -> Dataset:
     return Dataset("small", "Hopper-v4", **columns, provenance={"source": "test", "seed": 3})
 
 

@@ -1,12 +1,19 @@
 import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from envs.collect import collect, uniform_policy
+from envs.episodes import record_episodes
 from envs.errors import UserError
 from envs.hdf5 import read_hdf5
 from envs.policies import load_policy
+from envs.scores import normalized_score, reference_scores
 
 
 class Constant:
@@ -87,19 +94,135 @@ def test_policies_follow_one_another_in_whole_trajectories():
 def test_stepping_in_lockstep_changes_nothing(monkeypatch):
     """Trajectories are kept in starting order; keeping those that finish first would favour short ones."""
     policy = [(Constant(0.3, action_dim=3), 1.0)]
-    together = collect("Hopper-v5", policy, 900, seed=0)
+    together = collect("Hopper-v5", policy, 3000, seed=0)
     assert len(set(together.episodes.lengths.tolist())) > 2
-    monkeypatch.setattr("envs.collect._LOCKSTEP", 1)
-    assert collect("Hopper-v5", policy, 900, seed=0).content_hash == together.content_hash
+
+    def one_by_one(env_id, act, seeds):
+        return [record_episodes(env_id, act, [seed])[0] for seed in seeds]
+
+    monkeypatch.setattr("envs.collect.record_episodes", one_by_one)
+    assert collect("Hopper-v5", policy, 3000, seed=0).content_hash == together.content_hash
+
+
+def test_rows_do_not_depend_on_who_computes_the_shards_and_when(tmp_path, write_actor):
+    write_actor(tmp_path / "a.npz", 11, 3)
+    policies = [(load_policy(tmp_path / "a.npz"), 1.0), (uniform_policy("Hopper-v5"), 2.0)]
+
+    def ahead_and_backwards(shards):
+        """Every shard that is handed out is computed before the first one is given back, in another order."""
+        sent = [pickle.dumps(shard) for shard in shards]
+        results = {i: pickle.loads(sent[i]).run() for i in reversed(range(len(sent)))}
+        for i in range(len(sent)):
+            yield results[i]
+
+    here = collect("Hopper-v5", policies, 3000, seed=0)
+    there = collect("Hopper-v5", policies, 3000, seed=0, run_shards=ahead_and_backwards)
+    assert here.content_hash == there.content_hash
+    assert here.provenance == there.provenance
+
+
+def test_a_policy_s_rows_do_not_depend_on_the_others():
+    alone = collect("Pendulum-v1", [(Constant(1), 1.0)], 1600, seed=0)
+    first = collect("Pendulum-v1", [(Constant(1), 1.0), (Constant(-1), 1.0)], 3200, seed=0)
+    np.testing.assert_array_equal(first.observations[:1600], alone.observations)
+    assert len(np.unique(first.observations[::200], axis=0)) == 16  # every episode has a start of its own
+
+
+def test_no_more_is_computed_than_is_needed():
+    """Episodes that all last to the time limit: how many are needed is known beforehand."""
+    handed_out, closed = [], []
+
+    def computes_ahead(shards):
+        try:
+            handed_out.extend(shards)
+            for shard in handed_out:
+                yield shard.run()
+        finally:
+            closed.append(True)
+
+    collect("Pendulum-v1", [(Constant(1), 1.0)], 3201, seed=0, run_shards=computes_ahead)
+    assert [(shard.place, shard.episodes) for shard in handed_out] == [((0, 0), 8), ((0, 1), 8), ((0, 2), 1)]
+    assert closed == [True]
+
+
+def test_short_episodes_are_still_stepped_together():
+    """How many are needed is estimated from those before."""
+    handed_out = []
+
+    def record(shards):
+        for shard in shards:
+            handed_out.append(shard)
+            yield shard.run()
+
+    data = collect("Hopper-v5", [(Constant(0.3, action_dim=3), 1.0)], 2000, seed=0, run_shards=record)
+    assert [shard.place for shard in handed_out] == [(0, i) for i in range(len(handed_out))]
+    assert handed_out[0].episodes == 2  # would do if they lasted to the time limit
+    assert sum(shard.episodes == 8 for shard in handed_out) > 1
+    assert sum(shard.episodes for shard in handed_out) < len(data.episodes) + 8
+
+
+def test_progress_is_the_number_of_rows():
+    seen = []
+    collect("Pendulum-v1", uniform("Pendulum-v1"), 500, seed=0, on_rows=seen.append)
+    assert seen == [200, 400, 500]
+
+
+SHARED_POLICIES = Path(__file__).parents[2].parent / "shared" / "data" / "policies"
+
+
+def test_a_real_expert_s_rows_have_an_expert_s_score():
+    file = SHARED_POLICIES / "Hopper_sb3_tqc.npz"
+    if not file.is_file():
+        pytest.skip(f"the policy file {file} is not there")
+    data = collect("Hopper-v5", [(load_policy(file), 1.0)], 10_000, seed=0)
+    reference = reference_scores("Hopper-v5")
+    assert reference is not None
+    scores = normalized_score(data.episode_returns(), reference)[:-1]  # the last one is cut
+    assert len(scores) >= 10
+    # 100.6 is what this policy's sampled actions reached in ten other episodes; an episode's deviation is about 17
+    assert np.mean(scores) == pytest.approx(100.6, abs=10)
+    assert np.abs(data.actions).max() <= 1
+
+
+@pytest.mark.slow
+def test_rows_do_not_depend_on_the_threads_of_matrix_products(tmp_path):
+    """A driver may have several, Ray's workers have one."""
+    code = f"""
+import numpy as np
+from envs.collect import collect
+from envs.policies import load_policy, save_policy
+rng = np.random.default_rng(0)
+layer = lambda i, o: (rng.normal(size=(o, i)) / i**0.5, np.zeros(o))
+save_policy("{tmp_path}/a.npz", [layer(11, 512), layer(512, 512)], layer(512, 3), layer(512, 3))
+print(collect("Hopper-v5", [(load_policy("{tmp_path}/a.npz"), 1.0)], 7001, 0).content_hash)
+"""
+    hashes = [
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+            env=os.environ | {"OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads},
+        ).stdout
+        for threads in "12"
+    ]  # fmt: skip
+    assert len(hashes[0].strip()) == 64
+    assert len(set(hashes)) == 1
+
+
+def test_mujoco_s_remarks_on_model_files_are_not_shown(tmp_path):
+    code = "from envs.episodes import make_env; make_env('HalfCheetah-v5')"
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []  # no MUJOCO_LOG.TXT
 
 
 def test_provenance_says_who_and_with_what(tmp_path, write_actor):
     digest = write_actor(tmp_path / "actor.npz", 3, 1)
-    data = collect("Pendulum-v1", [(load_policy(tmp_path / "actor.npz"), 2.0)], 10, seed=4)
+    data = collect("Pendulum-v1", [(load_policy(tmp_path / "actor.npz"), 2.0)], 10, seed=4, about={"for": "a test"})
     json.dumps(data.provenance)
+    assert data.provenance["for"] == "a test"
     assert data.provenance["policies"][0]["sha256"] == digest
     assert data.provenance["seed"] == 4
-    assert set(data.provenance["versions"]) == {"gymnasium", "mujoco", "numpy"}
+    assert set(data.provenance["versions"]) == {"offsweep", "gymnasium", "mujoco", "numpy"}
 
 
 def test_path_is_written_and_refused_before_any_step(tmp_path):
@@ -122,6 +245,7 @@ def test_path_is_written_and_refused_before_any_step(tmp_path):
         ({"policies": []}, "at least one policy"),
         ({"policies": [(Constant(0), 0.0)]}, "positive"),
         ({"policies": [(Constant(0, action_dim=3), 1.0)]}, "gives 3 actions, 'Pendulum-v1' has 3 and 1"),
+        ({"num_transitions": 10**16}, "GB of memory"),
         ({"env_id": "Pendulom-v1"}, "nearest: Pendulum-v1"),
     ],
 )

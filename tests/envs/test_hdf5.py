@@ -119,6 +119,12 @@ def test_unknown_environment_is_refused(columns, tmp_path):
     assert read_hdf5(path, env_id="Hopper-v5").env_id == "Hopper-v5"
 
 
+def test_an_empty_file(tmp_path):
+    (tmp_path / "a.hdf5").touch()
+    with pytest.raises(Hdf5Error, match=r"a\.hdf5 is empty"):
+        read_hdf5(tmp_path / "a.hdf5")
+
+
 def test_truncated_file_text_file_and_no_file(dataset, tmp_path):
     path = tmp_path / "set.hdf5"
     write_hdf5(dataset, path)

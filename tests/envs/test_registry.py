@@ -1,39 +1,37 @@
-import shutil
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from envs import policies, registry
+from envs import policies, recipes, registry
 from envs.dataset import Dataset
 from envs.errors import UserError
 from envs.hdf5 import write_hdf5
-from envs.names import EMBEDDED, UNIFORM
-from envs.registry import dataset_names, load_dataset
+from envs.recipes import CONTROLLER, EMBEDDED, UNIFORM
+from envs.registry import catalogue, load_dataset
 
-NAME = "embedded/pendulum-medium-replay-v0"
+NAME = "embedded/pendulum-medium-snapshots-v0"
 
 
-def shaped(env_id: str, observation_dim: int, action_dim: int) -> Dataset:
+def shaped(env_id: str, observation_dim: int, action_dim: int, name: str = "x") -> Dataset:
     rows = np.ones((4, observation_dim + action_dim), dtype=np.float32)
-    observations, actions, none = (
-        rows[:, :observation_dim],
-        rows[:, observation_dim:],
-        np.zeros(4, dtype=bool),
-    )
-    return Dataset("x", env_id, observations, actions, rows[:, 0], observations, none, none)
+    observations, actions = rows[:, :observation_dim], rows[:, observation_dim:]
+    none, last = np.zeros(4, dtype=bool), np.arange(4) == 3
+    return Dataset(name, env_id, observations, actions, rows[:, 0], observations, none, last)
 
 
 @pytest.fixture
 def actors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_actor) -> Path:
-    """Random weights in place of every embedded actor, and a small set."""
+    """Random weights in place of Pendulum's actors, no others, and a small set."""
     monkeypatch.setitem(EMBEDDED, NAME, replace(EMBEDDED[NAME], rows=2000))
     folder = tmp_path / "embedded"
     folder.mkdir()
-    for name in {actor for spec in EMBEDDED.values() for actor, _ in spec.actors} - {UNIFORM}:
-        pendulum = name.startswith("pendulum")
-        write_actor(folder / f"{name}.npz", 3 if pendulum else 11, 1 if pendulum else 3, 2.0 if pendulum else 1.0)
+    for name in ("pendulum-random", "pendulum-medium", "pendulum-expert"):
+        write_actor(folder / f"{name}.npz", 3, 1, 2.0)
     monkeypatch.setattr(policies, "EMBEDDED_FOLDER", folder)
     return folder
 
@@ -46,26 +44,29 @@ def d4rl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_embedded_set_is_collected_once_and_read_back(actors, tmp_path, monkeypatch):
+def known(workdir: Path) -> dict[str, Any]:
+    return {entry.name: entry for entry in catalogue(workdir)}
+
+
+def test_an_embedded_set_is_collected_once(actors, tmp_path, monkeypatch):
+    assert known(tmp_path)[NAME].present
+    assert not known(tmp_path)[NAME].cached
     data = load_dataset(NAME, tmp_path)
     spec = EMBEDDED[NAME]
     assert (data.name, data.env_id, data.num_transitions) == (NAME, spec.env_id, spec.rows)
     assert [policy["kind"] for policy in data.provenance["policies"]] == ["uniform", "squashed", "squashed"]
-    assert (tmp_path / "datasets" / f"{NAME}.hdf5").is_file()
-
-    monkeypatch.setattr(registry, "collect", None)  # a second collection would fail
+    assert "in place of D4RL's medium-replay" in data.provenance["recipe_text"]
+    assert known(tmp_path)[NAME].cached
+    monkeypatch.setattr(recipes, "collect", None)  # a second collection would fail
     assert load_dataset(NAME, tmp_path).content_hash == data.content_hash
 
 
-def test_embedded_set_is_the_same_in_every_work_folder(actors, tmp_path):
+def test_an_embedded_set_is_the_same_in_every_work_folder(actors, tmp_path):
     assert load_dataset(NAME, tmp_path / "a").content_hash == load_dataset(NAME, tmp_path / "b").content_hash
 
 
-def test_embedded_set_is_made_anew_for_another_actor_or_a_damaged_file(actors, tmp_path, write_actor):
+def test_another_actor_makes_another_set(actors, tmp_path, write_actor):
     first = load_dataset(NAME, tmp_path)
-    path = tmp_path / "datasets" / f"{NAME}.hdf5"
-    path.write_bytes(b"damaged")
-    assert load_dataset(NAME, tmp_path).content_hash == first.content_hash
     write_actor(actors / "pendulum-medium.npz", 3, 1, 2.0, seed=9)
     assert load_dataset(NAME, tmp_path).content_hash != first.content_hash
 
@@ -74,17 +75,38 @@ def test_missing_embedded_actor_is_named(actors, tmp_path):
     (actors / "pendulum-medium.npz").unlink()
     with pytest.raises(UserError, match="needs the embedded actor 'pendulum-medium'"):
         load_dataset(NAME, tmp_path)
-    assert NAME not in dataset_names()
-    assert "embedded/pendulum-random-v0" in dataset_names()
+    assert NAME not in known(tmp_path)
+    assert "embedded/pendulum-random-v0" in known(tmp_path)
 
 
-def test_own_sets_by_name_and_by_path(tmp_path):
+@pytest.mark.parametrize("name", ["set-1", "mine/set-1", "looks/like/minari-v1"])
+def test_own_sets_by_name_and_by_path(tmp_path, name):
     dataset = shaped("Pendulum-v1", 3, 1)
-    write_hdf5(dataset, tmp_path / "datasets" / "mine" / "set-1.hdf5")
-    assert load_dataset("mine/set-1", tmp_path).content_hash == dataset.content_hash
-    by_path = load_dataset(str(tmp_path / "datasets" / "mine" / "set-1.hdf5"), tmp_path / "elsewhere")
-    assert by_path.content_hash == dataset.content_hash
-    assert "mine/set-1" in dataset_names(tmp_path)
+    path = tmp_path / "datasets" / f"{name}.hdf5"
+    write_hdf5(dataset, path)
+    loaded = load_dataset(name, tmp_path)
+    assert (loaded.name, loaded.content_hash) == (name, dataset.content_hash)
+    by_path = load_dataset(str(path), tmp_path / "elsewhere")
+    assert (by_path.name, by_path.content_hash) == ("x", dataset.content_hash)
+    entry = known(tmp_path)[name]
+    assert (entry.source, entry.present, entry.cached, entry.size) == ("collected", True, True, path.stat().st_size)
+
+
+def test_a_file_that_changes_is_read_again(tmp_path):
+    path = tmp_path / "a.hdf5"
+    write_hdf5(shaped("Pendulum-v1", 3, 1), path)
+    first = load_dataset(str(path), tmp_path)
+    changed = replace(shaped("Pendulum-v1", 3, 1), rewards=np.zeros(4, np.float32))
+    write_hdf5(changed, path)
+    assert load_dataset(str(path), tmp_path).content_hash == changed.content_hash != first.content_hash
+
+
+def test_npz_files_are_read_too(tmp_path):
+    data = shaped("Hopper-v4", 11, 3)
+    columns = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+    np.savez(tmp_path / "expert_Hopper-v4.npz", **{column: getattr(data, column) for column in columns})
+    loaded = load_dataset(str(tmp_path / "expert_Hopper-v4.npz"), tmp_path)
+    assert (loaded.env_id, loaded.content_hash) == ("Hopper-v4", data.content_hash)
 
 
 @pytest.mark.parametrize(
@@ -93,28 +115,42 @@ def test_own_sets_by_name_and_by_path(tmp_path):
         ("hopper-medium-replay-v2", "hopper_medium_replay-v2.hdf5", "Hopper-v4", (11, 3)),
         ("halfcheetah-random-v1", "halfcheetah_random-v1.hdf5", "HalfCheetah-v4", (17, 6)),
         ("walker2d-medium-replay-v0", "walker_mixed.hdf5", "Walker2d-v4", (17, 6)),
+        ("ant-medium-v2", "ant_medium-v2.hdf5", "d4rl/Ant-v4", (111, 8)),
     ],
 )
 def test_d4rl_sets_are_found_where_d4rl_keeps_them(d4rl, tmp_path, name, file_name, env_id, shape):
-    with pytest.raises(UserError, match=f"{d4rl / file_name} does not exist.*D4RL_DATASET_DIR"):
+    with pytest.raises(UserError, match=rf"'{name}' is not on this machine.* fetch http://.*{file_name} .*{d4rl}"):
         load_dataset(name, tmp_path)
-    assert name not in dataset_names(tmp_path)
+    assert not known(tmp_path)[name].present
     write_hdf5(shaped(env_id, *shape), d4rl / file_name)
     loaded = load_dataset(name, tmp_path)
     assert (loaded.name, loaded.env_id) == (name, env_id)
-    assert name in dataset_names(tmp_path)
+    entry = known(tmp_path)[name]
+    assert (entry.present, entry.cached, entry.licence) == (True, True, "CC BY 4.0")
 
 
-def test_d4rl_folder_defaults_to_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.delenv("D4RL_DATASET_DIR", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    write_hdf5(shaped("Hopper-v4", 11, 3), tmp_path / ".d4rl" / "datasets" / "hopper_medium-v2.hdf5")
-    assert load_dataset("hopper-medium-v2", tmp_path).env_id == "Hopper-v4"
+def test_without_a_network_a_missing_set_is_told_within_a_second(d4rl, tmp_path, monkeypatch):
+    from envs import d4rl_sets
+
+    monkeypatch.delenv("OFFSWEEP_OFFLINE")
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    spec = replace(d4rl_sets.d4rl_spec("hopper-medium-v2"), url="http://nohost.invalid/hopper_medium-v2.hdf5")
+    monkeypatch.setattr(d4rl_sets, "d4rl_spec", lambda name: spec)
+    started = time.monotonic()
+    with pytest.raises(
+        UserError, match=r"'hopper-medium-v2': nohost.invalid cannot be reached .* at .*medium-v2\.hdf5"
+    ):
+        load_dataset("hopper-medium-v2", tmp_path)
+    assert time.monotonic() - started < 1.5
+    assert not any(d4rl.iterdir())
 
 
 def test_rows_that_do_not_fit_the_environment_are_refused(d4rl, tmp_path):
-    write_hdf5(shaped("Ant-v4", 111, 8), d4rl / "ant_medium-v2.hdf5")
-    with pytest.raises(UserError, match=r"111 observations and 8 actions per row.*'Ant-v4' has \(27,\) and \(8,\)"):
+    write_hdf5(shaped("Ant-v4", 27, 8), d4rl / "ant_medium-v2.hdf5")
+    with pytest.raises(
+        UserError, match=r"27 observations and 8 actions per row.*'d4rl/Ant-v4' has \(111,\) and \(8,\)"
+    ):
         load_dataset("ant-medium-v2", tmp_path)
     write_hdf5(shaped("NotInstalled-v0", 5, 2), tmp_path / "other.hdf5")
     assert load_dataset(str(tmp_path / "other.hdf5"), tmp_path).observation_dim == 5
@@ -123,37 +159,31 @@ def test_rows_that_do_not_fit_the_environment_are_refused(d4rl, tmp_path):
 def test_unknown_name_gives_the_nearest(actors, tmp_path):
     with pytest.raises(UserError, match="nearest: embedded/pendulum-random-v0"):
         load_dataset("embedded/pendulum-randon-v0", tmp_path)
+    with pytest.raises(UserError, match="nearest: hopper-medium-v2"):
+        load_dataset("hopper-medum-v2", tmp_path)
     with pytest.raises(UserError, match=r"there is no dataset '\.\./secret'"):
         load_dataset("../secret", tmp_path)
 
 
-@pytest.mark.skipif(
-    not (policies.EMBEDDED_FOLDER / "provenance.json").is_file(),
-    reason="the embedded actors are not made yet",
-)
-def test_every_embedded_actor_is_installed():
-    assert {name for name in dataset_names() if name in EMBEDDED} == set(EMBEDDED)
+def test_a_mix_and_its_parts_are_stored_under_their_own_hashes(tmp_path, monkeypatch):
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        data = replace(shaped("Pendulum-v1", 3, 1), rewards=np.full(4, value, np.float32))
+        write_hdf5(data, tmp_path / "datasets" / f"{name}.hdf5")
+    mixed = load_dataset("a:0.5+b,reward_scale=2", tmp_path)
+    assert mixed.rewards.tolist() == [2, 2, 4, 4, 4, 4]
+    assert mixed.name == "a:0.5+b,reward_scale=2"
+    assert mixed.content_hash not in {load_dataset(name, tmp_path).content_hash for name in ("a", "b")}
+    monkeypatch.setattr(registry, "apply", None)  # making it again would fail
+    assert load_dataset("a:0.50 + b, reward_scale=2.0", tmp_path).content_hash == mixed.content_hash
+
+
+def test_every_actor_of_the_embedded_sets_is_installed():
+    assert all(spec.available() for spec in EMBEDDED.values())
     for name in policies.embedded_actors():
         policy = policies.load_policy(name)
         high = 2.0 if name.startswith("pendulum") else 1.0
         actions = policy.act(np.random.default_rng(0).normal(size=(500, policy.observation_dim or 0)) * 5, None)
         assert np.abs(actions).max() <= high
         assert np.abs(actions).max() > 0.5 * high
-
-
-def test_concurrent_first_uses_leave_one_good_file(actors, tmp_path, monkeypatch):
-    """The slower of two collectors replaces a finished file; its readers never see half of one."""
-    real = registry.collect
-
-    def collect_while_another_finishes(*args, **kwargs):
-        data = real(*args, **kwargs)
-        monkeypatch.setattr(registry, "collect", real)
-        load_dataset(NAME, tmp_path)
-        return data
-
-    monkeypatch.setattr(registry, "collect", collect_while_another_finishes)
-    slower = load_dataset(NAME, tmp_path)
-    files = list((tmp_path / "datasets" / "embedded").iterdir())
-    assert len(files) == 1
-    shutil.copy(files[0], tmp_path / "copy.hdf5")
-    assert load_dataset(str(tmp_path / "copy.hdf5"), tmp_path).content_hash == slower.content_hash
+    used = {actor for spec in EMBEDDED.values() for actor, _ in spec.actors} - {UNIFORM, CONTROLLER}
+    assert used == set(policies.embedded_actors())

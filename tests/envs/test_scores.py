@@ -1,14 +1,12 @@
-import importlib.util
 import json
-import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from envs import scores
+from envs.d4rl_sets import OWN_URLS
 from envs.errors import UserError
-from envs.names import d4rl_spec
 from envs.scores import ReferenceScores, normalized_score, reference_scores
 
 
@@ -16,24 +14,64 @@ def test_normalized_score_by_hand():
     reference = ReferenceScores(random=-20.0, expert=180.0, source="made up")
     assert normalized_score(80.0, reference) == 50.0
     np.testing.assert_allclose(normalized_score([-20, 180, 380], reference), [0, 100, 200])
+    assert reference.label == "made up"
 
 
-@pytest.mark.parametrize("name", ["Hopper-v4", "Hopper-v2", "hopper-medium-replay-v2"])
-def test_d4rl_pair_by_environment_or_dataset_name(name):
-    assert reference_scores(name) == ReferenceScores(-20.272305, 3234.3, "D4RL infos.py")
+@pytest.mark.parametrize("name", ["Hopper-v4", "hopper-medium-replay-v2", "hopper-medium-v0", "hopper_mixed"])
+def test_d4rl_pair_by_environment_dataset_or_file(name):
+    reference = reference_scores(name)
+    assert reference is not None
+    assert (reference.random, reference.expert, reference.source) == (-20.272305, 3234.3, "D4RL reference")
+    assert reference.label == "D4RL reference; Gymnasium Hopper-v4 (D4RL: v2)"
 
 
-@pytest.mark.parametrize("name", ["Hopper-v5", "embedded/hopper-medium-v0"])
-def test_v5_scores_are_labelled(name):
+@pytest.mark.parametrize("name", ["Hopper-v5", "embedded/hopper-medium-v0", "mujoco/hopper/medium-v0"])
+def test_v5_scores_are_said_not_to_compare_with_d4rls(name):
     reference = reference_scores(name)
     assert reference is not None
     assert reference.expert == 3234.3
-    assert "measured on Hopper-v5" in reference.source
+    assert reference.label == "D4RL reference; measured in Hopper-v5: not comparable with D4RL's v2 numbers"
 
 
-def test_unknown_environment_has_no_reference():
-    assert reference_scores("Unknown-v3") is None
-    assert reference_scores("my-own-set") is None
+@pytest.mark.parametrize("name", ["d4rl/Ant-v4", "ant-medium-v2", "ant-random-expert-v0"])
+def test_d4rls_ant(name):
+    reference = reference_scores(name)
+    assert reference is not None
+    assert (reference.random, reference.expert) == (-325.6, 3879.7)
+    assert reference.label == "D4RL reference; Gymnasium Ant-v4 (D4RL: v2)"
+
+
+@pytest.mark.parametrize("name", ["pen-human-v1", "AdroitHandPen-v1"])
+def test_adroit_scores_are_said_not_to_compare_with_d4rls(name):
+    reference = reference_scores(name)
+    assert reference is not None
+    assert (reference.random, reference.expert) == (96.262799, 3076.8331017826877)
+    assert "measured in AdroitHandPen-v1: not comparable" in reference.label
+
+
+@pytest.mark.parametrize(
+    ("name", "pair"),
+    [
+        ("neorl/Hopper-v4", (5, 3294)),
+        ("neorl/Hopper-v3-medium-1000", (5, 3294)),
+        ("neorl/HalfCheetah-v3-low-100-val", (-298, 12284)),
+        ("neorl/Walker2d-v3-high-10000", (1, 5143)),
+    ],
+)
+def test_neorl_pair(name, pair):
+    reference = reference_scores(name)
+    assert reference is not None
+    assert (reference.random, reference.expert, reference.source) == (*pair, "NeoRL reference")
+    assert "-v4 with the x position (NeoRL: Gym v3)" in reference.label
+
+
+def test_every_set_of_d4rls_has_a_pair():
+    assert all(reference_scores(name) for name in OWN_URLS)
+
+
+@pytest.mark.parametrize("name", ["Unknown-v3", "my-own-set", "mine/Hopper-v4", "neorl/IB-v4", "mujoco/pusher/x-v0"])
+def test_unknown_environment_has_no_reference(name):
+    assert reference_scores(name) is None
 
 
 @pytest.fixture
@@ -50,6 +88,7 @@ def test_pendulum_pair_comes_from_the_embedded_expert(provenance):
     expected = ReferenceScores(-1200.0, -150.0, "measured")
     assert reference_scores("Pendulum-v1") == expected
     assert reference_scores("embedded/pendulum-expert-v0") == expected
+    assert expected.label == "measured"
 
 
 @pytest.mark.parametrize(
@@ -65,23 +104,3 @@ def test_expert_below_random_is_refused(provenance):
     provenance.write_text('{"reference_scores": {"Pendulum-v1": {"random": 5, "expert": 1, "source": "x"}}}')
     with pytest.raises(UserError, match="must be higher"):
         reference_scores("Pendulum-v1")
-
-
-def test_numbers_and_file_names_are_those_of_d4rl():
-    spec = importlib.util.find_spec("d4rl")
-    if spec is None or spec.origin is None:
-        pytest.skip("d4rl is not installed (the optional extra [d4rl])")
-    # Loaded as a file: importing the package needs MuJoCo 2.1.0.
-    infos = runpy.run_path(str(Path(spec.origin).with_name("infos.py")))
-    checked = 0
-    for name, url in infos["DATASET_URLS"].items():
-        own = d4rl_spec(name)
-        if own is None:
-            continue
-        checked += 1
-        assert url.rsplit("/", 1)[-1] == own.file_name
-        reference = reference_scores(name)
-        assert reference is not None
-        assert reference.random == pytest.approx(infos["REF_MIN_SCORE"][name])
-        assert reference.expert == pytest.approx(infos["REF_MAX_SCORE"][name])
-    assert checked >= 48

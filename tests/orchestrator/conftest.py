@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kill_tests import SETTINGS, prepare
+from envs.registry import load_dataset
 from orchestrator.config import ComputeConfig, load_config, to_dict
 from orchestrator.learner import LearnerProcess
 
@@ -17,7 +18,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("prepared") / "work"
     prepare(folder)
     config = load_config([SETTINGS, {"workdir": str(folder)}], [])
-    LearnerProcess(ComputeConfig(device="cpu")).build_stage(to_dict(config), "dynamics")
+    LearnerProcess(ComputeConfig(device="cpu"), load_dataset(config.dataset, folder)).build_stage(
+        to_dict(config), "dynamics"
+    )
     return folder
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from agents.method import load_method
 from benchmarks.kill_tests import SETTINGS
+from envs.dataset import Dataset
 from envs.registry import load_dataset
 from orchestrator.artifacts import ArtifactStore, stage_key
 from orchestrator.config import ComputeConfig, Config, load_config, run_config, to_dict
@@ -52,9 +53,18 @@ def make_pack(
     return PackSpec("pack", str(workdir / "studies" / name), tuple(runs))
 
 
+def dataset_of(config: Config) -> Dataset:
+    return load_dataset(config.dataset, Path(config.workdir))
+
+
+def make_learner(pack: PackSpec, compute: ComputeConfig = IN_PROCESS, workers: Workers | None = None) -> Learner:
+    """A learner of a pack, on the dataset that its runs name."""
+    return Learner(pack, compute, workers or Workers(), dataset_of(load_config([pack.runs[0].config], [])))
+
+
 def train(pack: PackSpec, compute: ComputeConfig = IN_PROCESS, workers: Workers | None = None) -> PackReport:
     """Train a pack to its end."""
-    learner = Learner(pack, compute, workers or Workers())
+    learner = make_learner(pack, compute, workers)
     while not (report := learner.advance()).finished:
         pass
     return report
@@ -119,7 +129,7 @@ class ScriptedSlots:
 
     def build_stage(self, config: dict[str, Any], name: str) -> None:
         resolved = load_config([config], [])
-        dataset = load_dataset(resolved.dataset, Path(resolved.workdir))
+        dataset = dataset_of(resolved)
         stage = load_method(resolved.method_name).stages(resolved.method)[name]
         store = ArtifactStore(Path(resolved.workdir) / "artifacts")
         history = [[step, {"train_loss": float(step)}] for step in range(3)]
@@ -152,7 +162,7 @@ def drive(config: Config, slots: Any, resume: bool = False) -> Study:
     """Run a study's driver without a tracker; returns the study, closed (its records can be read)."""
     folder = Path(config.workdir) / "studies" / config.study.name
     study = Study.open(folder) if resume else Study.create(folder, config.study_spec())
-    dataset = load_dataset(config.dataset, Path(config.workdir))
+    dataset = dataset_of(config)
     with study, RunSpool(folder / "spool", "study") as spool:
         Driver(config, study, dataset, slots, {}, spool).run()
     return study

@@ -42,7 +42,7 @@ def free_port() -> int:
         (["method=rvl"], "unknown method 'rvl'; did you mean 'ravl'?"),
         (["dataset=tinny"], "there is no dataset 'tinny'"),
         (["dataset=embedded/pendulum-medum-v0"], "embedded/pendulum-medium-v0"),
-        (["dataset=hopper-medium-replay-v2"], "hopper_medium_replay-v2.hdf5 does not exist"),
+        (["dataset=hopper-medium-replay-v2"], "'hopper-medium-replay-v2' is not on this machine"),
         (["dataset=nowhere/set.hdf5"], "nowhere/set.hdf5"),
         (["method.num_critic=3"], "did you mean method.num_critics?"),
         (["seed=one"], "seed: Value 'one'"),
@@ -138,7 +138,10 @@ def test_studies_that_are_there_or_not(workdir: Path, capsys: pytest.CaptureFixt
         (["--env", "Pendulun-v1"], "there is no Gymnasium environment 'Pendulun-v1'"),
         (["--policy", "pendulum-medum"], "pendulum-medium"),
         (["--rows", "0"], "--rows 0 must be at least 1"),
-        (["--name", "a/b"], "must be a plain name"),
+        (["--name", "../b"], "must be a plain name"),
+        (["--name", "b.hdf5"], "must be a plain name"),
+        (["--name", "hopper-medium-v2"], "is the name of a dataset already"),
+        (["--workers", "-1"], "must not be negative"),
         (["--name", "tiny"], "exists already"),
     ],
 )
@@ -210,7 +213,11 @@ def test_methods_and_datasets_are_listed(workdir: Path, capsys: pytest.CaptureFi
     assert main(["methods"]) == 0
     assert "code (default), edac-grid" in capsys.readouterr().out
     assert main(["data", "list", "--workdir", str(workdir)]) == 0
-    assert {"tiny", "embedded/pendulum-medium-v0"} <= set(capsys.readouterr().out.splitlines())
+    assert {"tiny", "embedded/pendulum-medium-v0", "hopper-medium-v2"} <= set(capsys.readouterr().out.split())
+    assert main(["data", "list", "pendulum-med*", "--json", "--workdir", str(workdir)]) == 2
+    assert main(["data", "list", "pendulum-med", "--json", "--workdir", str(workdir)]) == 0
+    names = [entry["name"] for entry in yaml.safe_load(capsys.readouterr().out)]
+    assert names == ["embedded/pendulum-medium-v0", "embedded/pendulum-medium-snapshots-v0"]
 
 
 def test_a_collected_dataset_can_be_looked_at(workdir: Path, capsys: pytest.CaptureFixture[str]):

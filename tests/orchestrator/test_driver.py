@@ -22,7 +22,7 @@ from orchestrator.config import Config, digest, identity, load_config
 from orchestrator.learner import LearnerProcess
 from orchestrator.spool import RunInfo, RunSpool
 from sweeps.study import Study
-from tests.orchestrator.studies import ScriptedSlots, configured, copied, drive, points, records
+from tests.orchestrator.studies import ScriptedSlots, configured, copied, dataset_of, drive, points, records
 
 ETA = {"method.eta": {"type": "float", "low": 0.01, "high": 10.0, "log": True}}
 ALL_RUNS = [f"t{trial:04d}-s{seed}" for trial in range(3) for seed in range(2)]
@@ -178,9 +178,9 @@ def test_resuming_a_finished_study_changes_nothing(finished: Finished):
 @pytest.mark.slow  # test_kill.py holds a learner in Ray, and killed there, against one in this process
 def test_one_learner_in_ray_gives_the_same_trials(workdir: Path, ray_cluster: None):
     config = configured(workdir, name="inline", num_trials=2)
-    inline = drive(config, InlineSlots(config.compute))
+    inline = drive(config, InlineSlots(config.compute, dataset_of(config)))
     config = configured(workdir, name="ray", num_trials=2)
-    slots = RaySlots(config.compute, 1, 0)
+    slots = RaySlots(config.compute, dataset_of(config), 1, 0)
     try:
         in_ray = drive(config, slots)
     finally:
@@ -196,7 +196,7 @@ def test_the_number_of_runs_in_a_pack_does_not_change_the_trials(workdir: Path):
     results = []
     for runs_per_pack in (1, 2):
         config = configured(workdir, f"compute.runs_per_pack={runs_per_pack}", name=f"p{runs_per_pack}", num_trials=2)
-        study = drive(config, InlineSlots(config.compute))
+        study = drive(config, InlineSlots(config.compute, dataset_of(config)))
         packs = [*(study.folder / "packs").glob("*/pack.json")]
         results.append((len(packs), [(t.params, t.value) for t in study.trials()]))
     assert [number for number, _ in results] == [4, 2]

@@ -31,7 +31,7 @@ from benchmarks.kill_tests import (
 )
 from orchestrator.cluster import InlineSlots, RaySlots
 from orchestrator.tracking import Tracker
-from tests.orchestrator.studies import configured, copied, drive
+from tests.orchestrator.studies import configured, copied, dataset_of, drive
 
 
 def tracked(workdir: Path) -> None:
@@ -45,7 +45,7 @@ def tracked(workdir: Path) -> None:
 def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Remains:
     workdir = copied(base, tmp_path_factory)
     config = configured(workdir)
-    drive(config, InlineSlots(config.compute))
+    drive(config, InlineSlots(config.compute, dataset_of(config)))
     tracked(workdir)
     return Remains.of(workdir, STUDY)
 
@@ -75,7 +75,7 @@ def test_a_killed_learner_takes_its_pack_up_again(
     import ray
 
     config = configured(workdir, f"compute.checkpoint_minutes={minutes}")
-    slots = RaySlots(config.compute, 1, 0)
+    slots = RaySlots(config.compute, dataset_of(config), 1, 0)
     [before] = slots.pids()
 
     def kill() -> None:

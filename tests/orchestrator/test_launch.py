@@ -34,7 +34,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self) -> None: ...
 
     @contextlib.contextmanager
-    def open_slots(compute: Any) -> Any:
+    def open_slots(compute: Any, dataset: Any) -> Any:
         yield slots[-1]
 
     started = launch._run

@@ -16,8 +16,18 @@ from envs.errors import UserError
 from orchestrator.artifacts import ArtifactStore, load_tensors, stage_key
 from orchestrator.config import ComputeConfig, load_config, to_dict
 from orchestrator.learner import Learner, LearnerProcess, PackSpec
-from orchestrator.workers import Workers
-from tests.orchestrator.studies import IN_PROCESS, configured, copied, make_pack, points, records, same, train
+from tests.orchestrator.studies import (
+    IN_PROCESS,
+    configured,
+    copied,
+    dataset_of,
+    make_learner,
+    make_pack,
+    points,
+    records,
+    same,
+    train,
+)
 
 TWO = [({"method.eta": 0.1}, 0), ({"method.eta": 2.0}, 1)]
 
@@ -67,7 +77,7 @@ def test_a_learner_stopped_in_any_epoch_ends_like_an_undisturbed_one(
 ):
     stopped = make_pack(workdir, TWO)
     compute = ComputeConfig(device="cpu", checkpoint_minutes=minutes)  # 60: from the very beginning
-    learner = Learner(stopped, compute, Workers())
+    learner = make_learner(stopped, compute)
     stop_in_epoch(learner, epoch)
     with pytest.raises(Stop):
         advance_to_the_end(learner)
@@ -82,7 +92,7 @@ def test_a_learner_stopped_in_any_epoch_ends_like_an_undisturbed_one(
 
 def test_a_learner_stopped_after_its_last_epoch_finishes(workdir: Path, undisturbed: PackSpec):
     stopped = make_pack(workdir, TWO)
-    learner = Learner(stopped, IN_PROCESS, Workers())
+    learner = make_learner(stopped, IN_PROCESS)
 
     def die() -> None:
         raise Stop
@@ -112,10 +122,10 @@ def test_dropping_a_run_lets_the_others_go_on(workdir: Path):
     three = [*TWO, ({"method.eta": 0.5}, 2)]
     whole, thinned = (make_pack(workdir, three, name=name) for name in ("whole", "thinned"))
     train(whole)
-    learner = Learner(thinned, IN_PROCESS, Workers())
+    learner = make_learner(thinned, IN_PROCESS)
     assert learner.advance().updates == 100
     # a fresh learner, so that the checkpoint of three has to be thinned
-    learner = Learner(thinned, IN_PROCESS, Workers())
+    learner = make_learner(thinned, IN_PROCESS)
     report = learner.advance(["t0001-s1", "nobody"])
     assert report.finished
     assert {key: [e.updates for e in done] for key, done in report.evaluations.items()} == {
@@ -130,12 +140,12 @@ def test_dropping_a_run_lets_the_others_go_on(workdir: Path):
             if policies[0][name].dtype.kind == "f":
                 np.testing.assert_allclose(policies[0][name], policies[1][name], rtol=1e-3, atol=1e-4)
     # and a learner that comes after the thinned checkpoint knows of it
-    assert Learner(thinned, IN_PROCESS, Workers()).alive == ["t0000-s0", "t0002-s2"]
+    assert make_learner(thinned, IN_PROCESS).alive == ["t0000-s0", "t0002-s2"]
 
 
 def test_when_all_runs_are_dropped_the_pack_has_ended(workdir: Path):
     pack = make_pack(workdir, TWO)
-    learner = Learner(pack, IN_PROCESS, Workers())
+    learner = make_learner(pack, IN_PROCESS)
     learner.advance()
     assert learner.advance([run.run_key for run in pack.runs]).finished
 
@@ -153,13 +163,13 @@ def test_a_diverging_run_is_stopped_and_marked_and_its_mate_ends_as_alone(workdi
     assert values[0] == pytest.approx(values[1], rel=1e-3)
     assert records(mixed.study_folder, "t0000-s0")[-1]["status"] == "FINISHED"
     # it stays so for a learner that comes later
-    assert Learner(mixed, IN_PROCESS, Workers()).diverged == report.diverged
+    assert make_learner(mixed, IN_PROCESS).diverged == report.diverged
 
 
 def test_a_policy_that_is_not_finite_counts_as_diverged(workdir: Path):
     """The last update of an epoch can spoil the policy although all metrics of the epoch are finite."""
     pack = make_pack(workdir, TWO)
-    learner = Learner(pack, IN_PROCESS, Workers())
+    learner = make_learner(pack, IN_PROCESS)
     train_epoch = learner.method.train_epoch
 
     def spoiling(epoch: int) -> Any:
@@ -179,7 +189,7 @@ def test_a_policy_that_is_not_finite_counts_as_diverged(workdir: Path):
 
 def test_what_a_run_announces(workdir: Path):
     pack = make_pack(workdir, TWO)
-    Learner(pack, IN_PROCESS, Workers())
+    make_learner(pack, IN_PROCESS)
     start = records(pack.study_folder, "t0001-s1")[0]
     assert start["run_name"] == "t001-s1"
     assert start["params"]["method.eta"] == "2.0"
@@ -194,10 +204,10 @@ def test_what_a_run_announces(workdir: Path):
 
 def test_a_checkpoint_of_another_pack_is_refused(workdir: Path):
     pack = make_pack(workdir, TWO)
-    Learner(pack, IN_PROCESS, Workers()).advance()
+    make_learner(pack, IN_PROCESS).advance()
     other = make_pack(workdir, [TWO[1], TWO[0]])
     with pytest.raises(UserError, match="of another version or pack"):
-        Learner(other, IN_PROCESS, Workers())
+        make_learner(other, IN_PROCESS)
 
 
 def test_a_pack_survives_json(workdir: Path):
@@ -207,10 +217,10 @@ def test_a_pack_survives_json(workdir: Path):
 
 def test_a_stage_is_built_once_and_keeps_its_history(workdir: Path):
     config = configured(workdir, "method.dynamics.seed=7")
-    process = LearnerProcess(IN_PROCESS)
+    process = LearnerProcess(IN_PROCESS, dataset_of(config))
     process.build_stage(to_dict(config), "dynamics")
     store = ArtifactStore(workdir / "artifacts")
-    dataset_hash = Learner(make_pack(workdir, TWO), IN_PROCESS, Workers()).dataset.content_hash
+    dataset_hash = dataset_of(config).content_hash
     stage = load_method("ravl").stages(config.method)["dynamics"]  # type: ignore[attr-defined]
     key = stage_key(stage, dataset_hash)
     content = store.folder(stage.kind, key) / "content.pt"
@@ -232,7 +242,8 @@ def test_a_stage_whose_data_cannot_be_learned_leaves_nothing(workdir: Path):
     tiny = load_dataset("tiny", workdir)
     rewards = np.where(np.arange(len(tiny.rewards)) % 2, 1e38, -1e38).astype(np.float32)
     write_hdf5(dataclasses.replace(tiny, name="huge", rewards=rewards), workdir / "datasets" / "huge.hdf5")
+    config = configured(workdir, "dataset=huge")
     before = set((workdir / "artifacts").rglob("content.pt"))
     with pytest.raises(UserError, match="diverged"):
-        LearnerProcess(IN_PROCESS).build_stage(to_dict(configured(workdir, "dataset=huge")), "dynamics")
+        LearnerProcess(IN_PROCESS, dataset_of(config)).build_stage(to_dict(config), "dynamics")
     assert set((workdir / "artifacts").rglob("content.pt")) == before

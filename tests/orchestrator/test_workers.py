@@ -18,7 +18,7 @@ from agents.dynamics import Ensemble
 from agents.method import RolloutJob, RolloutResult
 from orchestrator.learner import Learner
 from orchestrator.workers import Workers
-from tests.orchestrator.studies import IN_PROCESS, copied, make_pack
+from tests.orchestrator.studies import copied, make_learner, make_pack
 
 SEEDS = range(10_000, 10_003)
 
@@ -27,7 +27,7 @@ SEEDS = range(10_000, 10_003)
 def learner(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Learner:
     """A pack of three, whose first epoch's rollouts make three jobs."""
     pack = make_pack(copied(base, tmp_path_factory), [({}, seed) for seed in range(3)], name="workers")
-    return Learner(pack, IN_PROCESS, Workers())
+    return make_learner(pack)
 
 
 def policies(learner: Learner) -> list[dict[str, np.ndarray]]:

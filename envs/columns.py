@@ -1,0 +1,217 @@
+"""From the arrays of a file to the six columns of a `Dataset`: what the readers of .hdf5 and .npz files share.
+
+Names are D4RL's; the other common ones below are understood too. What is missing and can be known from the rest is
+filled in, and the provenance says how.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.dataset import COLUMNS, Dataset
+from envs.errors import UserError
+from envs.names import env_id_of
+
+EPISODE_LENGTHS = "episode_lengths"
+"""(E,) rows of each episode, in file order: stands in for `timeouts`."""
+
+_ALIASES = {
+    "observations": ("observation", "obs"),
+    "actions": ("action",),
+    "rewards": ("reward",),
+    "next_observations": ("next_observation", "next_obs"),
+    "terminals": ("terminal", "terminations", "termination", "terminated"),
+    "timeouts": ("timeout", "truncations", "truncation", "truncated"),
+}
+_DONE = ("dones", "done")  # may be set at time limits too, so anything more exact goes first
+
+
+def column_keys(present: Iterable[str], path: Path, error: type[UserError]) -> dict[str, str]:
+    """Which array of a file is which column: {column or EPISODE_LENGTHS: the file's name for it}.
+
+    D4RL's own name goes before any other.
+
+    Args:
+        present: the file's names.
+        path: of the file, for messages.
+        error: what to raise.
+
+    Raises:
+        error: a column is missing or there twice, or there is no telling where episodes end.
+    """
+    present = sorted(present)
+    keys: dict[str, str] = {}
+    for column in COLUMNS:
+        found = [name for name in (column, *_ALIASES[column]) if name in present]
+        if column == "terminals" and not found:
+            found = [name for name in _DONE if name in present]
+        if len(found) > 1 and found[0] != column:
+            raise error(f"{path} has both {' and '.join(map(repr, found))}: name the one to use '{column}'.")
+        if found:
+            keys[column] = found[0]
+    if EPISODE_LENGTHS in present:
+        keys[EPISODE_LENGTHS] = EPISODE_LENGTHS
+    listing = ", ".join(present) or "none"
+    for column in ("observations", "actions", "rewards", "terminals"):
+        # With the lengths at hand every end can be taken for a cut.
+        if column not in keys and (column != "terminals" or EPISODE_LENGTHS not in keys):
+            raise error(f"{path} has no column '{column}'; present are {listing}.")
+    if keys.keys().isdisjoint(("next_observations", "timeouts", EPISODE_LENGTHS)):
+        raise error(
+            f"{path} has neither 'next_observations' nor 'timeouts', so the ends of its episodes are unknown; add one"
+            f" of them (present are {listing})."
+        )
+    return keys
+
+
+def guess_env_id(name: str, path: Path) -> str | None:
+    """The Gymnasium id that a dataset's name or its file's name points at, such as expert_data_Hopper-v4.npz."""
+    env_id = env_id_of(name) or env_id_of(path.stem)
+    if env_id is not None:
+        return env_id
+    import gymnasium
+
+    parts = set(re.findall(r"(?<![A-Za-z0-9])[A-Z][A-Za-z0-9]*-v\d+", path.stem))
+    known = sorted(parts.intersection(gymnasium.registry))
+    return known[0] if len(known) == 1 else None
+
+
+def build_dataset(
+    columns: dict[str, Any],
+    keys: dict[str, str],
+    path: Path,
+    name: str,
+    env_id: str,
+    provenance: dict[str, Any],
+    error: type[UserError],
+) -> Dataset:
+    """The dataset of a file's columns.
+
+    Without `timeouts` the ends of episodes come from `episode_lengths`; without these, a row that is not a terminal
+    ends an episode where its next observation is not the next row's observation, and the last row does. Without
+    `terminals` (possible with `episode_lengths`) every end is taken for a cut.
+
+    Without `next_observations` they are taken from the following row of the same episode. The last row of every
+    episode then has no known successor and is dropped; the row before it becomes a timeout, since the episode goes
+    on where the rows stop.
+
+    Args:
+        columns: {column or EPISODE_LENGTHS: array}; what `keys` names.
+        keys: from `column_keys`.
+        path: of the file, for messages.
+        provenance: what is known so far; entries on what had to be filled in are added.
+        error: what to raise for columns that cannot be paired up.
+
+    Raises:
+        error: kinds, shapes or lengths of columns do not fit together.
+        DatasetError: the rows cannot be used.
+    """
+    columns, provenance = dict(columns), dict(provenance)
+    for column in columns.keys() - {"observations", "actions", "next_observations"}:
+        columns[column] = as_vector(columns[column])
+    lengths = columns.pop(EPISODE_LENGTHS, None)
+    check_columns(columns, path, error)
+
+    if lengths is not None and "timeouts" not in columns:
+        ends = _ends(lengths, len(columns["observations"]), path, error)
+        if "terminals" not in columns:
+            columns["terminals"] = np.zeros(len(ends), dtype=np.bool_)
+            provenance["terminals"] = "not in the file: the end of every episode is taken for a cut"
+        columns["timeouts"] = ends & ~columns["terminals"].astype(np.bool_)
+        provenance["timeouts"] = f"not in the file: from its {EPISODE_LENGTHS}, {len(lengths)} episodes"
+    elif "timeouts" not in columns:
+        columns["timeouts"] = _infer_timeouts(columns)
+        provenance["timeouts"] = (
+            f"not in the file: {int(columns['timeouts'].sum())} set where the next observation is not the"
+            " following row's observation, and at the last row"
+        )
+    if keys.get("terminals") in _DONE:
+        cut = columns["terminals"].astype(np.bool_) & columns["timeouts"].astype(np.bool_)
+        columns["terminals"] = columns["terminals"].astype(np.bool_) & ~cut
+        provenance["terminals"] = f"from '{keys['terminals']}'" + (
+            f", without the {int(cut.sum())} rows that '{keys['timeouts']}' marks as cut"
+            if "timeouts" in keys
+            else ", which may be set at time limits too: the file does not tell them apart"
+        )
+    if "next_observations" not in columns:
+        columns, provenance["next_observations"] = _from_following_rows(columns, path, error)
+    return Dataset(name=name, env_id=env_id, provenance=provenance, **columns)
+
+
+def as_vector(values: NDArray[Any]) -> NDArray[Any]:
+    """(N, 1) as (N,); anything else as it is."""
+    return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
+
+
+def check_columns(columns: dict[str, Any], path: Path, error: type[UserError]) -> None:
+    """What pairs rows up needs numbers, the right axes and equal lengths before `Dataset` can check the rest.
+
+    Raises:
+        error: a column that is not so.
+    """
+    for column, values in columns.items():
+        if values.dtype.kind not in "biuf":
+            raise error(f"{path}: column '{column}' holds {values.dtype}, numbers are needed.")
+    rows = {column: values.shape[0] if values.ndim else 0 for column, values in columns.items()}
+    if len(set(rows.values())) > 1:
+        counts = ", ".join(f"{column} {count}" for column, count in rows.items())
+        raise error(f"{path}: columns have different numbers of rows ({counts}).")
+    if not rows["observations"]:
+        raise error(f"{path} has no rows.")
+    for column, values in columns.items():
+        wide = column in ("observations", "actions", "next_observations")
+        if values.ndim != (2 if wide else 1):
+            axes = "2-D (rows x entries)" if wide else "1-D (rows)"
+            raise error(f"{path}: column '{column}' has shape {values.shape}, it must be {axes}.")
+    for column in ("terminals", "timeouts"):
+        values = columns.get(column)
+        if values is not None and values.dtype.kind != "b" and not np.isin(values, (0, 1)).all():
+            raise error(f"{path}: column '{column}' ({values.dtype}) must hold true/false or 0/1.")
+    obs, next_obs = columns["observations"], columns.get("next_observations")
+    if next_obs is not None and next_obs.shape != obs.shape:
+        raise error(f"{path}: observations are {obs.shape[1]} wide, next_observations {next_obs.shape[1]}.")
+
+
+def _ends(lengths: NDArray[Any], rows: int, path: Path, error: type[UserError]) -> NDArray[np.bool_]:
+    """(N,) true at the last row of every episode."""
+    if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or (lengths < 1).any() or lengths.sum() != rows:
+        raise error(
+            f"{path}: '{EPISODE_LENGTHS}' must be whole numbers above 0 that add up to the {rows} rows, they are"
+            f" {lengths.dtype} of shape {lengths.shape}"
+            + (f" and add up to {lengths.sum()}." if lengths.dtype.kind in "iuf" else ".")
+        )
+    ends = np.zeros(rows, dtype=np.bool_)
+    ends[np.cumsum(lengths) - 1] = True
+    return ends
+
+
+def _infer_timeouts(columns: dict[str, Any]) -> NDArray[np.bool_]:
+    obs, next_obs = columns["observations"], columns["next_observations"]
+    timeouts = np.ones(len(obs), dtype=np.bool_)
+    # The tolerance forgives columns that were rounded differently; a reset moves the state by far more.
+    timeouts[:-1] = ~np.isclose(next_obs[:-1], obs[1:], rtol=1e-4, atol=1e-5).all(axis=1)
+    return timeouts & ~columns["terminals"].astype(np.bool_)
+
+
+def _from_following_rows(columns: dict[str, Any], path: Path, error: type[UserError]) -> tuple[dict[str, Any], str]:
+    last = columns["terminals"].astype(np.bool_) | columns["timeouts"].astype(np.bool_)
+    lost_terminals = int(np.count_nonzero(columns["terminals"]))
+    last[-1] = True
+    if last.all():
+        raise error(f"{path} has no 'next_observations' and every row ends an episode: no transition is left.")
+    kept = ~last
+    successors = columns["observations"][1:][kept[:-1]]
+    ends_now = np.append(last[1:], True)  # the row that follows is dropped
+    built = {column: values[kept] for column, values in columns.items()}
+    built["next_observations"] = successors
+    built["terminals"] = np.zeros(len(successors), dtype=np.bool_)
+    built["timeouts"] = ends_now[kept]
+    return built, (
+        f"not in the file: taken from the following row of the same episode; {int(last.sum())} rows at"
+        f" episode ends were dropped, {lost_terminals} of them terminals, so episode returns miss their last"
+        " reward"
+    )

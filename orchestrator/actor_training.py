@@ -1,0 +1,67 @@
+"""`offsweep data train-actor`: how the actors that the embedded datasets are collected from were made."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.progress import Progress
+
+from agents.cpu import configure_cpu
+from agents.online import OnlineSACConfig, Snapshot, train_online
+from envs.episodes import make_env, run_episodes
+from envs.errors import UserError
+from envs.files import write_atomically
+from envs.policies import NetworkPolicy
+from orchestrator.artifacts import save_json, write_arrays
+
+CURVE_EPISODES = 10  # per point of an actor's learning curve
+
+
+def train_actor(overrides: Sequence[str], out: Path) -> None:
+    """Train an actor online and keep its snapshots and learning curve under `out`."""
+    config = _online_config(overrides)
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty; choose another folder")
+    make_env(config.env_id).close()
+    configure_cpu(threads=1)
+    command = " ".join(["offsweep data train-actor", *overrides])
+    save_json(out / "training.json", {"command": command, "config": asdict(config)})
+    rows: list[list[Any]] = []
+    with Progress() as progress:
+        task = progress.add_task(f"{config.env_id}, seed {config.seed}", total=config.steps)
+        for snapshot in train_online(config, lambda step: progress.update(task, completed=step)):
+            rows.append([snapshot.step, *_save_snapshot(snapshot, config.env_id, out)])
+            write_atomically(out / "learning_curve.csv", lambda p: _write_csv(p, rows))
+    print(f"{len(rows)} snapshots and learning_curve.csv written to {out}")
+
+
+def _online_config(overrides: Sequence[str]) -> OnlineSACConfig:
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(OnlineSACConfig), OmegaConf.from_dotlist(list(overrides)))
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    assert isinstance(config, OnlineSACConfig)
+    return config
+
+
+def _save_snapshot(snapshot: Snapshot, env_id: str, out: Path) -> tuple[float, float, float]:
+    write_arrays(out / f"{snapshot.step:07d}.npz", snapshot.arrays)
+    policy = NetworkPolicy(snapshot.arrays, "snapshot", "")
+    episodes = run_episodes(env_id, lambda obs: policy.act(obs, None), range(CURVE_EPISODES))
+    returns: np.ndarray = episodes.returns
+    return float(returns.mean()), float(returns.std()), float(episodes.lengths.mean())
+
+
+def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["step", "return_mean", "return_std", "length_mean"])
+        writer.writerows([[row[0], *(f"{x:.2f}" for x in row[1:])] for row in rows])
