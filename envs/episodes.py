@@ -55,7 +55,7 @@ def make_env(env_id: str) -> gymnasium.Env[Any, Any]:
     """
     register()
     try:
-        with warnings.catch_warnings(), _quiet_mujoco():
+        with warnings.catch_warnings(), quiet_mujoco():
             # That v4 has a successor is known: D4RL's sets are scored in it on purpose.
             warnings.simplefilter("ignore")
             env = gymnasium.make(env_id, disable_env_checker=True)
@@ -77,11 +77,12 @@ def make_env(env_id: str) -> gymnasium.Env[Any, Any]:
 
 
 @contextmanager
-def _quiet_mujoco() -> Iterator[None]:
-    """Drops what MuJoCo has to say while it compiles a model.
+def quiet_mujoco() -> Iterator[None]:
+    """Drops MuJoCo's warnings, of which it would both print each one and append it to a MUJOCO_LOG.TXT in the current
+    folder.
 
-    Its warnings are about Gymnasium's model files (deprecated attributes), nothing a user could mend, and it would
-    both print each one and append it to a MUJOCO_LOG.TXT in the current folder.
+    They are about Gymnasium's model files (deprecated attributes) or about states that no robot can be in: nothing a
+    user could mend.
     """
     try:
         import mujoco

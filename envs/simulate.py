@@ -17,7 +17,7 @@ from gymnasium.envs.classic_control.pendulum import PendulumEnv
 from gymnasium.envs.mujoco import MujocoEnv
 from numpy.typing import NDArray
 
-from envs.episodes import make_env
+from envs.episodes import make_env, quiet_mujoco
 from envs.errors import UserError
 from envs.toys import EdgeOfReach
 
@@ -97,16 +97,11 @@ class Simulator:
 
     def steps(self, observations: NDArray[Any], actions: NDArray[Any]) -> Steps:
         """One step from each of the observations (N, S) with its action (N, A)."""
-        before = mujoco.get_mju_user_warning()
-        # A state that no robot can be in makes MuJoCo print a warning and write a file into the current folder.
-        mujoco.set_mju_user_warning(lambda _: None)
-        try:
-            rows = []
+        rows = []
+        with quiet_mujoco():
             for observation, action in zip(observations, actions, strict=True):
                 self.set_observation(observation)
                 rows.append(self.step(action))
-        finally:
-            mujoco.set_mju_user_warning(before)
         return Steps(
             np.array([row[0] for row in rows]).reshape(len(rows), -1),
             np.array([row[1] for row in rows], dtype=np.float64),

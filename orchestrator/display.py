@@ -13,8 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from envs.dataset import Dataset
+from envs.scores import reference_scores
 from orchestrator.config import Config
 from orchestrator.driver import Progress
+from orchestrator.learner import evaluation_env
 from sweeps.study import Study
 from sweeps.summary import trial_rows
 
@@ -106,14 +108,22 @@ def show_params(params: Mapping[str, Any]) -> str:
     return " ".join(f"{k}={v}" for k, v in values.items())
 
 
-def value_unit(dataset: Dataset) -> str:
+def value_unit(config: Config, dataset: Dataset) -> str:
     """What a trial's value is called."""
-    return "return" if dataset.summary()["score"] is None else "score"
+    return "return" if reference_scores(evaluation_env(config, dataset)) is None else "score"
+
+
+def score_label(config: Config, dataset: Dataset) -> str:
+    """Whose reference pair the scores of a study are normalised with, and where they were measured."""
+    env_id = evaluation_env(config, dataset)
+    reference = reference_scores(env_id)
+    label = f"mean returns in {env_id}" if reference is None else reference.label
+    return label if env_id == dataset.env_id else f"{label}; the data is of {dataset.env_id}"
 
 
 def print_summary(console: Console, study: Study, config: Config, dataset: Dataset, store: str) -> None:
     """The table of trials, the best configuration beside the data it learned from, and what to open next."""
-    unit = value_unit(dataset)
+    unit = value_unit(config, dataset)
     table = Table(title=f"study {study.spec.name}: {config.method_name} on {config.dataset}")
     for column in ("rank", "trial", "state", unit, "mean return", "time"):
         table.add_column(column, justify="left" if column == "state" else "right")
@@ -128,10 +138,11 @@ def print_summary(console: Console, study: Study, config: Config, dataset: Datas
             _duration(row.duration), show_params(row.params),
         )  # fmt: skip
     console.print(table)
+    console.print(f"{unit + ':':<12}{score_label(config, dataset)}")
     best = study.best
     summary = dataset.summary()
     if summary["return_mean"] is not None:
-        score = "" if summary["score"] is None else f" (score {summary['score']:.1f})"
+        score = "" if summary["score"] is None else f" (score {summary['score']:.1f}: {summary['score_source']})"
         console.print(
             f"data:       mean return {summary['return_mean']:.1f}{score} over {summary['complete_episodes']} episodes"
         )

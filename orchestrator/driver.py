@@ -18,10 +18,11 @@ from typing import Any
 from agents.method import load_method
 from envs.dataset import Dataset
 from envs.errors import UserError
+from envs.scores import reference_scores
 from orchestrator.artifacts import ArtifactStore, save_json, stage_key
 from orchestrator.cluster import Slots
 from orchestrator.config import Config, digest, load_config, pack_key, run_config, to_dict
-from orchestrator.learner import Evaluation, PackReport, PackSpec, RunSpec
+from orchestrator.learner import Evaluation, PackReport, PackSpec, RunSpec, evaluation_env
 from orchestrator.spool import RunSpool, read_records
 from sweeps.study import Study, TrialRecord, TrialTicket
 
@@ -402,7 +403,7 @@ class Driver:
         a random policy (score 0) or the worst episode of the data (where no score is known)."""
         told = [r.value for r in self.study.trials() if r.value is not None and math.isfinite(r.value)]
         floor = 0.0
-        if self.dataset.summary().get("score") is None:
+        if reference_scores(evaluation_env(self.config, self.dataset)) is None:
             floor = float(self.dataset.episode_returns().min())
         return min([floor, *told])
 

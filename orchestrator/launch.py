@@ -26,9 +26,9 @@ from orchestrator.artifacts import save_json, write_text
 from orchestrator.cluster import open_slots
 from orchestrator.config import Config, check_space, load_config, to_dict, to_yaml
 from orchestrator.connection import cluster_address
-from orchestrator.display import Display, print_summary, show_params, value_unit
+from orchestrator.display import Display, print_summary, score_label, show_params, value_unit
 from orchestrator.driver import Driver
-from orchestrator.learner import dataset_record, flatten, resolve_device
+from orchestrator.learner import dataset_record, evaluation_env, flatten, resolve_device
 from orchestrator.spool import RunInfo, RunSpool, check_run_key
 from orchestrator.tracking import Tracker, check_reachable, default_tracking_uri
 from sweeps.spec import StudySpec
@@ -123,7 +123,7 @@ def _check_before_compute(config: Config) -> Dataset:
     dataset = load_dataset(config.dataset, Path(config.workdir))
     if load_method(config.method_name).stages(config.method):
         termination_rule(dataset.env_id)
-    make_env(config.evaluation.env_id or dataset.env_id).close()
+    make_env(evaluation_env(config, dataset)).close()
     return dataset
 
 
@@ -135,13 +135,13 @@ def _run(config: Config, study: Study, dataset: Dataset, console: Console) -> Ou
             "mlflow.experimentKind": "custom_model_development",  # its page opens on training runs, not on traces
         },
     )  # fmt: skip
-    tracker.set_experiment_note(_note(config, study.spec))
+    tracker.set_experiment_note(_note(config, study.spec, score_label(config, dataset)))
     with _tracking(tracker, console), RunSpool(study.folder / "spool", "study") as spool:
         tags = _tags()
         _announce(spool, config, dataset, tags)
-        with Display(console, value_unit(dataset)) as display, open_slots(config.compute, dataset) as slots:
+        with Display(console, value_unit(config, dataset)) as display, open_slots(config.compute, dataset) as slots:
             Driver(config, study, dataset, slots, tags, spool, display).run()
-        _conclude(spool, study, value_unit(dataset))
+        _conclude(spool, study, value_unit(config, dataset))
     print_summary(console, study, config, dataset, tracker.tracking_uri)
     return Outcome(study, dataset, study.spec.name)
 
@@ -211,11 +211,11 @@ def _conclude(spool: RunSpool, study: Study, unit: str) -> None:
     spool.end("FINISHED")
 
 
-def _note(config: Config, spec: StudySpec) -> str:
+def _note(config: Config, spec: StudySpec, label: str) -> str:
     return (
         f"Study **{spec.name}**: {config.method_name} on {config.dataset}, {spec.num_trials} trials x "
         f"{spec.seeds_per_trial} seeds.\n\nEvery run is one seed of one trial, named t(trial)-s(seed). "
-        f"Continue it with `offsweep resume {spec.name} --workdir {config.workdir}`."
+        f"Scores: {label}.\n\nContinue it with `offsweep resume {spec.name} --workdir {config.workdir}`."
     )
 
 

@@ -93,6 +93,11 @@ class PackReport:
     diverged: dict[str, int] = field(default_factory=dict)  # run key -> updates
 
 
+def evaluation_env(config: Config, dataset: Dataset) -> str:
+    """The Gymnasium id of the environment that policies are evaluated in."""
+    return config.evaluation.env_id or dataset.env_id
+
+
 def action_bounds(env_id: str) -> tuple[np.ndarray, np.ndarray]:
     """The environment's action bounds, `(A,)` each."""
     env = make_env(env_id)
@@ -128,7 +133,7 @@ class Learner:
         self.device = resolve_device(compute.device)
         self.configs = [load_config([run.config], []) for run in pack.runs]
         config = self.configs[0]
-        self.env_id = config.evaluation.env_id or self.dataset.env_id
+        self.env_id = evaluation_env(config, self.dataset)
         self.reference = reference_scores(self.env_id)
         data = training_data(self.dataset, self.device)
         self._action_low, self._action_high = action_bounds(self.env_id)
