@@ -25,6 +25,10 @@ Downloads = Callable[[str], AbstractContextManager[Progress | None]]
 """What shows the download of a dataset: its name -> a context that gives a callback."""
 
 
+class ShapeError(EpisodeError):
+    """Rows do not have the shapes of an environment."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Rows that can be had now."""
@@ -167,14 +171,26 @@ def _checked(dataset: Dataset) -> Dataset:
     the data.
     """
     try:
-        with borrow_envs(dataset.env_id, 1) as (env,):
-            observation_shape, action_shape = env.observation_space.shape, env.action_space.shape
+        check_shapes(dataset, dataset.env_id)
+    except ShapeError:
+        raise
     except EpisodeError:
-        return dataset
-    if observation_shape != (dataset.observation_dim,) or action_shape != (dataset.action_dim,):
-        raise EpisodeError(
-            f"dataset '{dataset.name}' has {dataset.observation_dim} observations and {dataset.action_dim}"
-            f" actions per row, its environment '{dataset.env_id}' has {observation_shape} and"
-            f" {action_shape}: it belongs to another environment or version."
-        )
+        pass
     return dataset
+
+
+def check_shapes(dataset: Dataset, env_id: str) -> None:
+    """Make sure that a policy learned from these rows can act in an environment.
+
+    Raises:
+        ShapeError: its observations or actions have another width.
+        EpisodeError: the environment cannot be made.
+    """
+    with borrow_envs(env_id, 1) as (env,):
+        observation_shape, action_shape = env.observation_space.shape, env.action_space.shape
+    if observation_shape != (dataset.observation_dim,) or action_shape != (dataset.action_dim,):
+        raise ShapeError(
+            f"dataset '{dataset.name}' has {dataset.observation_dim} observations and {dataset.action_dim} actions per"
+            f" row, environment '{env_id}' has {observation_shape} and {action_shape}: it belongs to another"
+            " environment or version."
+        )

@@ -142,7 +142,9 @@ def print_summary(console: Console, study: Study, config: Config, dataset: Datas
     best = study.best
     summary = dataset.summary()
     if summary["return_mean"] is not None:
-        score = "" if summary["score"] is None else f" (score {summary['score']:.1f}: {summary['score_source']})"
+        other = evaluation_env(config, dataset) != dataset.env_id
+        label = f": {summary['score_source']}" if other else ""
+        score = "" if summary["score"] is None else f" (score {summary['score']:.1f}{label})"
         console.print(
             f"data:       mean return {summary['return_mean']:.1f}{score} over {summary['complete_episodes']} episodes"
         )

@@ -17,10 +17,9 @@ from rich.console import Console
 
 from agents.method import load_method
 from envs.dataset import Dataset
-from envs.episodes import make_env
 from envs.errors import UserError
 from envs.files import write_atomically
-from envs.registry import load_dataset
+from envs.registry import check_shapes, load_dataset
 from envs.termination import termination_rule
 from orchestrator.artifacts import save_json, write_text
 from orchestrator.cluster import open_slots
@@ -123,7 +122,7 @@ def _check_before_compute(config: Config) -> Dataset:
     dataset = load_dataset(config.dataset, Path(config.workdir))
     if load_method(config.method_name).stages(config.method):
         termination_rule(dataset.env_id)
-    make_env(evaluation_env(config, dataset)).close()
+    check_shapes(dataset, evaluation_env(config, dataset))
     return dataset
 
 

@@ -149,7 +149,7 @@ def test_without_a_network_a_missing_set_is_told_within_a_second(d4rl, tmp_path,
 def test_rows_that_do_not_fit_the_environment_are_refused(d4rl, tmp_path):
     write_hdf5(shaped("Ant-v4", 27, 8), d4rl / "ant_medium-v2.hdf5")
     with pytest.raises(
-        UserError, match=r"27 observations and 8 actions per row.*'d4rl/Ant-v4' has \(111,\) and \(8,\)"
+        UserError, match=r"27 observations and 8 actions per row.*environment 'd4rl/Ant-v4' has \(111,\) and \(8,\)"
     ):
         load_dataset("ant-medium-v2", tmp_path)
     write_hdf5(shaped("NotInstalled-v0", 5, 2), tmp_path / "other.hdf5")

@@ -50,6 +50,7 @@ def free_port() -> int:
         (["method.gamma=2"], "method.gamma=2.0 must lie between 0 and 1"),
         (["num_seeds"], "'num_seeds' is not of the form key=value"),
         (["evaluation.env_id=Pendulun-v1"], "there is no Gymnasium environment 'Pendulun-v1'"),
+        (["evaluation.env_id=Hopper-v5"], "environment 'Hopper-v5' has (11,) and (3,)"),
         (["tracking_uri=ftp://example.org"], "ftp"),
         (["tracking_uri=sqlite://"], "does not name a file"),
         (["study.sampler.name=tpee"], "Unknown sampler 'tpee'"),
