@@ -19,27 +19,56 @@ from envs.episodes import make_env, run_episodes
 from envs.errors import UserError
 from envs.files import write_atomically
 from envs.policies import NetworkPolicy
+from envs.scores import normalized_score, reference_scores
 from orchestrator.artifacts import save_json, write_arrays
 
 CURVE_EPISODES = 10  # per point of an actor's learning curve
 
 
-def train_actor(overrides: Sequence[str], out: Path) -> None:
-    """Train an actor online and keep its snapshots and learning curve under `out`."""
+def train_actor(overrides: Sequence[str], out: Path, until: float | None = None) -> int:
+    """Train an actor online and keep its snapshots and learning curve under `out`.
+
+    Args:
+        overrides: key=value words of `OnlineSACConfig`.
+        out: an empty or new folder.
+        until: stop at the first snapshot whose mean normalised score is at least this, and keep it as actor.npz too.
+
+    Returns:
+        The exit code: 1 if the score asked for was not reached.
+    """
     config = _online_config(overrides)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty; choose another folder")
     make_env(config.env_id).close()
+    reference = reference_scores(config.env_id)
+    if until is not None and reference is None:
+        raise UserError(f"--until {until:g}: no reference pair is known for {config.env_id}, so it has no scores")
     configure_cpu(threads=1)
-    command = " ".join(["offsweep data train-actor", *overrides])
+    command = " ".join(
+        ["offsweep data train-actor", *overrides, *([f"--until {until:g}"] if until is not None else [])]
+    )
     save_json(out / "training.json", {"command": command, "config": asdict(config)})
     rows: list[list[Any]] = []
+    reached = False
     with Progress() as progress:
         task = progress.add_task(f"{config.env_id}, seed {config.seed}", total=config.steps)
         for snapshot in train_online(config, lambda step: progress.update(task, completed=step)):
             rows.append([snapshot.step, *_save_snapshot(snapshot, config.env_id, out)])
             write_atomically(out / "learning_curve.csv", lambda p: _write_csv(p, rows))
+            if until is not None and reference is not None:
+                reached = normalized_score(rows[-1][1], reference) >= until
+                if reached:
+                    write_arrays(out / "actor.npz", snapshot.arrays)
+                    break
     print(f"{len(rows)} snapshots and learning_curve.csv written to {out}")
+    if until is None or reference is None:
+        return 0
+    scores = [normalized_score(row[1], reference) for row in rows]
+    if reached:
+        print(f"score {scores[-1]:.1f} after {rows[-1][0]:,} steps ({reference.label}): {out / 'actor.npz'}")
+        return 0
+    print(f"no snapshot reached score {until:g}, the best has {max(scores):.1f}: train longer or with another seed")
+    return 1
 
 
 def _online_config(overrides: Sequence[str]) -> OnlineSACConfig:

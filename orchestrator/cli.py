@@ -131,6 +131,8 @@ def _add_data_commands(add: Callable[..., Any], add_workdir: Callable[[argparse.
 
     actor = add("train-actor", "Train an actor online with soft actor-critic; keep snapshots and learning curve.", data)
     actor.add_argument("--out", type=Path, required=True, help="an empty or new folder")
+    text = "stop at the first snapshot with this normalised score (33: D4RL's medium) and keep it as actor.npz"
+    actor.add_argument("--until", type=float, metavar="SCORE", help=text)
     actor.add_argument(
         "overrides",
         nargs="*",
@@ -224,8 +226,8 @@ def _data(args: argparse.Namespace) -> int:
     if args.data_command == "train-actor":
         from orchestrator.actor_training import train_actor
 
-        train_actor(args.overrides, args.out)
-    elif args.data_command == "list":
+        return train_actor(args.overrides, args.out, args.until)
+    if args.data_command == "list":
         data_commands.show_catalogue(args.workdir, args.pattern, args.json)
     elif args.data_command == "info":
         data_commands.show_info(args.dataset, args.workdir, args.json)
