@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from envs.transforms import apply, parse
 
 FILE_KINDS = (".hdf5", ".h5", ".npz")
 
-Downloads = Callable[[str], AbstractContextManager[Progress | None]]
-"""What shows the download of a dataset: its name -> a context that gives a callback."""
+Shown = Callable[[str, str], AbstractContextManager[Progress | None]]
+"""What shows the progress of something slow: (dataset, "bytes" or "transitions") -> a context that gives a callback."""
 
 
 class ShapeError(EpisodeError):
@@ -34,10 +35,10 @@ class Source:
     """Rows that can be had now."""
 
     key: dict[str, Any]  # what the flat store knows them by
-    make: Callable[[], Dataset]
+    make: Callable[[Progress | None], Dataset]  # the callback hears of transitions where they are collected
 
 
-def load_dataset(name: str, workdir: Path, downloads: Downloads | None = None) -> Dataset:
+def load_dataset(name: str, workdir: Path, shown: Shown | None = None) -> Dataset:
     """A dataset by name; its columns are mapped from the flat store (`envs.cache`), which the first use fills.
 
     - `embedded/...`: collected here on first use, from actors that are part of the package.
@@ -51,7 +52,7 @@ def load_dataset(name: str, workdir: Path, downloads: Downloads | None = None) -
     Behind the name may stand what is to be done with the rows, and several names may be mixed: see `envs.transforms`.
 
     Args:
-        downloads: shows downloads. None is made where $OFFSWEEP_OFFLINE is set.
+        shown: shows downloads and collections. Nothing is downloaded where $OFFSWEEP_OFFLINE is set.
 
     Raises:
         UnknownDatasetError: no such dataset (with the nearest names), or not here and not to be had.
@@ -62,11 +63,13 @@ def load_dataset(name: str, workdir: Path, downloads: Downloads | None = None) -
     request, store = parse(name), flat_store(workdir)
     parts = []
     for term in request.terms:
-        _fetch(term.name, workdir, downloads)
+        with shown(term.name, "bytes") if shown else nullcontext() as progress:
+            _fetch(term.name, workdir, progress)
         source = find_source(term.name, workdir)
         if source is None:
             raise _unknown(term.name, workdir)
-        parts.append(store.get(source.key, lambda make=source.make: _checked(make())))  # type: ignore[misc]
+        with shown(term.name, "transitions") if shown else nullcontext() as progress:
+            parts.append(store.get(source.key, partial(_made, source, progress)))
     if request.plain:
         return parts[0]
     key = {"request": str(request), "parts": [part.content_hash for part in parts]}
@@ -81,7 +84,11 @@ def find_source(name: str, workdir: Path) -> Source | None:
         described = [policy.describe() | {"weight": weight} for policy, weight in policies]
         key = {"collected": described, "env_id": spec.env_id, "rows": spec.rows, "seed": spec.seed, "name": name}
         key["scheme"] = COLLECTION_SCHEME
-        return Source(key, lambda: spec.collect(name=name))
+
+        def collect(progress: Progress | None) -> Dataset:
+            return spec.collect(name=name, on_rows=progress and (lambda done: progress(done, spec.rows)))
+
+        return Source(key, collect)
     if Path(name).suffix in FILE_KINDS:
         return _file(Path(name).expanduser(), None, None)
     d4rl = d4rl_sets.d4rl_spec(name)
@@ -90,18 +97,18 @@ def find_source(name: str, workdir: Path) -> Source | None:
     neorl = neorl_sets.neorl_spec(name)
     if neorl is not None:
         path = neorl_sets.neorl_path(neorl)
-        return Source(_key(path, name=name), lambda: neorl_sets.read_neorl(neorl, path))
+        return Source(_key(path, name=name), lambda _: neorl_sets.read_neorl(neorl, path))
     own = _own_path(name, workdir)
     if own is not None:
         return _file(own, name, None)
     if minari_sets.is_minari_name(name) and not minari_sets.missing(name):
-        return Source(minari_sets.minari_source(name), lambda: minari_sets.read_minari(name))
+        return Source(minari_sets.minari_source(name), lambda _: minari_sets.read_minari(name))
     return None
 
 
 def _file(path: Path, name: str | None, env_id: str | None) -> Source:
     read = read_npz if path.suffix == ".npz" else read_hdf5
-    return Source(_key(path, name=name, env_id=env_id), lambda: read(path, name=name, env_id=env_id))
+    return Source(_key(path, name=name, env_id=env_id), lambda _: read(path, name=name, env_id=env_id))
 
 
 def _key(path: Path, **more: Any) -> dict[str, Any]:
@@ -109,16 +116,15 @@ def _key(path: Path, **more: Any) -> dict[str, Any]:
     return file_source(path, **more) if path.is_file() else {"missing file": str(path)}
 
 
-def _fetch(name: str, workdir: Path, downloads: Downloads | None) -> None:
+def _fetch(name: str, workdir: Path, progress: Progress | None) -> None:
     """Download what a name stands for, if it is one that can be downloaded and is not here."""
     d4rl, neorl, minari = d4rl_sets.d4rl_spec(name), neorl_sets.neorl_spec(name), minari_sets.missing(name)
-    with downloads(name) if downloads else nullcontext() as progress:
-        if d4rl is not None:
-            d4rl_sets.fetch(d4rl, progress)
-        elif neorl is not None:
-            neorl_sets.fetch(neorl, progress)
-        elif minari is not None and _own_path(name, workdir) is None:
-            minari_sets.fetch(minari, progress)
+    if d4rl is not None:
+        d4rl_sets.fetch(d4rl, progress)
+    elif neorl is not None:
+        neorl_sets.fetch(neorl, progress)
+    elif minari is not None and _own_path(name, workdir) is None:
+        minari_sets.fetch(minari, progress)
 
 
 def _own_path(name: str, workdir: Path) -> Path | None:
@@ -164,12 +170,13 @@ def datasets_folder(workdir: Path) -> Path:
     return workdir / "datasets"
 
 
-def _checked(dataset: Dataset) -> Dataset:
-    """Refuse rows whose shapes are not those of their environment.
+def _made(source: Source, progress: Progress | None) -> Dataset:
+    """Read or collect a source, and refuse rows whose shapes are not those of their environment.
 
-    Done when the rows are stored, not at every use. An environment that is not installed is no obstacle to looking at
-    the data.
+    That is done when the rows are stored, not at every use. An environment that is not installed is no obstacle to
+    looking at the data.
     """
+    dataset = source.make(progress)
     try:
         check_shapes(dataset, dataset.env_id)
     except ShapeError:

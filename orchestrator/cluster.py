@@ -31,7 +31,7 @@ class InlineSlots:
     size = 1
 
     def __init__(self, compute: ComputeConfig, dataset: Dataset) -> None:
-        self._process = LearnerProcess(compute, dataset)
+        self._process, self._dataset = LearnerProcess(compute), dataset
         self._call: tuple[str, tuple[Any, ...]] | None = None
 
     def submit(self, slot: int, method: str, *args: Any) -> None:
@@ -42,7 +42,7 @@ class InlineSlots:
             return []
         (method, args), self._call = self._call, None
         try:
-            return [(0, getattr(self._process, method)(*args))]
+            return [(0, getattr(self._process, method)(*args, dataset=self._dataset))]
         except Exception as error:
             return [(0, error)]
 
@@ -57,11 +57,11 @@ class RaySlots:
         self._dataset = ray.put(dataset)  # copied once; each node fetches it once, and its actors map the same pages
         options = {"num_cpus": 1, "num_gpus": gpus_each, "max_restarts": -1, "max_task_retries": 0}
         actor = ray.remote(LearnerProcess).options(**options)
-        self._actors: list[Any] = [actor.remote(compute, self._dataset) for _ in range(size)]
+        self._actors: list[Any] = [actor.remote(compute) for _ in range(size)]
         self._running: dict[Any, int] = {}
 
     def submit(self, slot: int, method: str, *args: Any) -> None:
-        self._running[getattr(self._actors[slot], method).remote(*args)] = slot
+        self._running[getattr(self._actors[slot], method).remote(*args, dataset=self._dataset)] = slot
 
     def wait(self, timeout: float) -> list[tuple[int, Any]]:
         import ray

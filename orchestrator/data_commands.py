@@ -6,23 +6,13 @@ import fnmatch
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich import filesize
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
 from envs.catalogue import Entry
@@ -35,31 +25,12 @@ from envs.policies import Policy, load_policy
 from envs.recipes import recipe
 from envs.registry import FILE_KINDS, catalogue, datasets_folder, find_source, load_dataset
 from orchestrator.collection import parallel_shards
-
-
-@contextmanager
-def shown_download(name: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A progress bar for the download of a dataset; it appears with the first bytes."""
-    bars = Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )  # fmt: skip
-    task = bars.add_task(name, total=None)
-
-    def advance(done: int, total: int | None) -> None:
-        bars.start()
-        bars.update(task, completed=done, total=total)
-
-    try:
-        yield advance
-    finally:
-        if bars.live.is_started:
-            bars.stop()
+from orchestrator.progress import shown
 
 
 def load(name: str, workdir: Path) -> Dataset:
-    """A dataset by name; a download shows its progress."""
-    return load_dataset(name, workdir, shown_download)
+    """A dataset by name; what takes long shows its progress."""
+    return load_dataset(name, workdir, shown)
 
 
 def show_info(name: str, workdir: Path, as_json: bool) -> None:
@@ -161,12 +132,10 @@ def collect_dataset(request: CollectRequest, workdir: Path) -> None:
     name = request.name or f"collected/{request.recipe}"
     path = _free_path(name, workdir)
     make_env(env_id).close()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with parallel_shards(request.workers) as run_shards, Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task(f"{name}: {env_id}", total=rows)
+    with parallel_shards(request.workers) as run_shards, shown(f"{name}: {env_id}", "transitions") as advance:
         collect(
             env_id, policies, rows, request.seed, request.deterministic, name, path, run_shards,
-            on_rows=lambda done: bars.update(task, completed=done), about=about,
+            on_rows=lambda done: advance(done, rows), about=about,
         )  # fmt: skip
     show_info(name, workdir, as_json=False)
     print(f"written to {path}; train on it with dataset={name}")

@@ -28,6 +28,7 @@ from orchestrator.connection import cluster_address
 from orchestrator.display import Display, print_summary, score_label, show_params, value_unit
 from orchestrator.driver import Driver
 from orchestrator.learner import dataset_record, evaluation_env, flatten, resolve_device
+from orchestrator.progress import shown
 from orchestrator.spool import RunInfo, RunSpool, check_run_key
 from orchestrator.tracking import Tracker, check_reachable, default_tracking_uri
 from sweeps.spec import StudySpec
@@ -119,7 +120,7 @@ def _check_before_compute(config: Config) -> Dataset:
     if cluster_address(config.compute.address) is None:
         resolve_device(config.compute.device)
     check_reachable(_store_uri(config))
-    dataset = load_dataset(config.dataset, Path(config.workdir))
+    dataset = load_dataset(config.dataset, Path(config.workdir), shown)
     if load_method(config.method_name).stages(config.method):
         termination_rule(dataset.env_id)
     check_shapes(dataset, evaluation_env(config, dataset))

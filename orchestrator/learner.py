@@ -353,42 +353,39 @@ def dataset_record(dataset: Dataset) -> DatasetRecord:
 class LearnerProcess:
     """A slot for learners: an object in the driver's process, or a Ray actor that Ray restarts when it dies.
 
-    Every call carries its pack, so a restarted actor takes it up again from the checkpoint by itself.
-
-    Args:
-        compute: for every learner and worker of this slot.
-        dataset: of the study; in an actor its columns lie in the node's object store, shared by all actors there.
+    Every call carries its pack and the dataset, so a restarted actor takes the pack up again from the checkpoint by
+    itself. The dataset's columns lie in the machine's object store, where all actors of the machine map them.
     """
 
-    def __init__(self, compute: ComputeConfig, dataset: Dataset) -> None:
+    def __init__(self, compute: ComputeConfig) -> None:
         configure_cpu(compute.threads)
-        self.compute, self.dataset = compute, dataset
+        self.compute = compute
         self.workers = Workers(compute.num_rollout_workers, compute.num_evaluators, compute.threads)
         self._learner: Learner | None = None
 
     def pids(self) -> dict[str, list[int]]:
         return {"learner": [os.getpid()], **self.workers.pids()}
 
-    def advance(self, pack: PackSpec, dropped: Sequence[str]) -> PackReport:
+    def advance(self, pack: PackSpec, dropped: Sequence[str], dataset: Dataset) -> PackReport:
         if self._learner is None or self._learner.pack.pack_id != pack.pack_id:
-            self._learner = Learner(pack, self.compute, self.workers, self.dataset)
+            self._learner = Learner(pack, self.compute, self.workers, dataset)
         report = self._learner.advance(dropped)
         if report.finished:
             self._learner = None
         return report
 
-    def build_stage(self, config: dict[str, Any], name: str) -> None:
+    def build_stage(self, config: dict[str, Any], name: str, dataset: Dataset) -> None:
         """Build one stage of a run's method if it is missing."""
         resolved = load_config([config], [])
         stage = load_method(resolved.method_name).stages(resolved.method)[name]
-        key = stage_key(stage, self.dataset.content_hash)
+        key = stage_key(stage, dataset.content_hash)
         history: list[tuple[int, dict[str, float]]] = []
 
         def build() -> dict[str, Any]:
-            data = training_data(self.dataset, resolve_device(self.compute.device))
+            data = training_data(dataset, resolve_device(self.compute.device))
             return stage.build(data, lambda step, metrics: history.append((step, dict(metrics))))
 
         store = ArtifactStore(Path(resolved.workdir) / "artifacts")
         # the history is kept with the stage: whoever uses it can show it
-        description = {"dataset": self.dataset.name, "dataset_hash": self.dataset.content_hash, "history": history}
+        description = {"dataset": dataset.name, "dataset_hash": dataset.content_hash, "history": history}
         store.get_or_build(stage, key, build, description)

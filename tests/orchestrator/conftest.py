@@ -18,9 +18,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("prepared") / "work"
     prepare(folder)
     config = load_config([SETTINGS, {"workdir": str(folder)}], [])
-    LearnerProcess(ComputeConfig(device="cpu"), load_dataset(config.dataset, folder)).build_stage(
-        to_dict(config), "dynamics"
-    )
+    dataset = load_dataset(config.dataset, folder)
+    LearnerProcess(ComputeConfig(device="cpu")).build_stage(to_dict(config), "dynamics", dataset)
     return folder
 
 

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.kill_tests import Remains
+from envs.dataset import Dataset
 from envs.errors import UserError
 from orchestrator import launch
 from orchestrator.artifacts import load_tensors
@@ -77,9 +78,9 @@ def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     with pytest.MonkeyPatch.context() as patch:
         build = LearnerProcess.build_stage
 
-        def counted(self: LearnerProcess, config: dict[str, Any], name: str) -> None:
+        def counted(self: LearnerProcess, config: dict[str, Any], name: str, dataset: Dataset) -> None:
             done.stages_built += 1
-            build(self, config, name)
+            build(self, config, name, dataset)
 
         patch.setattr(LearnerProcess, "build_stage", counted)
         launch.start(configured(workdir, name="whole"), Console(file=done.text, width=200))
@@ -127,9 +128,7 @@ def test_the_tags_parameters_and_dataset_of_a_run(finished: Finished):
     wanted = {"study": "whole", "trial": "1", "seed": "1", "method": "ravl", "dataset": "tiny", "outcome": "finished"}
     assert wanted.items() <= tags.items()
     assert (finished.folder / "packs" / tags["pack"] / "pack.json").exists()
-    from envs.registry import load_dataset
-
-    content_hash = load_dataset("tiny", finished.workdir).content_hash
+    content_hash = dataset_of(config).content_hash
     assert tags["config_hash"] == digest(identity(config, content_hash))
     assert content_hash.startswith(dataset_digest)
     assert float(params["method.eta"]) == trial.params["method.eta"]

@@ -217,15 +217,15 @@ def test_a_pack_survives_json(workdir: Path):
 
 def test_a_stage_is_built_once_and_keeps_its_history(workdir: Path):
     config = configured(workdir, "method.dynamics.seed=7")
-    process = LearnerProcess(IN_PROCESS, dataset_of(config))
-    process.build_stage(to_dict(config), "dynamics")
+    process = LearnerProcess(IN_PROCESS)
+    process.build_stage(to_dict(config), "dynamics", dataset_of(config))
     store = ArtifactStore(workdir / "artifacts")
     dataset_hash = dataset_of(config).content_hash
     stage = load_method("ravl").stages(config.method)["dynamics"]  # type: ignore[attr-defined]
     key = stage_key(stage, dataset_hash)
     content = store.folder(stage.kind, key) / "content.pt"
     before = content.stat().st_mtime_ns
-    process.build_stage(to_dict(config), "dynamics")
+    process.build_stage(to_dict(config), "dynamics", dataset_of(config))
     assert content.stat().st_mtime_ns == before
     history = store.description(stage.kind, key)["history"]
     assert [step for step, _ in history] == sorted({step for step, _ in history})
@@ -245,5 +245,5 @@ def test_a_stage_whose_data_cannot_be_learned_leaves_nothing(workdir: Path):
     config = configured(workdir, "dataset=huge")
     before = set((workdir / "artifacts").rglob("content.pt"))
     with pytest.raises(UserError, match="diverged"):
-        LearnerProcess(IN_PROCESS, dataset_of(config)).build_stage(to_dict(config), "dynamics")
+        LearnerProcess(IN_PROCESS).build_stage(to_dict(config), "dynamics", dataset_of(config))
     assert set((workdir / "artifacts").rglob("content.pt")) == before
