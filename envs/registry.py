@@ -16,9 +16,10 @@ from envs.download import Progress
 from envs.episodes import EpisodeError, borrow_envs
 from envs.errors import UnknownDatasetError, nearest
 from envs.hdf5 import read_hdf5
+from envs.names import env_id_of
 from envs.npz import read_npz
 from envs.recipes import EMBEDDED
-from envs.transforms import apply, parse
+from envs.transforms import apply, check_one_environment, parse
 
 FILE_KINDS = (".hdf5", ".h5", ".npz")
 
@@ -61,6 +62,8 @@ def load_dataset(name: str, workdir: Path, shown: Shown | None = None) -> Datase
     """
     workdir = Path(workdir)
     request, store = parse(name), flat_store(workdir)
+    told = {env_id for term in request.terms if (env_id := env_id_of(term.name))}  # before anything is made
+    check_one_environment(request, told)
     parts = []
     for term in request.terms:
         with shown(term.name, "bytes") if shown else nullcontext() as progress:

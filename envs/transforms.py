@@ -11,7 +11,7 @@ as `subsample` does. Options hold for the whole and are applied in this order: f
 result has a content hash of its own; what was asked for and the hashes of its parts are in its provenance.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,19 @@ def base_name(name: str) -> str:
     return request.terms[0].name if len(request.terms) == 1 else name
 
 
+def check_one_environment(request: Request, env_ids: Collection[str]) -> None:
+    """Refuse a mix of different environments.
+
+    Raises:
+        TransformError: there are several ids.
+    """
+    if len(env_ids) > 1:
+        raise TransformError(
+            f"dataset '{request}' mixes the environments {', '.join(sorted(env_ids))}: only sets of one environment"
+            " can be mixed."
+        )
+
+
 def apply(request: Request, parts: Sequence[Dataset]) -> Dataset:
     """The dataset that a request asks for.
 
@@ -120,11 +133,7 @@ def apply(request: Request, parts: Sequence[Dataset]) -> Dataset:
     Raises:
         TransformError: parts of different environments, more rows than there are, or nothing left.
     """
-    envs = sorted({part.env_id for part in parts})
-    if len(envs) > 1:
-        raise TransformError(
-            f"dataset '{request}' mixes the environments {', '.join(envs)}: only sets of one environment can be mixed."
-        )
+    check_one_environment(request, {part.env_id for part in parts})
     options = request.options
     taken = [
         _amount(part, term, options.seed + i) for i, (part, term) in enumerate(zip(parts, request.terms, strict=True))

@@ -177,6 +177,12 @@ def test_a_mix_and_its_parts_are_stored_under_their_own_hashes(tmp_path, monkeyp
     assert load_dataset("a:0.50 + b, reward_scale=2.0", tmp_path).content_hash == mixed.content_hash
 
 
+def test_a_mix_of_environments_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "collect", None)
+    with pytest.raises(UserError, match=r"mixes the environments Hopper-v5, Walker2d-v5"):
+        load_dataset("embedded/hopper-medium-v0+embedded/walker2d-medium-v0", tmp_path)
+
+
 def test_every_actor_of_the_embedded_sets_is_installed():
     assert all(spec.available() for spec in EMBEDDED.values())
     for name in policies.embedded_actors():
