@@ -22,8 +22,8 @@ class EdgeOfReach(gymnasium.Env[FloatArray, FloatArray]):
     Episodes last 30 steps and never terminate. With true dynamics and rollouts of k steps from the start states, a
     state can be reached at step k and not before exactly where START + k - 1 < |s|_inf <= START + k.
 
-    A reconstruction: the paper gives the plane, the rollout length 10, the 30 steps and a picture of the reward; start
-    states, step size and bumps are chosen here. Both bumps lie well within reach of 10 steps.
+    A reconstruction: of the paper's task the plane, the rollout length 10 and the 30 steps are known from its reviews;
+    start states, step size and bumps are chosen here. Both bumps lie well within reach of 10 steps.
     """
 
     START = 2.0
