@@ -32,7 +32,7 @@ def shown(name: str, unit: str) -> Iterator[Callable[[int, int | None], None]]:
     amounts: list[ProgressColumn] = [MofNCompleteColumn(), TextColumn(unit)]
     if unit == "bytes":
         amounts = [DownloadColumn(), TransferSpeedColumn()]
-    columns = (TextColumn("{task.description}"), BarColumn(), *amounts, TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), *amounts, TimeRemainingColumn())
     bars = Progress(*columns, console=Console(stderr=True))
     task = bars.add_task(name, total=None)
 
