@@ -11,8 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,15 +131,10 @@ def _serve_zeros(size: int) -> str:
     return f"http://127.0.0.1:{server.server_port}"
 
 
-@contextmanager
-def clean_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
-
-
 def try_out(make: Callable[[Path], Case], command: str) -> dict[str, Any]:
     """Run the command line on a bad input."""
-    with clean_folder() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         case = make(folder)
         before = {path for path in folder.rglob("*") if path.is_file()}
         no_proxies = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}

@@ -1,7 +1,11 @@
-"""What is known of a dataset without opening it."""
+"""What is known of a dataset without opening it, and how the getting of one is followed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+Progress = Callable[[int, int | None], None]
+"""Called with the bytes or rows done and the total (None: not known)."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.dataset import COLUMNS, Dataset
+from envs.dataset import COLUMNS, Dataset, check_columns
 from envs.errors import UserError
 from envs.names import env_id_of
 
@@ -114,7 +114,7 @@ def build_dataset(
     for column in columns.keys() - {"observations", "actions", "next_observations"}:
         columns[column] = as_vector(columns[column])
     lengths = columns.pop(EPISODE_LENGTHS, None)
-    check_columns(columns, path, error)
+    check_columns(columns, str(path), error)
 
     if lengths is not None and "timeouts" not in columns:
         ends = _ends(lengths, len(columns["observations"]), path, error)
@@ -145,35 +145,6 @@ def build_dataset(
 def as_vector(values: NDArray[Any]) -> NDArray[Any]:
     """(N, 1) as (N,); anything else as it is."""
     return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
-
-
-def check_columns(columns: dict[str, Any], path: Path, error: type[UserError]) -> None:
-    """What pairs rows up needs numbers, the right axes and equal lengths before `Dataset` can check the rest.
-
-    Raises:
-        error: a column that is not so.
-    """
-    for column, values in columns.items():
-        if values.dtype.kind not in "biuf":
-            raise error(f"{path}: column '{column}' holds {values.dtype}, numbers are needed.")
-    rows = {column: values.shape[0] if values.ndim else 0 for column, values in columns.items()}
-    if len(set(rows.values())) > 1:
-        counts = ", ".join(f"{column} {count}" for column, count in rows.items())
-        raise error(f"{path}: columns have different numbers of rows ({counts}).")
-    if not rows["observations"]:
-        raise error(f"{path} has no rows.")
-    for column, values in columns.items():
-        wide = column in ("observations", "actions", "next_observations")
-        if values.ndim != (2 if wide else 1):
-            axes = "2-D (rows x entries)" if wide else "1-D (rows)"
-            raise error(f"{path}: column '{column}' has shape {values.shape}, it must be {axes}.")
-    for column in ("terminals", "timeouts"):
-        values = columns.get(column)
-        if values is not None and values.dtype.kind != "b" and not np.isin(values, (0, 1)).all():
-            raise error(f"{path}: column '{column}' ({values.dtype}) must hold true/false or 0/1.")
-    obs, next_obs = columns["observations"], columns.get("next_observations")
-    if next_obs is not None and next_obs.shape != obs.shape:
-        raise error(f"{path}: observations are {obs.shape[1]} wide, next_observations {next_obs.shape[1]}.")
 
 
 def _ends(lengths: NDArray[Any], rows: int, path: Path, error: type[UserError]) -> NDArray[np.bool_]:

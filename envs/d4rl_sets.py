@@ -17,11 +17,11 @@ import functools
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from envs.catalogue import Entry
+from envs.catalogue import Entry, Progress
 from envs.errors import UserError
 
 LICENCE = "CC BY 4.0"
@@ -183,7 +183,7 @@ def entries() -> list[Entry]:
     return found
 
 
-def fetch(spec: D4rlSpec, progress: Callable[[int, int | None], None] | None = None) -> Path:
+def fetch(spec: D4rlSpec, progress: Progress | None = None) -> Path:
     """The file of a set, downloaded to where d4rl looks for it unless it is there already.
 
     Args:

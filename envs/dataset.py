@@ -30,6 +30,41 @@ _FLAG_COLUMNS = ("terminals", "timeouts")
 COLUMNS = (*(name for name, _ in _FLOAT_COLUMNS), *_FLAG_COLUMNS)
 
 
+def check_columns(columns: Mapping[str, NDArray[Any]], where: str, error: type[UserError]) -> None:
+    """Make sure that columns, all of `COLUMNS` or some, hold numbers of the right shapes that pair up.
+
+    Args:
+        where: they come from, for the sentence.
+        error: what is raised.
+
+    Raises:
+        error: a column of the wrong kind or shape, different numbers of rows, or none.
+    """
+    axes = {**dict(_FLOAT_COLUMNS), **dict.fromkeys(_FLAG_COLUMNS, 1)}
+    for column, values in columns.items():
+        if values.dtype.kind not in ("biuf" if column in _FLAG_COLUMNS else "iuf"):
+            raise error(f"{where}: column '{column}' holds {values.dtype}, numbers are needed.")
+        if values.ndim != axes[column]:
+            meaning = "1-D (rows)" if axes[column] == 1 else "2-D (rows x entries)"
+            raise error(f"{where}: column '{column}' has shape {values.shape}, it must be {meaning}.")
+        if column in _FLAG_COLUMNS and values.dtype.kind != "b" and not np.isin(values, (0, 1)).all():
+            raise error(f"{where}: column '{column}' ({values.dtype}) must hold true/false or 0/1.")
+    rows = {column: len(values) for column, values in columns.items()}
+    if len(set(rows.values())) > 1:
+        counts = ", ".join(f"{column} {count}" for column, count in rows.items())
+        raise error(f"{where}: columns have different numbers of rows ({counts}).")
+    if not rows["observations"]:
+        raise error(f"{where} has no rows.")
+    for column in ("observations", "actions"):
+        if columns[column].shape[1] == 0:
+            raise error(f"{where}: column '{column}' has no entries per row.")
+    width = columns["observations"].shape[1]
+    if "next_observations" in columns and columns["next_observations"].shape[1] != width:
+        raise error(
+            f"{where}: observations are {width} wide, next_observations {columns['next_observations'].shape[1]}."
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class EpisodeIndex:
     """Where episodes lie: episode e is rows starts[e] to ends[e] - 1."""
@@ -119,34 +154,14 @@ class Dataset:
         return dataset
 
     def __post_init__(self) -> None:
-        for column, ndim in _FLOAT_COLUMNS:
-            object.__setattr__(self, column, self._as_float(column, ndim))
+        columns = {column: np.asarray(getattr(self, column)) for column in COLUMNS}
+        check_columns(columns, f"dataset '{self.name}'", DatasetError)
+        for column, _ in _FLOAT_COLUMNS:
+            object.__setattr__(self, column, self._as_float(column, columns[column]))
         for column in _FLAG_COLUMNS:
-            object.__setattr__(self, column, self._as_flag(column))
-        rows = {column: len(getattr(self, column)) for column in COLUMNS}
-        if len(set(rows.values())) > 1:
-            counts = ", ".join(f"{column} {count}" for column, count in rows.items())
-            raise DatasetError(f"dataset '{self.name}': columns have different numbers of rows ({counts}).")
-        if self.num_transitions == 0:
-            raise DatasetError(f"dataset '{self.name}' has no rows.")
-        if self.observations.shape != self.next_observations.shape:
-            raise DatasetError(
-                f"dataset '{self.name}': observations are {self.observations.shape[1]} wide,"
-                f" next_observations {self.next_observations.shape[1]}."
-            )
-        for column in ("observations", "actions"):
-            if getattr(self, column).shape[1] == 0:
-                raise DatasetError(f"dataset '{self.name}': column '{column}' has no entries per row.")
+            object.__setattr__(self, column, np.ascontiguousarray(columns[column], dtype=np.bool_))
 
-    def _as_float(self, column: str, ndim: int) -> FloatArray:
-        values = np.asarray(getattr(self, column))
-        if values.dtype.kind not in "fiu":
-            raise DatasetError(f"dataset '{self.name}': column '{column}' holds {values.dtype}, numbers are needed.")
-        if values.ndim != ndim:
-            axes = "rows" if ndim == 1 else "rows x entries"
-            raise DatasetError(
-                f"dataset '{self.name}': column '{column}' has shape {values.shape}, it must be {ndim}-D ({axes})."
-            )
+    def _as_float(self, column: str, values: NDArray[Any]) -> FloatArray:
         with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold is reported below
             converted = np.ascontiguousarray(values, dtype=np.float32)
             finite = bool(np.isfinite(converted.sum(dtype=np.float64)))
@@ -154,24 +169,12 @@ class Dataset:
         if not finite:
             bad = ~np.isfinite(converted)
             place = np.unravel_index(int(np.argmax(bad)), bad.shape)
-            where = f"row {place[0]}" + (f", entry {place[1]}" if ndim == 2 else "")
+            where = f"row {place[0]}" + (f", entry {place[1]}" if values.ndim == 2 else "")
             raise DatasetError(
                 f"dataset '{self.name}': column '{column}' is {values[place]} at {where} (the first of"
                 f" {int(bad.sum())} values that are not finite in float32); remove or repair those rows."
             )
         return converted
-
-    def _as_flag(self, column: str) -> BoolArray:
-        values = np.asarray(getattr(self, column))
-        if values.ndim != 1:
-            raise DatasetError(
-                f"dataset '{self.name}': column '{column}' has shape {values.shape}, it must be 1-D (rows)."
-            )
-        if values.dtype.kind != "b" and (values.dtype.kind not in "fiu" or not np.isin(values, (0, 1)).all()):
-            raise DatasetError(
-                f"dataset '{self.name}': column '{column}' ({values.dtype}) must hold true/false or 0/1."
-            )
-        return np.ascontiguousarray(values, dtype=np.bool_)
 
     @property
     def num_transitions(self) -> int:

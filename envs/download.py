@@ -24,10 +24,8 @@ from urllib.parse import urlsplit
 import requests
 from requests.utils import get_environ_proxies, prepend_scheme_if_needed, select_proxy
 
+from envs.catalogue import Progress
 from envs.errors import UserError
-
-Progress = Callable[[int, int | None], None]
-"""Called with the bytes done and the total (None: not known)."""
 
 REACH_S = 0.9  # for looking up the name and a first connection, so that a missing network is told within a second
 CONNECT_S = 5.0  # for the further connections to a server that has been reached

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 from h5py import h5d, h5g, h5s, h5t
 from numpy.typing import NDArray
 
-from envs.catalogue import Entry
+from envs.catalogue import Entry, Progress
 from envs.dataset import Dataset
 from envs.errors import UnknownDatasetError, UserError
 
@@ -81,7 +81,7 @@ def entries() -> list[Entry]:
     return sorted(lines, key=lambda line: line.name)
 
 
-def fetch(name: str, progress: Callable[[int, int | None], None] | None = None) -> Path:
+def fetch(name: str, progress: Progress | None = None) -> Path:
     """Download a dataset through Minari, to where Minari keeps it, unless it is there; returns its folder.
 
     The download is resumed and shown by Minari's own client: `progress` is not called. No part of a dataset stays

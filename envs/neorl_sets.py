@@ -7,7 +7,6 @@ neorl/data_map.json. NeoRL's loader does not offer the `expert` files that this 
 
 import csv
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -17,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.catalogue import Entry
-from envs.columns import as_vector, check_columns
-from envs.dataset import Dataset
+from envs.catalogue import Entry, Progress
+from envs.columns import as_vector
+from envs.dataset import Dataset, check_columns
 from envs.errors import UserError
 from envs.npz import open_npz
 
@@ -99,7 +98,7 @@ def entries() -> list[Entry]:
     return lines
 
 
-def fetch(spec: NeorlSpec, progress: Callable[[int, int | None], None] | None = None) -> Path:
+def fetch(spec: NeorlSpec, progress: Progress | None = None) -> Path:
     """The set's file, downloaded and checked unless it is there already.
 
     Args:
@@ -138,7 +137,7 @@ def read_neorl(spec: NeorlSpec, path: Path) -> Dataset:
         index = as_vector(archive["index"])
     for column in ("rewards", "terminals"):
         columns[column] = as_vector(columns[column])
-    check_columns(columns, path, NeorlError)
+    check_columns(columns, str(path), NeorlError)
 
     ends = _trajectory_ends(index, len(columns["rewards"]), path)
     done = columns["terminals"].astype(np.bool_)

@@ -11,8 +11,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from envs.collect import RunShards, collect, run_here, uniform_policy
+from envs.collect import COLLECTION_SCHEME, RunShards, collect, run_here, uniform_policy
 from envs.dataset import Dataset
 from envs.errors import UserError, nearest
 from envs.policies import Policy, embedded_actors, load_policy
@@ -49,6 +50,22 @@ class Recipe:
         """Whether all actors are installed."""
         return not self.missing_actors()
 
+    def identity(self) -> dict[str, Any]:
+        """What the rows depend on, JSON-able: the same only for recipes that collect the same rows.
+
+        Raises:
+            UserError: an actor is not installed, or its file is damaged.
+        """
+        self._check_installed()
+        # uniform actions follow from the environment, which need not be built to say so
+        actors = [
+            [actor if actor == UNIFORM else _policy(actor, self.env_id).describe(), share]
+            for actor, share in self.actors
+        ]
+        return {
+            "scheme": COLLECTION_SCHEME, "env_id": self.env_id, "actors": actors, "rows": self.rows, "seed": self.seed
+        }  # fmt: skip
+
     def policies(self) -> list[tuple[Policy, float]]:
         """(policy, relative share), oldest first, as `collect` takes them.
 
@@ -56,13 +73,16 @@ class Recipe:
             RecipeError: an actor is not installed.
             UserError: the environment cannot be made, or an actor's file is damaged.
         """
+        self._check_installed()
+        return [(_policy(actor, self.env_id), share) for actor, share in self.actors]
+
+    def _check_installed(self) -> None:
         missing = self.missing_actors()
         if missing:
             raise RecipeError(
                 f"recipe '{self.name}' needs the embedded actor '{missing[0]}', which is not installed: reinstall"
                 " offsweep, choose another recipe, or collect from a policy file of your own."
             )
-        return [(_policy(actor, self.env_id), share) for actor, share in self.actors]
 
     def about(self) -> dict[str, str]:
         """What the provenance of a set says of the recipe."""

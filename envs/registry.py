@@ -9,10 +9,8 @@ from typing import Any
 
 from envs import d4rl_sets, minari_sets, neorl_sets
 from envs.cache import file_source, flat_store
-from envs.catalogue import Entry
-from envs.collect import COLLECTION_SCHEME
+from envs.catalogue import Entry, Progress
 from envs.dataset import Dataset
-from envs.download import Progress
 from envs.episodes import EpisodeError, borrow_envs
 from envs.errors import UnknownDatasetError, nearest
 from envs.hdf5 import read_hdf5
@@ -83,15 +81,11 @@ def find_source(name: str, workdir: Path) -> Source | None:
     """Where the rows of one name (without options) come from; None if there is no such dataset or not here."""
     if name in EMBEDDED:
         spec = EMBEDDED[name]
-        policies = spec.policies()
-        described = [policy.describe() | {"weight": weight} for policy, weight in policies]
-        key = {"collected": described, "env_id": spec.env_id, "rows": spec.rows, "seed": spec.seed, "name": name}
-        key["scheme"] = COLLECTION_SCHEME
 
         def collect(progress: Progress | None) -> Dataset:
             return spec.collect(name=name, on_rows=progress and (lambda done: progress(done, spec.rows)))
 
-        return Source(key, collect)
+        return Source({"recipe": spec.identity(), "name": name}, collect)
     if Path(name).suffix in FILE_KINDS:
         return _file(Path(name).expanduser(), None, None)
     d4rl = d4rl_sets.d4rl_spec(name)

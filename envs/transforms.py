@@ -39,7 +39,7 @@ class Term:
     amount: float | None = None  # None: all rows; up to 1: a share of them; above: a number
 
     def __str__(self) -> str:
-        return self.name if self.amount is None else f"{self.name}:{self.amount:.12g}"
+        return self.name if self.amount is None else f"{self.name}:{_spelled(self.amount)}"
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,7 @@ class Options:
 
     def __str__(self) -> str:
         given = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
-        return "".join(
-            f",{key}={value:.12g}" if isinstance(value, float) else f",{key}={value}" for key, value in given
-        )
+        return "".join(f",{key}={_spelled(value)}" for key, value in given)
 
 
 @dataclass(frozen=True)
@@ -160,6 +158,11 @@ def apply(request: Request, parts: Sequence[Dataset]) -> Dataset:
 
 
 # ---- names ------------------------------------------------------------------------------------------------------
+
+
+def _spelled(value: float | str) -> str:
+    """The shortest text that is read back as this very value: what a result is stored under."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _term(text: str, name: str) -> Term:

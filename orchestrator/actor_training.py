@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.progress import Progress
 
 from agents.cpu import configure_cpu
 from agents.online import OnlineSACConfig, Snapshot, train_online
@@ -21,6 +20,7 @@ from envs.files import write_atomically
 from envs.policies import NetworkPolicy
 from envs.scores import normalized_score, reference_scores
 from orchestrator.artifacts import save_json, write_arrays
+from orchestrator.progress import shown
 
 CURVE_EPISODES = 10  # per point of an actor's learning curve
 
@@ -50,9 +50,8 @@ def train_actor(overrides: Sequence[str], out: Path, until: float | None = None)
     save_json(out / "training.json", {"command": command, "config": asdict(config)})
     rows: list[list[Any]] = []
     reached = False
-    with Progress() as progress:
-        task = progress.add_task(f"{config.env_id}, seed {config.seed}", total=config.steps)
-        for snapshot in train_online(config, lambda step: progress.update(task, completed=step)):
+    with shown(f"{config.env_id}, seed {config.seed}", "steps") as advance:
+        for snapshot in train_online(config, lambda step: advance(step, config.steps)):
             rows.append([snapshot.step, *_save_snapshot(snapshot, config.env_id, out)])
             write_atomically(out / "learning_curve.csv", lambda p: _write_csv(p, rows))
             if until is not None and reference is not None:
