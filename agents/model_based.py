@@ -16,16 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agents.chunk import PRECISIONS, ChunkRunner, draw_chunk
 from agents.dynamics import DynamicsConfig, Ensemble, EpochReport, train_ensemble
 from agents.method import RolloutJob, RolloutResult, Stage, TrainingData, per_member
 from agents.networks import INITIALISATIONS, StackedMLP
 from agents.randomness import generator
 from agents.replay import Replay, transition_rows
 from agents.rollout import SHARD_ROWS, Penalty
-from agents.sac import SAC, Noise, SACHyperparameters, SACSettings
+from agents.sac import SAC, SACHyperparameters, SACSettings
 from envs.errors import UserError
-
-METRICS_EVERY = 100  # updates between two looks at the statistics
 
 
 @dataclass
@@ -58,6 +57,7 @@ class ModelBasedConfig:
     batch_size: int = 256
     num_updates: int = 3_000_000
     updates_per_epoch: int = 1_000
+    precision: str = "float32"  # of the updates' matrix products: float32 | mixed (bfloat16 on a CPU, TF32 on CUDA)
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
 
     def __post_init__(self) -> None:
@@ -80,6 +80,8 @@ class ModelBasedConfig:
             raise UserError(
                 f"method.initialisation={self.initialisation!r} must be one of {', '.join(INITIALISATIONS)}"
             )
+        if self.precision not in PRECISIONS:
+            raise UserError(f"method.precision={self.precision!r} must be one of {', '.join(PRECISIONS)}")
         if self.actor_lr_schedule not in ("constant", "cosine"):
             raise UserError(f"method.actor_lr_schedule={self.actor_lr_schedule!r} must be constant or cosine")
         if self.num_updates % self.updates_per_epoch:
@@ -143,6 +145,7 @@ class ModelBasedSAC:
         real = transition_rows(data.observations, data.actions, data.rewards, data.terminals, data.next_observations)
         needs_model = self.num_real < shared.batch_size
         self.replay = Replay(real, len(self.seeds), capacity if needs_model else 0, device)
+        self._runner = ChunkRunner(self.sac, self.replay, shared.precision)
 
     @staticmethod
     def stages(config: ModelBasedConfig) -> dict[str, Stage]:
@@ -213,30 +216,13 @@ class ModelBasedSAC:
     def train_epoch(self, epoch: int) -> list[dict[str, float]]:
         cfg, updates = self.shared, self.shared.updates_per_epoch
         if cfg.actor_lr_schedule == "cosine":
-            self.sac.actor_optim.scale = 0.5 * (1.0 + math.cos(math.pi * epoch / cfg.num_epochs))
-        indices, noise = self._draw_chunk(epoch)
-        sums: dict[str, Tensor] = {}
-        looks = 0
-        for i in range(updates):
-            look = (i + 1) % METRICS_EVERY == 0 or i + 1 == updates
-            metrics = self.sac.update(self.replay.gather(indices[i]), Noise(noise[i, 0], noise[i, 1]), look)
-            if metrics is not None:
-                looks += 1
-                sums = {k: v + sums[k] if sums else v for k, v in metrics.items()}
-        table = {k: (v / looks).tolist() for k, v in sums.items()}  # one transfer per chunk
-        return [{f"train/{k}": v[m] for k, v in table.items()} for m in range(self.num_members)]
-
-    def _draw_chunk(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """Row numbers `(U, M, B)` and noise `(U, 2, M, B, A)` of an epoch, one generator per member."""
-        cfg = self.shared
-        indices, noise = [], []
-        for m, seed in enumerate(self.seeds):
-            draw = generator(seed, "updates", epoch)
-            num_model = cfg.batch_size - self.num_real
-            indices.append(self.replay.draw_indices(m, cfg.updates_per_epoch, self.num_real, num_model, draw))
-            shape = (cfg.updates_per_epoch, 2, cfg.batch_size, self.data.action_dim)
-            noise.append(torch.randn(shape, generator=draw))
-        return torch.stack(indices, 1).to(self.device), torch.stack(noise, 2).to(self.device)
+            self.sac.actor_optim.scale_rates(0.5 * (1.0 + math.cos(math.pi * epoch / cfg.num_epochs)))
+        num_model = cfg.batch_size - self.num_real
+        draws = draw_chunk(
+            self.sac, self.replay, self.seeds, epoch, updates, self.num_real, num_model, self.data.action_dim
+        )
+        table = self._runner.run(*draws, first_update=epoch * updates)
+        return [{f"train/{name}": value for name, value in row.items()} for row in table]
 
     # ---- members and checkpoints --------------------------------------------------------------------------------
 
@@ -247,6 +233,7 @@ class ModelBasedSAC:
         other = copy.copy(self)
         other.configs, other.seeds = [self.configs[m] for m in members], [self.seeds[m] for m in members]
         other.sac, other.replay = self.sac.select(members), self.replay.select(members)
+        other._runner = ChunkRunner(other.sac, other.replay, self.shared.precision)
         return other
 
     def state_dict(self) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class StackedMLP:
         self.weight_grads, self.bias_grads = weight_grads, bias_grads
         # views are made once: a small update is bound by the number of calls
         self._transposed = [w.mT for w in weights]
+        self._zero = torch.zeros((), device=weights[0].device)
         self._hidden_layers = list(zip(weights[:-1], biases[:-1], strict=True))
         self._input_columns: dict[tuple[int, int], Tensor] = {}
         self._parts: dict[int, list[tuple[slice, StackedMLP]]] = {}
@@ -149,6 +150,23 @@ class StackedMLP:
     def input_gradient(self, first_delta: Tensor, start: int, stop: int) -> Tensor:
         """d(loss)/d(input) of some input columns, from the first entry of `hidden_gradients`."""
         return torch.bmm(first_delta, self.input_weights(start, stop).mT)
+
+    def row_gradient(self, g: int, inputs: list[Tensor], rows: Tensor, start: int, stop: int) -> Tensor:
+        """d(output)/d(input) of some input columns, for some rows of network `g` with one output.
+
+        Args:
+            inputs: that network's layers' inputs, `(B, width)` each.
+            rows: `(n,)` row numbers.
+
+        Returns:
+            `(n, stop - start)`.
+        """
+        delta = self._transposed[-1][g].expand(len(rows), -1)
+        for layer in range(len(self.weights) - 2, -1, -1):
+            delta = torch.where(inputs[layer + 1].index_select(0, rows) > 0, delta, self._zero)
+            if layer:
+                delta = torch.mm(delta, self._transposed[layer][g])
+        return torch.mm(delta, self.input_weights(start, stop)[g].T)
 
     def write_gradients(self, inputs: list[Tensor], deltas: list[Tensor], grad_out: Tensor) -> None:
         """Fill `grad` from the layers' inputs and the gradients of their outputs."""

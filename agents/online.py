@@ -15,7 +15,7 @@ import torch
 from agents.networks import StackedMLP
 from agents.randomness import generator
 from agents.replay import Replay, transition_rows
-from agents.sac import LOG_STD_MAX, LOG_STD_MIN, SAC, Noise, SACHyperparameters, SACSettings
+from agents.sac import LOG_STD_MAX, LOG_STD_MIN, SAC, SACHyperparameters, SACSettings
 from envs.episodes import make_env
 
 _CHUNK = 1000  # steps whose noise is drawn at once
@@ -120,7 +120,7 @@ def train_online(config: OnlineSACConfig, on_step: Callable[[int], None] | None 
             obs, _ = env.reset()
         if step >= config.random_steps:
             indices = (draws[i] * replay.sizes[0]).long()
-            sac.update(replay.gather(indices), Noise(noise[i, 0], noise[i, 1]))
+            sac.update(replay.gather(indices), noise[i, :2])
         if on_step is not None:
             on_step(step + 1)
         if (step + 1) % config.snapshot_every == 0:

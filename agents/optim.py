@@ -19,6 +19,7 @@ class _Group:
     """What one call of the kernel updates."""
 
     learning_rate: float
+    rate: float | Tensor  # learning rate times scale; on a GPU a tensor, which a captured graph reads
     params: list[Tensor]
     grads: list[Tensor]
     first: list[Tensor]
@@ -41,18 +42,19 @@ class Adam:
         self.network = network
         self.learning_rates = [float(lr) for lr in learning_rates]
         self.eps = eps
-        self.scale = 1.0  # of a schedule, multiplies every learning rate
         self.first = torch.zeros_like(network.flat)
         self.second = torch.zeros_like(network.flat)
         self._one = torch.ones((), device=network.flat.device)
         self._groups = self._make_groups()
+        self.scale_rates(1.0)
 
     def _make_groups(self) -> list[_Group]:
         vectors = (self.network.flat, self.network.grad, self.first, self.second)
 
         def group(learning_rate: float, split: list[list[Tensor]]) -> _Group:
-            params, grads, first, second = split
-            return _Group(learning_rate, params, grads, first, second, torch.zeros((), device=self.first.device))
+            (params, grads, first, second), device = split, self.first.device
+            rate = torch.tensor(learning_rate, device=device) if device.type != "cpu" else learning_rate
+            return _Group(learning_rate, rate, params, grads, first, second, torch.zeros((), device=device))
 
         if len(set(self.learning_rates)) == 1:
             return [group(self.learning_rates[0], [[v] for v in vectors])]
@@ -61,13 +63,22 @@ class Adam:
             for m, lr in enumerate(self.learning_rates)
         ]
 
+    def scale_rates(self, scale: float) -> None:
+        """Multiply every member's learning rate with the value of a schedule."""
+        self.scale = scale
+        for g in self._groups:
+            if isinstance(g.rate, Tensor):
+                g.rate.fill_(g.learning_rate * scale)
+            else:
+                g.rate = g.learning_rate * scale
+
     def step(self) -> None:
         """One update of every member from `network.grad`."""
         for g in self._groups:
             g.step.add_(self._one)
             _fused_adam(
                 g.params, g.grads, g.first, g.second, [], [g.step] * len(g.params), amsgrad=False,
-                lr=g.learning_rate * self.scale, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=self.eps, maximize=False,
+                lr=g.rate, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=self.eps, maximize=False,
             )  # fmt: skip
 
     def select(self, network: ParameterStack, members: Sequence[int]) -> Adam:
@@ -75,7 +86,7 @@ class Adam:
         other = Adam(network, [self.learning_rates[m] for m in members], self.eps)
         gather_members(self.network, self.first, network, other.first, members)
         gather_members(self.network, self.second, network, other.second, members)
-        other.scale = self.scale
+        other.scale_rates(self.scale)
         other._set_steps(self._num_steps())
         return other
 

@@ -32,6 +32,7 @@ class Replay:
         self.num_real, self.width = real.shape
         self.num_members, self.capacity = num_members, capacity
         # allocated at once, touched (and so backed by memory) only as the rings fill
+        self.device = torch.device(device)
         self._rows = torch.empty((self.num_real + num_members * capacity, self.width), device=device)
         self._rows[: self.num_real] = real.to(device)
         self.sizes = [0] * num_members
@@ -57,13 +58,13 @@ class Replay:
         """Uniform draws with replacement for a chunk of updates.
 
         Returns:
-            `(num_updates, num_real + num_model)` row numbers for `gather`, on the CPU.
+            `(num_updates, num_real + num_model)` row numbers for `gather`, on the generator's device.
         """
-        parts = []
+        parts, device = [], generator.device
         if num_real:
-            parts.append(torch.randint(self.num_real, (num_updates, num_real), generator=generator))
+            parts.append(torch.randint(self.num_real, (num_updates, num_real), generator=generator, device=device))
         if num_model:
-            drawn = torch.randint(self.sizes[member], (num_updates, num_model), generator=generator)
+            drawn = torch.randint(self.sizes[member], (num_updates, num_model), generator=generator, device=device)
             parts.append(drawn + self._start(member))
         return torch.cat(parts, dim=1)
 

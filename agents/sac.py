@@ -28,6 +28,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,6 +40,11 @@ from agents.randomness import generator
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
+
+
+def rows_pay(num_critics: int, hidden: Sequence[int]) -> bool:
+    """Whether, on a CPU, `SAC._min_gradient_of_rows` saves more arithmetic than its calls cost (measured)."""
+    return (num_critics - 1) * sum(n_in * n_out for n_in, n_out in pairwise(hidden)) > 200_000
 
 
 @dataclass(frozen=True)
@@ -68,16 +74,8 @@ class SACSettings:
     initialisation: str = "edac"  # see agents.networks.initialise
 
 
-@dataclass(frozen=True)
-class Noise:
-    """Standard normal draws of one update, each `(M, B, A)`."""
-
-    actor: Tensor
-    target: Tensor
-
-
 class SAC:
-    """Actors, critics, targets and temperatures of a pack, and their update.
+    """Actors, critics, targets and temperatures of a pack, and their update (an `agents.chunk.Updater`).
 
     Args:
         seeds: one per member; M is their number.
@@ -86,6 +84,9 @@ class SAC:
         observation_dim, action_dim: S and A; actions lie in [-1, 1].
         device: where everything lives.
     """
+
+    num_noises = 2  # for a~ and for a~'
+    period = 1
 
     def __init__(
         self,
@@ -130,13 +131,16 @@ class SAC:
                 raise ValueError("eta > 0 needs num_critics >= 2: the diversity term compares pairs of critics")
             eta = torch.tensor([h.eta for h in self.hyperparameters], device=self.device)
             self._eta_G11 = eta.repeat_interleave(self.num_critics).view(-1, 1, 1)
+        self._by_rows = self.device.type == "cpu" and rows_pay(self.num_critics, settings.critic_hidden)
+        self._first_critic_M1 = torch.arange(self.num_members, device=self.device).unsqueeze(1) * self.num_critics
+        self._alpha = torch.empty_like(self.log_alpha.flat)
+        self.alpha_M1 = self._alpha.unsqueeze(1)
         self._read_alpha()
 
     def _read_alpha(self) -> None:
-        alpha = self.log_alpha.flat.exp()
+        torch.exp(self.log_alpha.flat, out=self._alpha)
         if self.settings.max_alpha is not None:
-            alpha.clamp_(max=self.settings.max_alpha)
-        self.alpha_M1 = alpha.unsqueeze(1)
+            self._alpha.clamp_(max=self.settings.max_alpha)
 
     # ---- policy ---------------------------------------------------------------------------------------------
 
@@ -179,24 +183,20 @@ class SAC:
     # ---- update ---------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def update(self, rows_MBW: Tensor, noise: Noise, with_metrics: bool = False) -> dict[str, Tensor] | None:
-        """One gradient step of every member, in place.
-
-        Args:
-            rows_MBW: the minibatch, columns `[s, a, r, d, s']` (see `agents.replay`).
-            noise: standard normal draws.
-            with_metrics: also return statistics, each `(M,)` on the learner's device.
-        """
+    def update(
+        self, rows_MBW: Tensor, noise_KMBA: Tensor, turn: int = 0, with_metrics: bool = False
+    ) -> dict[str, Tensor] | None:
+        """One gradient step of every member, in place; see `agents.chunk.Updater`. The draws are for a~ and a~'."""
         s, a = self.observation_dim, self.action_dim
         obs, state_action = rows_MBW[..., :s], rows_MBW[..., : s + a]
         reward, done, next_obs = rows_MBW[..., s + a], rows_MBW[..., s + a + 1], rows_MBW[..., s + a + 2 :]
         batch = rows_MBW.shape[1]
 
-        sample = self._policy(obs, noise.actor)
+        sample = self._policy(obs, noise_KMBA[0])
         if self.settings.auto_alpha:
             self._update_alpha(sample.log_prob)
         q_pi = self._update_actor(obs, sample, batch)
-        target = self._critic_target(reward, done, next_obs, noise.target)
+        target = self._critic_target(reward, done, next_obs, noise_KMBA[1])
         q, diversity = self._update_critic(state_action, target, batch, with_metrics)
         self.target.flat.lerp_(self.critic.flat, self.settings.tau)
         if not with_metrics:
@@ -221,16 +221,9 @@ class SAC:
         self._read_alpha()
 
     def _update_actor(self, obs_MBS: Tensor, sample: _PolicySample, batch: int) -> Tensor:
-        action, s, a = sample.action, self.observation_dim, self.action_dim
+        action = sample.action
         q_MB, index, inputs = self._min_q(self.critic, torch.cat((obs_MBS, action), dim=-1))
-        # only the smallest critic of a row passes a gradient
-        chosen = torch.zeros((self.num_members, self.num_critics, batch), device=self.device).scatter_(1, index, 1.0)
-        chosen_GB1, parts = chosen.view(-1, batch, 1), []
-        for (place, part), layer_inputs in zip(self.critic.parts(batch), inputs, strict=True):
-            deltas = part.hidden_gradients(layer_inputs, chosen_GB1[place])
-            parts.append(part.input_gradient(deltas[0], s, s + a))
-        dq_da = torch.cat(parts) if len(parts) > 1 else parts[0]
-        dq_da = dq_da.view(self.num_members, self.num_critics, batch, a).sum(1)
+        dq_da = (self._min_gradient_of_rows if self._by_rows else self._min_gradient)(index, inputs)
         # d/da of alpha * log pi is 2 alpha a / (1 - a^2 + 1e-6); then through a = tanh(u)
         alpha = self.alpha_M1.unsqueeze(-1)
         grad_u = (action / sample.shifted).mul_(alpha * self._two).sub_(dq_da).mul_(sample.one_minus_sq)
@@ -240,6 +233,34 @@ class SAC:
         self.actor.write_gradients(sample.inputs, self.actor.hidden_gradients(sample.inputs, grad_out), grad_out)
         self.actor_optim.step()
         return q_MB
+
+    def _min_gradient(self, index_M1B: Tensor, inputs: list[list[Tensor]]) -> Tensor:
+        """d min_i Q_i / da, `(M, B, A)`: only the smallest critic of a row passes a gradient."""
+        m, n, batch = self.num_members, self.num_critics, index_M1B.shape[-1]
+        s, a, gradients = self.observation_dim, self.action_dim, []
+        chosen_GB1 = torch.zeros((m, n, batch), device=self.device).scatter_(1, index_M1B, 1.0).view(-1, batch, 1)
+        for (place, part), layer_inputs in zip(self.critic.parts(batch), inputs, strict=True):
+            deltas = part.hidden_gradients(layer_inputs, chosen_GB1[place])
+            gradients.append(part.input_gradient(deltas[0], s, s + a))
+        return torch.cat(gradients).view(m, n, batch, a).sum(1)
+
+    def _min_gradient_of_rows(self, index_M1B: Tensor, inputs: list[list[Tensor]]) -> Tensor:
+        """The same from the rows of each critic that chose it: an N-th of the products, but their shapes depend on the
+        values."""
+        m, n, batch = self.num_members, self.num_critics, index_M1B.shape[-1]
+        s, a = self.observation_dim, self.action_dim
+        critic_MB = index_M1B.squeeze(1) + self._first_critic_M1
+        counts = torch.bincount(critic_MB.view(-1), minlength=m * n).tolist()
+        order = critic_MB.view(-1).argsort(stable=True)  # (member, row) pairs, by the critic they chose
+        dq_da = torch.empty((m * batch, a))
+        start = 0
+        for (place, part), layer_inputs in zip(self.critic.parts(batch), inputs, strict=True):
+            for g, count in enumerate(counts[place]):
+                if count:
+                    pairs = order[start : start + count]
+                    dq_da[pairs] = part.row_gradient(g, [h[g] for h in layer_inputs], pairs % batch, s, s + a)
+                    start += count
+        return dq_da.view(m, batch, a)
 
     def _critic_target(self, reward: Tensor, done: Tensor, next_obs: Tensor, noise: Tensor) -> Tensor:
         if self.settings.entropy_in_target:

@@ -4,6 +4,7 @@ Cases, all with Hopper's widths (11 observations, 3 actions) and batches of 256 
 
     sac_n10         SAC-N: 10 critics and an actor of 3 x 256
     ravl_n10        the same with RAVL's diversity term, eta = 1
+    mopo            2 critics and an actor of 2 x 256
     small_net       2 critics and an actor of 2 x 64, the networks of the demo
     dynamics_epoch  7 Gaussian models of 4 x 200 on 100,000 rows, 20 % of them held out; the pass over the rest and the
                     error on the holdout
@@ -31,7 +32,7 @@ import torch
 from agents.cpu import configure_cpu
 from agents.dynamics import DynamicsConfig, EnsembleTrainer
 from agents.replay import Replay, transition_rows
-from agents.sac import SAC, Noise, SACHyperparameters, SACSettings
+from agents.sac import SAC, SACHyperparameters, SACSettings, rows_pay
 from benchmarks.common import ROOT, Block, MatrixRate, print_line, record, spread
 
 BENCHMARK = "learner_speed"
@@ -52,6 +53,7 @@ class SACCase:
 SAC_CASES = {
     "sac_n10": SACCase((256, 256, 256), 10, 0.0),
     "ravl_n10": SACCase((256, 256, 256), 10, 1.0),
+    "mopo": SACCase((256, 256), 2, 0.0),
     "small_net": SACCase((64, 64), 2, 0.0),
 }
 CASES = (*SAC_CASES, "dynamics_epoch")
@@ -69,7 +71,8 @@ def sac_flops(observation_dim: int, action_dim: int, batch: int, case: SACCase) 
     columns of the input:
 
         actor      f on s and f on s' (2), h, w
-        critics    f on (s', a~') by the targets; f, h, i on (s, a~) for the actor; f, h, w on (s, a)
+        critics    f on (s', a~') by the targets; f on (s, a~) for the actor, h and i of all critics or, where that
+                   pays, of each row's smallest critic only; f, h, w on (s, a)
         eta > 0    i for the critics' own unit gradients; a forward pass of the tangent, which enters by the action
                    columns; bias gradients as products with one row
     """
@@ -84,7 +87,6 @@ def sac_flops(observation_dim: int, action_dim: int, batch: int, case: SACCase) 
     middle = critic[1:-1]  # back through the last layer is an outer product, elementwise here
     of_actor = 3 * products(actor) + products(actor[1:])
     of_critic = 3 * products(critic)  # forward: targets, for the actor, for the critics
-    of_critic += products(middle) + action_columns  # for the actor
     of_critic += products(middle)  # for the critics
     if case.eta == 0:
         of_critic += products(critic)
@@ -92,7 +94,10 @@ def sac_flops(observation_dim: int, action_dim: int, batch: int, case: SACCase) 
         of_critic += products(critic[:-1])  # the last layer's weight gradient is a sum here
         of_critic += action_columns + action_columns + products(middle)
         of_critic += sum(2 * batch * width for width in case.hidden)
-    return of_actor + case.num_critics * of_critic
+    # for the actor: of all critics, or of the rows that chose them
+    back_to_actor = products(middle) + action_columns
+    passes = 1 if rows_pay(case.num_critics, case.hidden) else case.num_critics
+    return of_actor + passes * back_to_actor + case.num_critics * of_critic
 
 
 def dynamics_flops(observation_dim: int, action_dim: int, rows: int, held_out: int, config: DynamicsConfig) -> int:
@@ -135,7 +140,7 @@ def sac_work(sac: SAC, replay: Replay) -> Callable[[], object]:
     def work() -> None:
         nonlocal turn
         i, turn = turn % DRAWN, turn + 1
-        sac.update(replay.gather(indices[i]), Noise(noise[i, 0], noise[i, 1]))
+        sac.update(replay.gather(indices[i]), noise[i])
 
     return work
 

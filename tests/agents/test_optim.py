@@ -64,7 +64,7 @@ def test_a_members_bits_do_not_depend_on_the_others_rates() -> None:
 def test_scale_multiplies_every_rate() -> None:
     scaled, plain = stack(4), stack(4)
     optim = Adam(scaled, [1e-2, 1e-3, 1e-2, 4e-3])
-    optim.scale = 0.5
+    optim.scale_rates(0.5)
     descend(scaled, optim, range(3), range(4))
     descend(plain, Adam(plain, [5e-3, 5e-4, 5e-3, 2e-3]), range(3), range(4))
     torch.testing.assert_close(scaled.flat, plain.flat, rtol=1e-6, atol=1e-7)
@@ -74,7 +74,8 @@ def test_scale_multiplies_every_rate() -> None:
 def test_selected_members_go_on_with_their_moments(rates: list[float]) -> None:
     whole, part = stack(4), stack(4)
     optims = Adam(whole, rates), Adam(part, rates)
-    optims[0].scale = optims[1].scale = 0.5
+    for optim in optims:
+        optim.scale_rates(0.5)
     descend(whole, optims[0], range(6), range(4))
     descend(part, optims[1], range(3), range(4))
     survivors = part.select([3, 1])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from agents.networks import StackedMLP
-from agents.sac import SAC, Noise, SACHyperparameters, SACSettings
+from agents.sac import SAC, SACHyperparameters, SACSettings
 
 OBS, ACT, BATCH = 5, 2, 32
 
@@ -20,13 +20,13 @@ def make(num_members: int = 1, eta: float = 0.7, num_critics: int = 4) -> SAC:
     return SAC(list(range(num_members)), hyper, fixed, OBS, ACT)
 
 
-def batch(num_members: int, seed: int = 0) -> tuple[Tensor, Noise]:
+def batch(num_members: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     rows = torch.randn(num_members, BATCH, 2 * OBS + ACT + 2, generator=g)
     rows[..., OBS : OBS + ACT].tanh_()
     rows[..., OBS + ACT + 1] = (torch.rand(num_members, BATCH, generator=g) < 0.2).float()
     noise = torch.randn(2, num_members, BATCH, ACT, generator=g)
-    return rows, Noise(noise[0], noise[1])
+    return rows, noise
 
 
 def layers(network: StackedMLP) -> tuple[list[Tensor], list[Tensor]]:
@@ -92,12 +92,12 @@ def test_actor_gradient_is_autograds() -> None:
     rows, noise = batch(1)
     parameters = layers(sac.actor)
     obs = rows[0, :, :OBS]
-    action, log_prob = policy(obs, noise.actor[0], ([t[0] for t in parameters[0]], [t[0] for t in parameters[1]]))
+    action, log_prob = policy(obs, noise[0][0], ([t[0] for t in parameters[0]], [t[0] for t in parameters[1]]))
     q = mlp(torch.cat((obs, action), -1).expand(sac.num_critics, -1, -1), sac.critic.weights, sac.critic.biases)
     alpha = float(sac.alpha_M1)
     (alpha * log_prob - q.squeeze(-1).min(0).values).mean().backward()
     expected = flat_gradient(parameters)
-    sac._update_actor(rows[..., :OBS], sac._policy(rows[..., :OBS], noise.actor), BATCH)
+    sac._update_actor(rows[..., :OBS], sac._policy(rows[..., :OBS], noise[0]), BATCH)
     torch.testing.assert_close(sac.actor.grad, expected, rtol=1e-3, atol=1e-5)
     assert expected.abs().max() > 1e-4
 
@@ -107,11 +107,11 @@ def test_target_and_temperature_follow_the_equations() -> None:
     rows, noise = batch(1)
     next_obs, reward, done = rows[..., OBS + ACT + 2 :], rows[..., OBS + ACT], rows[..., OBS + ACT + 1]
     group = ([t[0] for t in sac.actor.weights], [t[0] for t in sac.actor.biases])
-    action, log_prob = policy(next_obs[0], noise.target[0], group)
+    action, log_prob = policy(next_obs[0], noise[1][0], group)
     x = torch.cat((next_obs[0], action), -1).expand(sac.num_critics, -1, -1)
     value = mlp(x, sac.target.weights, sac.target.biases).squeeze(-1).min(0).values - sac.alpha_M1[0] * log_prob
     expected = reward[0] + 0.99 * (1 - done[0]) * value
-    torch.testing.assert_close(sac._critic_target(reward, done, next_obs, noise.target)[0], expected)
+    torch.testing.assert_close(sac._critic_target(reward, done, next_obs, noise[1])[0], expected)
 
     sac._update_alpha(log_prob.unsqueeze(0))
     torch.testing.assert_close(sac.log_alpha.grad, -(log_prob.mean() - ACT).view(1))
@@ -128,7 +128,7 @@ def test_target_networks_move_by_tau() -> None:
 def run(sac: SAC, updates: int, members: list[int]) -> SAC:
     for i in range(updates):
         rows, noise = batch(4, seed=i)
-        sac.update(rows[members], Noise(noise.actor[members], noise.target[members]))
+        sac.update(rows[members], noise[:, members])
     return sac
 
 
@@ -148,7 +148,7 @@ def test_selecting_members_continues_them_undisturbed() -> None:
     part = run(make(num_members=4), 10, [0, 1, 2, 3]).select([1, 3])
     for i in range(10, 20):
         rows, noise = batch(4, seed=i)
-        part.update(rows[[1, 3]], Noise(noise.actor[[1, 3]], noise.target[[1, 3]]))
+        part.update(rows[[1, 3]], noise[:, [1, 3]])
     expected = whole.select([1, 3])
     torch.testing.assert_close(part.critic.flat, expected.critic.flat, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(part.critic_optim.second, expected.critic_optim.second, rtol=1e-4, atol=1e-8)
@@ -161,7 +161,7 @@ def test_state_dict_restores_every_bit() -> None:
     resumed.load_state_dict(first.state_dict())
     for i in range(3, 6):
         rows, noise = batch(4, seed=i)
-        resumed.update(rows[[0, 1]], Noise(noise.actor[[0, 1]], noise.target[[0, 1]]))
+        resumed.update(rows[[0, 1]], noise[:, [0, 1]])
     for name in ("actor", "critic", "target", "log_alpha"):
         assert torch.equal(getattr(resumed, name).flat, getattr(straight, name).flat)
 

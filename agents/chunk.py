@@ -1,0 +1,205 @@
+"""A chunk of gradient updates of a pack: everything random drawn before it, nothing read from the device within it.
+
+On a CPU the updates run one after the other as they are written (eager execution; see benchmarks/README.md for what was
+measured against it). On CUDA an update, its minibatch's gather included, is captured once as a graph and replayed: the
+host then only launches one graph per update.
+
+Shapes: U update of the chunk, K draw of normal numbers, M member, B batch row, A action, W width of a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from agents.randomness import generator
+from agents.replay import Replay
+
+METRICS_EVERY = 100  # updates between two looks at the statistics
+WARM_UP = 3  # periods that run eagerly before anything is captured
+PRECISIONS = ("float32", "mixed")
+
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+"""Does what a function of fixed tensors does, once, and gives a function that does it again."""
+
+
+class Updater(Protocol):
+    """Networks of a pack and one gradient update of all of them.
+
+    For CUDA graphs `update` must be a function of tensors at fixed addresses: its state changes in place, and nothing
+    in it looks at a value or takes data from the host.
+    """
+
+    @property
+    def num_noises(self) -> int:
+        """K, the standard normal draws `(M, B, A)` that an update takes."""
+
+    @property
+    def period(self) -> int:
+        """After so many updates the computation repeats: 2 if the actor moves with every other one."""
+
+    def update(
+        self, rows_MBW: Tensor, noise_KMBA: Tensor, turn: int = 0, with_metrics: bool = False
+    ) -> dict[str, Tensor] | None:
+        """One gradient step of every member, in place.
+
+        Args:
+            rows_MBW: minibatches, columns `[s, a, r, d, s']` (see `agents.replay`).
+            noise_KMBA: standard normal draws.
+            turn: number of the update modulo `period`.
+            with_metrics: also return statistics, each `(M,)` on the device.
+        """
+
+
+def draw_chunk(
+    updater: Updater, replay: Replay, seeds: Sequence[int], epoch: int, num_updates: int, num_real: int,
+    num_model: int, action_dim: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What an epoch's updates draw, one generator per member: a member draws the same alone and in any pack.
+
+    Returns:
+        Row numbers `(U, M, num_real + num_model)` for `replay.gather` and noise `(U, K, M, B, A)`, on the device.
+    """
+    shape = (num_updates, updater.num_noises, num_real + num_model, action_dim)
+    indices, noise = [], []
+    for member, seed in enumerate(seeds):
+        draw = generator(seed, "updates", epoch, device=replay.device)
+        indices.append(replay.draw_indices(member, num_updates, num_real, num_model, draw))
+        noise.append(torch.randn(shape, generator=draw, device=replay.device))
+    return torch.stack(indices, 1), torch.stack(noise, 2)
+
+
+class ChunkRunner:
+    """Runs chunks of updates.
+
+    Args:
+        updater: the networks.
+        replay: where the minibatches come from, on the updater's device.
+        precision: "float32", or "mixed": matrix products of the updates round their inputs to bfloat16 (CPU) or TF32
+            (CUDA) and add up in float32; parameters, losses and optimisers stay in float32.
+        capture: how an update becomes a graph; by default a CUDA graph on CUDA, and on other devices None: no graph.
+    """
+
+    def __init__(
+        self, updater: Updater, replay: Replay, precision: str = "float32", capture: Capture | None = None
+    ) -> None:
+        self.updater, self.replay, self.precision = updater, replay, precision
+        if capture is None and replay.device.type == "cuda":
+            capture = partial(cuda_graph, pool=torch.cuda.graph_pool_handle())
+        self._capture = capture
+        self._graphs: dict[tuple[int, bool], Callable[[], None]] = {}
+        self._to_warm_up = WARM_UP * updater.period
+        self._sums: dict[str, Tensor] = {}
+        self._indices = self._noise = self._at = torch.empty(0)
+
+    def run(self, indices_UMB: Tensor, noise_UKMBA: Tensor, first_update: int) -> list[dict[str, float]]:
+        """All updates of a chunk; the mean of each statistic per member.
+
+        Args:
+            indices_UMB: row numbers for `replay.gather`.
+            noise_UKMBA: the draws of each update.
+            first_update: how many updates came before the chunk.
+        """
+        num_updates, num_members = indices_UMB.shape[:2]
+        period, looks = self.updater.period, 0
+        self._place(indices_UMB, noise_UKMBA)
+        with matrix_precision(self.precision):
+            for i in range(num_updates):
+                turn = (first_update + i) % period
+                # at the end of a period, when every network has moved
+                due = (i + 1) // METRICS_EVERY > max(i + 1 - period, 0) // METRICS_EVERY
+                look = turn == period - 1 and (due or i + period >= num_updates)
+                looks += look
+                self._one(i, turn, look)
+        if not looks:
+            return [{} for _ in range(num_members)]
+        names = sorted(self._sums)
+        table = (torch.stack([self._sums[name] for name in names], 1) / looks).tolist()  # the chunk's one transfer
+        return [dict(zip(names, row, strict=True)) for row in table]
+
+    def _place(self, indices_UMB: Tensor, noise_UKMBA: Tensor) -> None:
+        """Put the draws where the graphs expect them."""
+        if self._capture is not None and self._indices.shape == indices_UMB.shape:
+            self._indices.copy_(indices_UMB)
+            self._noise.copy_(noise_UKMBA)
+            self._at.zero_()
+        else:
+            self._indices, self._noise = indices_UMB, noise_UKMBA
+            self._at = torch.zeros(1, dtype=torch.int64, device=indices_UMB.device)
+            self._graphs.clear()
+        for total in self._sums.values():
+            total.zero_()
+
+    def _one(self, i: int, turn: int, look: bool) -> None:
+        if self._capture is None:
+            self._add(self.updater.update(self.replay.gather(self._indices[i]), self._noise[i], turn, look))
+        elif (turn, look) in self._graphs:
+            self._graphs[turn, look]()
+        elif self._to_warm_up:
+            self._to_warm_up -= 1
+            with _side_stream(self.replay.device):
+                self._update_at_counter(turn, look, allocate=True)
+        else:
+            self._graphs[turn, look] = self._capture(lambda: self._update_at_counter(turn, look))
+
+    def _update_at_counter(self, turn: int, look: bool, allocate: bool = False) -> None:
+        """The update whose number stands on the device."""
+        rows = self.replay.gather(self._indices.index_select(0, self._at).squeeze(0))
+        noise = self._noise.index_select(0, self._at).squeeze(0)
+        metrics = self.updater.update(rows, noise, turn, look or allocate)
+        if allocate and metrics is not None:
+            for name, value in metrics.items():
+                self._sums.setdefault(name, torch.zeros_like(value))
+        if look:
+            self._add(metrics)
+        self._at.add_(1)
+
+    def _add(self, metrics: dict[str, Tensor] | None) -> None:
+        for name, value in (metrics or {}).items():
+            if name in self._sums:
+                self._sums[name].add_(value)
+            else:
+                self._sums[name] = value.clone()
+
+
+def cuda_graph(work: Callable[[], None], pool: Any = None) -> Callable[[], None]:
+    """Capture `work` and do it once; returns what does it again."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        work()
+    graph.replay()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+@contextlib.contextmanager
+def _side_stream(device: torch.device) -> Iterator[None]:
+    """Off the default stream: what is done first there must not be part of a capture (set-up of the libraries)."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+@contextlib.contextmanager
+def matrix_precision(precision: str) -> Iterator[None]:
+    """Matrix products in "float32" or "mixed" precision; what was set before comes back."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; one of {', '.join(PRECISIONS)}")
+    cpu: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    cuda: Any = torch.backends.cuda.matmul
+    before = cpu.fp32_precision, cuda.fp32_precision
+    cpu.fp32_precision, cuda.fp32_precision = ("bf16", "tf32") if precision == "mixed" else ("ieee", "ieee")
+    try:
+        yield
+    finally:
+        cpu.fp32_precision, cuda.fp32_precision = before
