@@ -18,6 +18,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from agents.products import affine, product
+
 _PART_BYTES = 512 * 1024  # activations of one layer of a part, so that a part's pass stays in a core's cache
 
 
@@ -128,17 +130,17 @@ class StackedMLP:
         """
         inputs = [x]
         for weight, bias in self._hidden_layers:
-            x = torch.baddbmm(bias, x, weight).relu_()
+            x = affine(bias, x, weight, relu=True)
             inputs.append(x)
-        return torch.baddbmm(self.biases[-1], x, self.weights[-1]), inputs
+        return affine(self.biases[-1], x, self.weights[-1], relu=False), inputs
 
     def hidden_gradients(self, inputs: list[Tensor], grad_out: Tensor) -> list[Tensor]:
         """d(loss)/d(pre-activation) of every hidden layer, first to last, given d(loss)/d(output) `(G, B, out)`."""
         # with one output an outer product, which is cheaper than a matrix product
-        product = torch.mul if grad_out.shape[-1] == 1 else torch.bmm
-        deltas = [relu_gradient_(product(grad_out, self._transposed[-1]), inputs[-1])]
+        first = torch.mul if grad_out.shape[-1] == 1 else torch.bmm
+        deltas = [relu_gradient_(first(grad_out, self._transposed[-1]), inputs[-1])]
         for layer in range(len(self.weights) - 2, 0, -1):
-            deltas.append(relu_gradient_(torch.bmm(deltas[-1], self._transposed[layer]), inputs[layer]))
+            deltas.append(relu_gradient_(product(deltas[-1], self._transposed[layer]), inputs[layer]))
         return deltas[::-1]
 
     def input_weights(self, start: int, stop: int) -> Tensor:
