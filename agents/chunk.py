@@ -10,6 +10,8 @@ Shapes: U update of the chunk, K draw of normal numbers, M member, B batch row, 
 from __future__ import annotations
 
 import contextlib
+import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -82,15 +84,13 @@ class ChunkRunner:
         replay: where the minibatches come from, on the updater's device.
         precision: "float32", or "mixed": matrix products of the updates round their inputs to bfloat16 (CPU) or TF32
             (CUDA) and add up in float32; parameters, losses and optimisers stay in float32.
-        capture: how an update becomes a graph; by default a CUDA graph on CUDA, and on other devices None: no graph.
+        capture: how an update becomes a graph; None: every update is executed as it is written.
     """
 
     def __init__(
         self, updater: Updater, replay: Replay, precision: str = "float32", capture: Capture | None = None
     ) -> None:
         self.updater, self.replay, self.precision = updater, replay, precision
-        if capture is None and replay.device.type == "cuda":
-            capture = partial(cuda_graph, pool=torch.cuda.graph_pool_handle())
         self._capture = capture
         self._graphs: dict[tuple[int, bool], Callable[[], None]] = {}
         self._to_warm_up = WARM_UP * updater.period
@@ -145,7 +145,12 @@ class ChunkRunner:
             with _side_stream(self.replay.device):
                 self._update_at_counter(turn, look, allocate=True)
         else:
-            self._graphs[turn, look] = self._capture(lambda: self._update_at_counter(turn, look))
+            try:
+                self._graphs[turn, look] = self._capture(lambda: self._update_at_counter(turn, look))
+            except CaptureError as error:  # nothing of the update has been executed
+                warnings.warn(f"updates are not captured as a CUDA graph, which is slower: {error}", stacklevel=2)
+                self._capture = None
+                self._one(i, turn, look)
 
     def _update_at_counter(self, turn: int, look: bool, allocate: bool = False) -> None:
         """The update whose number stands on the device."""
@@ -167,11 +172,27 @@ class ChunkRunner:
                 self._sums[name] = value.clone()
 
 
+class CaptureError(RuntimeError):
+    """An update could not be captured."""
+
+
+def default_capture(device: torch.device | str) -> Capture | None:
+    """CUDA graphs on CUDA, unless the environment variable OFFSWEEP_CUDA_GRAPHS is 0; None on other devices."""
+    if torch.device(device).type != "cuda" or os.environ.get("OFFSWEEP_CUDA_GRAPHS") == "0":
+        return None
+    return partial(cuda_graph, pool=torch.cuda.graph_pool_handle())
+
+
 def cuda_graph(work: Callable[[], None], pool: Any = None) -> Callable[[], None]:
     """Capture `work` and do it once; returns what does it again."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        work()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            work()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise CaptureError(str(error).splitlines()[0]) from error
     graph.replay()
     replay: Callable[[], None] = graph.replay
     return replay

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agents.chunk import PRECISIONS, ChunkRunner, draw_chunk
+from agents.chunk import PRECISIONS, ChunkRunner, default_capture, draw_chunk
 from agents.dynamics import DynamicsConfig, Ensemble, EpochReport, train_ensemble
 from agents.method import RolloutJob, RolloutResult, Stage, TrainingData, per_member
 from agents.networks import INITIALISATIONS, StackedMLP
@@ -145,7 +145,7 @@ class ModelBasedSAC:
         real = transition_rows(data.observations, data.actions, data.rewards, data.terminals, data.next_observations)
         needs_model = self.num_real < shared.batch_size
         self.replay = Replay(real, len(self.seeds), capacity if needs_model else 0, device)
-        self._runner = ChunkRunner(self.sac, self.replay, shared.precision)
+        self._runner = self._make_runner()
 
     @staticmethod
     def stages(config: ModelBasedConfig) -> dict[str, Stage]:
@@ -213,6 +213,9 @@ class ModelBasedSAC:
 
     # ---- updates ----------------------------------------------------------------------------------------------
 
+    def _make_runner(self) -> ChunkRunner:
+        return ChunkRunner(self.sac, self.replay, self.shared.precision, default_capture(self.device))
+
     def train_epoch(self, epoch: int) -> list[dict[str, float]]:
         cfg, updates = self.shared, self.shared.updates_per_epoch
         if cfg.actor_lr_schedule == "cosine":
@@ -233,7 +236,7 @@ class ModelBasedSAC:
         other = copy.copy(self)
         other.configs, other.seeds = [self.configs[m] for m in members], [self.seeds[m] for m in members]
         other.sac, other.replay = self.sac.select(members), self.replay.select(members)
-        other._runner = ChunkRunner(other.sac, other.replay, self.shared.precision)
+        other._runner = other._make_runner()
         return other
 
     def state_dict(self) -> dict[str, Any]:

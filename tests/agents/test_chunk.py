@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from agents.chunk import METRICS_EVERY, ChunkRunner, draw_chunk, matrix_precision
+from agents.chunk import METRICS_EVERY, CaptureError, ChunkRunner, draw_chunk, matrix_precision
 from agents.replay import Replay
 from agents.sac import SAC, SACHyperparameters, SACSettings
 from tests.agents.devices import no_host, recorded_graph
@@ -48,6 +49,19 @@ def test_a_graph_ends_with_the_bits_of_eager_execution(eta: float) -> None:
         assert torch.equal(parameters(eager), parameters(graph))
     assert len(runners[1]._graphs) == 2  # with and without statistics
     assert not torch.equal(parameters(eager), parameters(sac(eta=eta)))
+
+
+def test_what_cannot_be_captured_is_executed_as_written() -> None:
+    def refuse(work: Callable[[], None]) -> Callable[[], None]:
+        raise CaptureError("operation not permitted")
+
+    eager, refused = sac(), sac()
+    rows = replay()
+    draws = chunk(eager, rows, 0, 10)
+    with pytest.warns(UserWarning, match="operation not permitted"):
+        metrics = ChunkRunner(refused, rows, capture=refuse).run(*draws, first_update=0)
+    assert metrics == ChunkRunner(eager, rows).run(*draws, first_update=0)
+    assert torch.equal(parameters(eager), parameters(refused))
 
 
 class Counting:
