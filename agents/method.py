@@ -29,6 +29,7 @@ from agents.rollout import Penalty, RolloutStatistics, rollout
 from envs.dataset import Dataset
 from envs.errors import UserError
 from envs.termination import termination_rule
+from envs.transforms import STD_OFFSET
 
 
 def per_member(default: Any) -> Any:
@@ -41,7 +42,8 @@ class TrainingData:
     """A dataset on the learner's device, actions mapped from the environment's bounds to [-1, 1].
 
     Shapes: `(N, S)`, `(N, A)`, `(N,)`, `(N, S)`, `(N,)`; mean and standard deviation `(S,)` where the dataset's
-    observations are standardised.
+    observations are standardised. `return_range` is the best less the worst return of the complete episodes, in the
+    units of `rewards` but without a shift; None where no two episodes differ.
     """
 
     env_id: str
@@ -52,6 +54,7 @@ class TrainingData:
     terminals: Tensor
     observation_mean: Tensor | None = None
     observation_std: Tensor | None = None
+    return_range: float | None = None
 
     @classmethod
     def from_dataset(
@@ -61,12 +64,45 @@ class TrainingData:
         center, scale = (action_high + action_low) / 2, (action_high - action_low) / 2
         actions = ((dataset.actions - center) / scale).astype(np.float32)
         arrays = (dataset.observations, actions, dataset.rewards, dataset.next_observations, dataset.terminals)
-        scaling = dataset.scaling
-        return cls(
-            dataset.env_id,
-            *(torch.tensor(a, dtype=torch.float32, device=device) for a in arrays),
-            *(None if a is None else torch.tensor(a) for a in (scaling.observation_mean, scaling.observation_std)),
+        obs, action, reward, next_obs, done = (torch.tensor(a, dtype=torch.float32, device=device) for a in arrays)
+        scaling, returns = dataset.scaling, dataset.episode_returns()
+        mean, std = (
+            None if a is None else torch.tensor(a) for a in (scaling.observation_mean, scaling.observation_std)
         )
+        return_range: float | None = None
+        if len(returns) > 1 and returns.max() > returns.min():
+            return_range = float(returns.max() - returns.min()) * abs(scaling.reward_scale)
+        return cls(dataset.env_id, obs, action, reward, next_obs, done, mean, std, return_range)
+
+    def standardised(self) -> TrainingData:
+        """The same data with observations of zero mean and unit standard deviation, (s - mean) / (std + 1e-3) with the
+        statistics of the observations column, as the dataset option `normalize=observations` makes them; itself where
+        they are standardised already."""
+        if self.observation_mean is not None:
+            return self
+        mean = self.observations.mean(0, dtype=torch.float64)
+        std = self.observations.double().std(0, correction=0) + STD_OFFSET
+        observations, next_observations = (
+            ((x - mean) / std).float() for x in (self.observations, self.next_observations)
+        )
+        return dataclasses.replace(
+            self, observations=observations, next_observations=next_observations,
+            observation_mean=mean.float().cpu(), observation_std=std.float().cpu(),
+        )  # fmt: skip
+
+    def with_return_range(self, target: float) -> TrainingData:
+        """The same data with rewards multiplied by target / (best - worst return).
+
+        Raises:
+            UserError: no two complete episodes have different returns.
+        """
+        if self.return_range is None:
+            raise UserError(
+                "method.reward_scale=return-range needs a dataset with two complete episodes of different returns; "
+                "set method.reward_scale=none, and a number as reward_scale in the dataset's name if one is wanted"
+            )
+        factor = target / self.return_range
+        return dataclasses.replace(self, rewards=self.rewards * factor, return_range=target)
 
     @property
     def termination(self) -> Termination:
@@ -169,7 +205,7 @@ class Method(Protocol):
 
     @property
     def ensemble(self) -> Ensemble:
-        """The dynamics that the rollout jobs are to be run in."""
+        """The dynamics that the rollout jobs are to be run in; asked for only where there are jobs."""
 
     def rollout_jobs(self, epoch: int) -> list[RolloutJob]:
         """The model rollouts this epoch begins with."""
@@ -180,8 +216,9 @@ class Method(Protocol):
     def train_epoch(self, epoch: int) -> list[dict[str, float]]:
         """One epoch of gradient updates; metrics per member."""
 
-    def actor(self, member: int) -> StackedMLP:
-        """The policy of a member: a squashed Gaussian over actions in [-1, 1]."""
+    def policy(self, member: int) -> dict[str, np.ndarray]:
+        """A member's policy as the arrays of a policy file (`envs.policies`): actions in [-1, 1] for observations as
+        the `TrainingData` given to `__init__` has them."""
 
     def select(self, members: Sequence[int]) -> Method:
         """The same pack with some of its members only."""

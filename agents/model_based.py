@@ -13,88 +13,37 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from agents.chunk import PRECISIONS, ChunkRunner, default_capture, draw_chunk
+from agents.chunk import ChunkRunner, default_capture, draw_chunk
+from agents.config import SACConfig, actor_lr_scale, check_positive, make_sac
 from agents.dynamics import DynamicsConfig, Ensemble, EpochReport, train_ensemble
-from agents.method import RolloutJob, RolloutResult, Stage, TrainingData, per_member
-from agents.networks import INITIALISATIONS, StackedMLP
+from agents.method import RolloutJob, RolloutResult, Stage, TrainingData
+from agents.networks import StackedMLP
+from agents.policies import squashed_arrays
 from agents.randomness import generator
 from agents.replay import Replay, transition_rows
 from agents.rollout import SHARD_ROWS, Penalty
-from agents.sac import SAC, SACHyperparameters, SACSettings
 from envs.errors import UserError
 
 
 @dataclass
-class ModelBasedConfig:
+class ModelBasedConfig(SACConfig):
     """Hyperparameters of a model-based soft actor-critic. Fields marked per member may differ inside a pack."""
 
-    variant: str = ""  # which block of the settings file was taken (filled in)
-    # critics and policy
-    num_critics: int = 2  # N; targets and policy use the minimum over all
-    hidden: list[int] = field(default_factory=lambda: [256, 256])  # actor's and critics' hidden widths
-    initialisation: str = "torch"  # torch | edac | edac-fan-in
-    eta: float = per_member(0.0)  # weight of the diversity term; 0 leaves it out
-    actor_lr: float = per_member(3e-4)
-    critic_lr: float = per_member(3e-4)
-    alpha_lr: float = per_member(3e-4)
-    actor_lr_schedule: str = "constant"  # constant | cosine (to 0 over all epochs)
-    gamma: float = 0.99
-    tau: float = 0.005  # polyak
-    auto_alpha: bool = True
-    alpha: float = 1.0  # initial temperature, or the fixed one
-    max_alpha: float | None = None  # upper bound of the temperature
-    target_entropy: float | None = None  # None: -dim(A)
-    entropy_in_target: bool = True
-    # model rollouts
     rollout_length: int = 5  # k, steps
     rollout_batch: int = 50_000  # starts per epoch
     rollout_epochs_retained: int = 5  # ring capacity in epochs of full-length rollouts
     real_ratio: float = 0.05  # fraction of the batch, truncated to rows
-    # length
-    batch_size: int = 256
-    num_updates: int = 3_000_000
-    updates_per_epoch: int = 1_000
-    precision: str = "float32"  # of the updates' matrix products: float32 | mixed (bfloat16 on a CPU, TF32 on CUDA)
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
 
     def __post_init__(self) -> None:
-        positive = ("num_critics", "batch_size", "num_updates", "updates_per_epoch", "rollout_length", "rollout_batch",
-                    "rollout_epochs_retained", "actor_lr", "critic_lr", "alpha_lr", "alpha")  # fmt: skip
-        for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"method.{name}={getattr(self, name)} must be greater than 0 and finite")
+        super().__post_init__()
+        check_positive(self, "rollout_length", "rollout_batch", "rollout_epochs_retained")
         if not 0 <= self.real_ratio <= 1:
             raise UserError(f"method.real_ratio={self.real_ratio} must lie between 0 and 1")
-        if not 0 < self.gamma < 1:
-            raise UserError(f"method.gamma={self.gamma} must lie between 0 and 1")
-        if not 0 < self.tau <= 1:
-            raise UserError(f"method.tau={self.tau} must lie in (0, 1]")
-        if self.max_alpha is not None and not self.max_alpha > 0:
-            raise UserError(f"method.max_alpha={self.max_alpha} must be greater than 0, or null")
-        if not self.eta >= 0 or (self.eta > 0 and self.num_critics < 2):
-            raise UserError(f"method.eta={self.eta} must be 0, or greater with method.num_critics of at least 2")
-        if self.initialisation not in INITIALISATIONS:
-            raise UserError(
-                f"method.initialisation={self.initialisation!r} must be one of {', '.join(INITIALISATIONS)}"
-            )
-        if self.precision not in PRECISIONS:
-            raise UserError(f"method.precision={self.precision!r} must be one of {', '.join(PRECISIONS)}")
-        if self.actor_lr_schedule not in ("constant", "cosine"):
-            raise UserError(f"method.actor_lr_schedule={self.actor_lr_schedule!r} must be constant or cosine")
-        if self.num_updates % self.updates_per_epoch:
-            raise UserError(
-                f"method.num_updates={self.num_updates} must be a multiple of "
-                f"method.updates_per_epoch={self.updates_per_epoch}"
-            )
-        if not self.hidden or min(self.hidden) < 1:
-            raise UserError(f"method.hidden={self.hidden} needs one or more widths of at least 1, such as [256,256]")
-
-    @property
-    def num_epochs(self) -> int:
-        return self.num_updates // self.updates_per_epoch
 
 
 def ensemble_stage(config: DynamicsConfig) -> Stage:
@@ -131,14 +80,7 @@ class ModelBasedSAC:
         self.shared = shared = configs[0]  # what is not per member is equal in a pack
         self.device = torch.device(device)
         self.ensemble: Ensemble = Ensemble.from_state_dict(artifacts["dynamics"]).to(self.device)
-        hyper = [SACHyperparameters(c.eta, c.actor_lr, c.critic_lr, c.alpha_lr) for c in configs]
-        settings = SACSettings(
-            num_critics=shared.num_critics, actor_hidden=tuple(shared.hidden), critic_hidden=tuple(shared.hidden),
-            gamma=shared.gamma, tau=shared.tau, target_entropy=shared.target_entropy, auto_alpha=shared.auto_alpha,
-            alpha=shared.alpha, max_alpha=shared.max_alpha, entropy_in_target=shared.entropy_in_target,
-            initialisation=shared.initialisation,
-        )  # fmt: skip
-        self.sac = SAC(self.seeds, hyper, settings, data.observation_dim, data.action_dim, device)
+        self.sac = make_sac(configs, self.seeds, data.observation_dim, data.action_dim, device)
         self.num_real = int(shared.real_ratio * shared.batch_size)
         self.num_starts = shared.rollout_batch
         capacity = self.num_starts * shared.rollout_length * shared.rollout_epochs_retained
@@ -218,8 +160,7 @@ class ModelBasedSAC:
 
     def train_epoch(self, epoch: int) -> list[dict[str, float]]:
         cfg, updates = self.shared, self.shared.updates_per_epoch
-        if cfg.actor_lr_schedule == "cosine":
-            self.sac.actor_optim.scale_rates(0.5 * (1.0 + math.cos(math.pi * epoch / cfg.num_epochs)))
+        self.sac.actor_optim.scale_rates(actor_lr_scale(cfg, epoch))
         num_model = cfg.batch_size - self.num_real
         draws = draw_chunk(
             self.sac, self.replay, self.seeds, epoch, updates, self.num_real, num_model, self.data.action_dim
@@ -230,7 +171,11 @@ class ModelBasedSAC:
     # ---- members and checkpoints --------------------------------------------------------------------------------
 
     def actor(self, member: int) -> StackedMLP:
+        """A member's policy for rollouts, a copy."""
         return self.sac.actor.select([member])
+
+    def policy(self, member: int) -> dict[str, np.ndarray]:
+        return squashed_arrays(self.sac.actor, member)
 
     def select(self, members: Sequence[int]) -> ModelBasedSAC:
         other = copy.copy(self)

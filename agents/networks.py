@@ -111,10 +111,14 @@ class StackedMLP:
             self._parts[batch] = [(p, self._part(p)) for p in places] if len(places) > 1 else [(places[0], self)]
         return self._parts[batch]
 
+    def of_each_member(self, index: int) -> StackedMLP:
+        """Network `index` of every member, `(M,)`, sharing this stack's storage."""
+        return self._part(slice(index, self.num_stacked, self.num_stacked // self.lead[0]))
+
     def _part(self, place: slice) -> StackedMLP:
         part = StackedMLP.__new__(StackedMLP)
-        part.sizes, part.lead = self.sizes, (place.stop - place.start,)
-        part.num_stacked = place.stop - place.start
+        part.num_stacked = len(range(*place.indices(self.num_stacked)))
+        part.sizes, part.lead = self.sizes, (part.num_stacked,)
         layers = (self.weights, self.biases, self.weight_grads, self.bias_grads)
         part._set_layers(*([t[place] for t in tensors] for tensors in layers))
         return part
@@ -202,7 +206,24 @@ class StackedScalar:
         return other
 
 
-ParameterStack = StackedMLP | StackedScalar
+class StackedVector:
+    """One vector per member (a state-free log standard deviation), likewise."""
+
+    def __init__(self, num_members: int, width: int, value: float, device: torch.device | str = "cpu") -> None:
+        self.lead, self.width = (num_members,), width
+        self.flat = torch.full((num_members * width,), value, device=device)
+        self.grad = torch.zeros_like(self.flat)
+
+    def blocks(self, flat: Tensor) -> list[Tensor]:
+        return [flat.view(-1, self.width)]
+
+    def select(self, members: Sequence[int]) -> StackedVector:
+        other = StackedVector(len(members), self.width, 0.0, self.flat.device)
+        gather_members(self, self.flat, other, other.flat, members)
+        return other
+
+
+ParameterStack = StackedMLP | StackedScalar | StackedVector
 
 
 def gather_members(
@@ -214,7 +235,7 @@ def gather_members(
         dst.copy_(src.index_select(0, index))
 
 
-INITIALISATIONS = ("edac", "edac-fan-in", "torch")
+INITIALISATIONS = ("edac", "edac-fan-in", "torch", "orthogonal")
 
 
 def initialise(network: StackedMLP, generators: Sequence[torch.Generator], *, scheme: str, last_bound: float) -> None:
@@ -225,6 +246,7 @@ def initialise(network: StackedMLP, generators: Sequence[torch.Generator], *, sc
             "edac-fan-in": hidden weights likewise, hidden biases 0.1, last layer uniform in +-`last_bound`.
             "edac": the same but +-1/sqrt(out) for the hidden weights, as the released RAVL and CORL's EDAC have it
             (their `(in, out)` weights go to an initialiser that expects `(out, in)`).
+            "orthogonal": orthogonal weights times sqrt(2) in every layer, no biases, as jaxrl and IQL have it.
     """
     if scheme not in INITIALISATIONS:
         raise ValueError(f"unknown initialisation {scheme!r}; one of {', '.join(INITIALISATIONS)}")
@@ -235,6 +257,13 @@ def initialise(network: StackedMLP, generators: Sequence[torch.Generator], *, sc
         bound = 1.0 / math.sqrt(n_out if scheme == "edac" else n_in)
         if last and scheme != "torch":
             bound = last_bound
+        if scheme == "orthogonal":
+            for m, generator in enumerate(generators):
+                for g in range(m * per_member, (m + 1) * per_member):
+                    drawn = torch.nn.init.orthogonal_(torch.empty(n_in, n_out), math.sqrt(2.0), generator)
+                    weight[g].copy_(drawn)
+            bias.zero_()
+            continue
         for m, generator in enumerate(generators):
             block = slice(m * per_member, (m + 1) * per_member)
             weight[block] = torch.empty(per_member, n_in, n_out).uniform_(-bound, bound, generator=generator)

@@ -12,10 +12,10 @@ import gymnasium
 import numpy as np
 import torch
 
-from agents.networks import StackedMLP
+from agents.policies import in_environment, squashed_arrays
 from agents.randomness import generator
 from agents.replay import Replay, transition_rows
-from agents.sac import LOG_STD_MAX, LOG_STD_MIN, SAC, SACHyperparameters, SACSettings
+from agents.sac import SAC, SACHyperparameters, SACSettings
 from envs.episodes import make_env
 
 _CHUNK = 1000  # steps whose noise is drawn at once
@@ -44,36 +44,6 @@ class Snapshot:
     arrays: dict[str, np.ndarray]
 
 
-def actor_arrays(
-    actor: StackedMLP,
-    member: int,
-    action_low: np.ndarray,
-    action_high: np.ndarray,
-    observation_mean: np.ndarray | None = None,
-    observation_std: np.ndarray | None = None,
-) -> dict[str, np.ndarray]:
-    """One member's squashed-Gaussian actor as the arrays of a policy file (weights as (out, in)).
-
-    Args:
-        action_low, action_high: `(A,)` the environment's bounds.
-        observation_mean, observation_std: `(S,)` if the actor has learned from standardised observations.
-    """
-    action_dim = actor.sizes[-1] // 2
-    weights = [w[member].T.cpu().numpy().copy() for w in actor.weights]
-    biases = [b[member, 0].cpu().numpy().copy() for b in actor.biases]
-    arrays: dict[str, np.ndarray] = {"kind": np.array("squashed"), "act": np.array("relu")}
-    for layer, (w, b) in enumerate(zip(weights[:-1], biases[:-1], strict=True)):
-        arrays[f"W{layer}"], arrays[f"b{layer}"] = w, b
-    arrays["Wm"], arrays["bm"] = weights[-1][:action_dim], biases[-1][:action_dim]
-    arrays["Ws"], arrays["bs"] = weights[-1][action_dim:], biases[-1][action_dim:]
-    arrays["action_low"], arrays["action_high"] = action_low.astype(np.float32), action_high.astype(np.float32)
-    if observation_mean is not None and observation_std is not None:
-        arrays["obs_mean"], arrays["obs_var"] = observation_mean, observation_std**2
-        arrays["obs_eps"] = np.array(0.0, np.float32)
-    arrays["log_std_min"], arrays["log_std_max"] = np.array(LOG_STD_MIN, np.float32), np.array(LOG_STD_MAX, np.float32)
-    return arrays
-
-
 def train_online(config: OnlineSACConfig, on_step: Callable[[int], None] | None = None) -> Iterator[Snapshot]:
     """Train and yield a snapshot at step 0 and every `snapshot_every` steps. Deterministic in the seed."""
     env = make_env(config.env_id)
@@ -91,7 +61,7 @@ def train_online(config: OnlineSACConfig, on_step: Callable[[int], None] | None 
     )
     sac = SAC([config.seed], [hyper], settings, obs_dim, action_dim)
     replay = Replay(torch.empty((0, 2 * obs_dim + action_dim + 2)), 1, config.steps)
-    yield Snapshot(0, actor_arrays(sac.actor, 0, space.low, space.high))
+    yield Snapshot(0, in_environment(squashed_arrays(sac.actor, 0), space.low, space.high))
 
     obs, _ = env.reset(seed=config.seed)
     for step in range(config.steps):
@@ -124,4 +94,4 @@ def train_online(config: OnlineSACConfig, on_step: Callable[[int], None] | None 
         if on_step is not None:
             on_step(step + 1)
         if (step + 1) % config.snapshot_every == 0:
-            yield Snapshot(step + 1, actor_arrays(sac.actor, 0, space.low, space.high))
+            yield Snapshot(step + 1, in_environment(squashed_arrays(sac.actor, 0), space.low, space.high))

@@ -46,6 +46,7 @@ class Adam:
         self.second = torch.zeros_like(network.flat)
         self._one = torch.ones((), device=network.flat.device)
         self._groups = self._make_groups()
+        self._followed: Tensor | None = None
         self.scale_rates(1.0)
 
     def _make_groups(self) -> list[_Group]:
@@ -72,10 +73,19 @@ class Adam:
             else:
                 g.rate = g.learning_rate * scale
 
+    def follow(self, scale: Tensor) -> None:
+        """Multiply every member's learning rate with what a tensor `()` holds at each step: for a schedule by updates,
+        which a captured graph could not be told otherwise."""
+        self._followed = scale
+        for g in self._groups:
+            g.rate = torch.full_like(scale, g.learning_rate)
+
     def step(self) -> None:
         """One update of every member from `network.grad`."""
         for g in self._groups:
             g.step.add_(self._one)
+            if self._followed is not None and isinstance(g.rate, Tensor):
+                torch.mul(self._followed, g.learning_rate, out=g.rate)
             _fused_adam(
                 g.params, g.grads, g.first, g.second, [], [g.step] * len(g.params), amsgrad=False,
                 lr=g.rate, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=self.eps, maximize=False,

@@ -5,6 +5,8 @@ and
 
 - squashed: mean Wm, bm and log-std Ws, bs; action = tanh(mean + std * noise), scaled to [action_low,
   action_high];
+- tanh: mean Wm, bm and optionally a state-free log_std; action = tanh(mean) + std * noise, clipped to [-1, 1], then
+  scaled to [action_low, action_high] (without log_std no noise);
 - gauss: mean Wm, bm and a state-free log_std; action = mean + std * noise, clipped to [action_low,
   action_high];
 - linear: mean Wm (bm optional), no noise, clipped likewise.
@@ -100,7 +102,7 @@ class NetworkPolicy:
     def __init__(self, arrays: Mapping[str, NDArray[Any]], name: str, sha256: str) -> None:
         self.name, self.sha256 = name, sha256
         self._arrays = arrays
-        self.kind = self._text("kind", ("squashed", "gauss", "linear"))
+        self.kind = self._text("kind", ("squashed", "tanh", "gauss", "linear"))
         act = self._text("act", ("relu", "tanh", "none"))
         hidden = 0
         self._hidden: list[tuple[FloatArray, FloatArray]] = []
@@ -121,7 +123,7 @@ class NetworkPolicy:
             self._log_std = self._layer("Ws", "bs", width, out=self.action_dim)
             self._log_std_min = float(self._vector("log_std_min", 1, -20.0)[0])
             self._log_std_max = float(self._vector("log_std_max", 1, 2.0)[0])
-        elif self.kind == "gauss":
+        elif self.kind == "gauss" or (self.kind == "tanh" and "log_std" in arrays):
             self._std = np.exp(self._vector("log_std", self.action_dim))
         self._low = self._vector("action_low", self.action_dim, -1.0)
         self._high = self._vector("action_high", self.action_dim, 1.0)
@@ -149,13 +151,18 @@ class NetworkPolicy:
                 np.maximum(x, 0.0, out=x)
         action = x @ self._mean[0]
         action += self._mean[1]
-        if rng is not None and self.kind != "linear":
+        if self.kind == "tanh":
+            np.tanh(action, out=action)
+        if rng is not None and (self._std is not None or self._log_std is not None):
             noise = rng.standard_normal(action.shape, dtype=np.float32)
             action += noise * (self._std if self._std is not None else self._state_std(x))
+        if self.kind in ("gauss", "linear"):
+            return np.clip(action, self._low, self._high, out=action)
         if self.kind == "squashed":
             np.tanh(action, out=action)
-            return self._low + (action + 1.0) * (0.5 * (self._high - self._low))
-        return np.clip(action, self._low, self._high, out=action)
+        else:
+            np.clip(action, -1.0, 1.0, out=action)
+        return self._low + (action + 1.0) * (0.5 * (self._high - self._low))
 
     def _state_std(self, features: FloatArray) -> FloatArray:
         assert self._log_std is not None

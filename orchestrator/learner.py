@@ -20,7 +20,7 @@ import torch
 
 from agents.cpu import configure_cpu
 from agents.method import TrainingData, load_method
-from agents.online import actor_arrays
+from agents.policies import in_environment
 from envs.dataset import Dataset
 from envs.episodes import make_env
 from envs.errors import UserError
@@ -242,8 +242,8 @@ class Learner:
 
     def _policy(self, member: int) -> dict[str, np.ndarray]:
         scaling = self.dataset.scaling
-        return actor_arrays(
-            self.method.actor(member), 0, self._action_low, self._action_high,
+        return in_environment(
+            self.method.policy(member), self._action_low, self._action_high,
             scaling.observation_mean, scaling.observation_std,
         )  # fmt: skip
 

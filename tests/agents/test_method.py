@@ -10,9 +10,13 @@ import pytest
 import torch
 import yaml
 
+from agents.edac import EDACConfig
+from agents.iql import IQLConfig
 from agents.method import TrainingData, load_method, method_names, method_settings, settings_file
 from agents.mopo import MOPO, MOPOConfig
 from agents.ravl import RAVL, RAVLConfig
+from agents.td3_bc import TD3BCConfig
+from envs import transforms
 from envs.dataset import Dataset, Scaling
 from envs.errors import UserError
 
@@ -56,14 +60,65 @@ RAVL_EDAC_GRID = {
     "walker2d-medium-expert-v2": (10, 5.0, 1, 0.05),
 }
 
+# CORL 6afec90, configs/offline/edac: critics N, eta
+EDAC_CORL = {
+    "halfcheetah-medium-v2": (10, 1.0),
+    "halfcheetah-medium-replay-v2": (10, 1.0),
+    "halfcheetah-medium-expert-v2": (10, 5.0),
+    "hopper-medium-v2": (50, 1.0),
+    "hopper-medium-replay-v2": (50, 1.0),
+    "hopper-medium-expert-v2": (50, 1.0),
+    "walker2d-medium-v2": (10, 1.0),
+    "walker2d-medium-replay-v2": (10, 1.0),
+    "walker2d-medium-expert-v2": (10, 5.0),
+    "maze2d-umaze-v1": (10, 0.1),
+    "pen-human-v1": (20, 1000.0),
+    "pen-cloned-v1": (20, 10.0),
+    "pen-expert-v1": (20, 10.0),
+    "door-human-v1": (50, 200.0),
+    "hammer-cloned-v1": (50, 200.0),
+    "relocate-expert-v1": (50, 200.0),
+}
+# CORL 6afec90, configs/offline/sac_n: critics N
+SAC_N_CORL = {
+    "halfcheetah-medium-v2": 10,
+    "halfcheetah-medium-replay-v2": 10,
+    "halfcheetah-medium-expert-v2": 10,
+    "hopper-medium-v2": 500,
+    "hopper-medium-replay-v2": 200,
+    "hopper-medium-expert-v2": 200,
+    "walker2d-medium-v2": 20,
+    "walker2d-medium-replay-v2": 20,
+    "walker2d-medium-expert-v2": 20,
+    "maze2d-large-v1": 25,
+    "pen-human-v1": 100,
+    "door-cloned-v1": 100,
+}
+# expectile, beta, observations standardised, rewards scaled, deterministic, tau
+IQL_CODE = {  # ikostrikov/implicit_q_learning 09d7002, configs and train_offline.py
+    "halfcheetah-medium-v2": (0.7, 3.0, False, "return-range", False, 0.005),
+    "hopper-medium-expert-v2": (0.7, 3.0, False, "return-range", False, 0.005),
+    "walker2d-random-v2": (0.7, 3.0, False, "return-range", False, 0.005),
+    "pen-human-v1": (0.7, 0.5, False, "none", False, 0.005),
+}
+IQL_CORL = {  # CORL 6afec90, configs/offline/iql
+    "halfcheetah-medium-v2": (0.7, 3.0, True, "none", False, 0.005),
+    "hopper-medium-v2": (0.7, 3.0, True, "return-range", True, 0.001),
+    "hopper-medium-replay-v2": (0.7, 3.0, True, "return-range", True, 0.001),
+    "hopper-medium-expert-v2": (0.5, 6.0, True, "none", False, 0.005),
+    "walker2d-medium-replay-v2": (0.7, 3.0, True, "none", False, 0.005),
+    "maze2d-umaze-v1": (0.7, 3.0, True, "none", False, 0.005),
+    "pen-cloned-v1": (0.8, 3.0, True, "none", False, 0.005),
+}
+
 
 def config(method: str, dataset: str, variant: str | None = None) -> Any:
     """The method's config with the file's settings, as a user gets it."""
     _, settings = method_settings(method, dataset, variant)
     cls = load_method(method).Config
-    dynamics = next(f for f in dataclasses.fields(cls) if f.name == "dynamics").default_factory
-    assert callable(dynamics)
-    return cls(**{**settings, "dynamics": dataclasses.replace(dynamics(), **settings.get("dynamics", {}))})
+    if "dynamics" in settings:
+        settings["dynamics"] = dataclasses.replace(cls().dynamics, **settings["dynamics"])
+    return cls(**settings)
 
 
 # ---- the settings of the papers -------------------------------------------------------------------------------------
@@ -74,6 +129,34 @@ def test_mopos_settings_per_dataset(variant: str, table: dict[str, tuple[int, fl
     for dataset, expected in table.items():
         c = config("mopo", dataset, variant)
         assert (c.rollout_length, c.penalty_coef) == expected, dataset
+
+
+def test_settings_of_the_model_free_methods_per_dataset() -> None:
+    for dataset, expected in EDAC_CORL.items():
+        edac = config("edac", dataset)
+        assert (edac.num_critics, edac.eta) == expected, dataset
+    for dataset, critics in SAC_N_CORL.items():
+        sac_n = config("sac_n", dataset)
+        assert (sac_n.num_critics, sac_n.eta) == (critics, 0.0), dataset
+    for variant, table in (("code", IQL_CODE), ("corl", IQL_CORL)):
+        for dataset, iql in table.items():
+            c = config("iql", dataset, variant)
+            mine = (c.expectile, c.beta, c.normalize_observations, c.reward_scale, c.deterministic, c.tau)
+            assert mine == iql, (variant, dataset)
+
+
+def test_common_settings_of_the_model_free_methods() -> None:
+    td3 = config("td3_bc", "hopper-medium-v2")  # sfujim/TD3_BC 8791ad7
+    assert (td3.alpha, td3.policy_noise, td3.noise_clip, td3.policy_freq) == (2.5, 0.2, 0.5, 2)
+    assert (td3.hidden, td3.actor_lr, td3.critic_lr, td3.num_updates) == ([256, 256], 3e-4, 3e-4, 1_000_000)
+    assert td3.normalize_observations
+    assert dataclasses.asdict(load_method("td3_bc").Config()) == dataclasses.asdict(td3)
+    assert dataclasses.asdict(load_method("iql").Config()) == dataclasses.asdict(config("iql", "other-v0"))
+    for method in ("sac_n", "edac"):
+        c = config(method, "halfcheetah-medium-v2")  # CORL 6afec90
+        assert (c.hidden, c.gamma, c.tau, c.num_updates) == ([256, 256, 256], 0.99, 0.005, 3_000_000)
+        assert (c.actor_lr, c.critic_lr, c.alpha_lr, c.batch_size) == (3e-4, 3e-4, 3e-4, 256)
+        assert dataclasses.asdict(load_method(method).Config()) == dataclasses.asdict(c)
 
 
 def test_mopos_common_settings() -> None:
@@ -164,7 +247,7 @@ def test_every_key_of_every_block_is_a_field(method: str) -> None:
     content = settings_file(method)
     cls = load_method(method).Config
     fields = {f.name for f in dataclasses.fields(cls)}
-    dynamics = {f.name for f in dataclasses.fields(cls().dynamics)}
+    dynamics = {f.name for f in dataclasses.fields(cls().dynamics)} if "dynamics" in fields else set()
     assert set(content) == {"default_variant", "variants"}
     assert content["default_variant"] in content["variants"]
     for variant, blocks in content["variants"].items():
@@ -216,7 +299,7 @@ def test_methods_are_found_by_name() -> None:
 
 def test_every_method_has_the_interface() -> None:
     interface = [
-        "stages", "num_members", "rollout_jobs", "add_rollouts", "train_epoch", "actor", "select", "state_dict",
+        "stages", "num_members", "rollout_jobs", "add_rollouts", "train_epoch", "policy", "select", "state_dict",
         "load_state_dict",
     ]  # fmt: skip
     for name in method_names():
@@ -237,6 +320,9 @@ def test_fields_that_may_differ_in_a_pack_are_marked() -> None:
 
     assert marked(RAVLConfig) == {"eta", "actor_lr", "critic_lr", "alpha_lr"}
     assert marked(MOPOConfig) == {"eta", "actor_lr", "critic_lr", "alpha_lr", "penalty_coef"}
+    assert marked(EDACConfig) == {"eta", "actor_lr", "critic_lr", "alpha_lr"}
+    assert marked(TD3BCConfig) == {"alpha", "policy_noise", "noise_clip", "actor_lr", "critic_lr"}
+    assert marked(IQLConfig) == {"expectile", "beta", "actor_lr", "critic_lr", "value_lr"}
 
 
 def test_defaults_of_a_config_are_its_papers_default() -> None:
@@ -276,6 +362,39 @@ def test_standardised_observations_bring_their_units() -> None:
     assert data.termination.std is not None
     assert data.termination.mean.tolist() == [1, 2]
     assert data.termination.std.tolist() == [3, 4]
+
+
+def episodes(rewards: list[float]) -> Dataset:
+    """Two episodes of two steps, and one that the end of the file cuts."""
+    n = len(rewards)
+    obs = np.random.default_rng(0).normal([0.0, 3.0], [1.0, 5.0], (n, 2)).astype(np.float32)
+    ends = np.array([False, True, False, True, False])
+    none = np.zeros((n, 1), np.float32)
+    return Dataset("made-up", "Pendulum-v1", obs, none, np.array(rewards, np.float32), obs + 1, none[:, 0] > 0, ends)
+
+
+def test_data_are_standardised_as_the_dataset_option_does() -> None:
+    plain = episodes([1.0, 2.0, 3.0, 4.0, 50.0])
+    named = transforms.apply(transforms.parse("made-up,normalize=observations"), [plain])
+    low, high = -np.ones(1), np.ones(1)
+    mine, other = TrainingData.from_dataset(plain, low, high), TrainingData.from_dataset(named, low, high)
+    assert mine.observation_mean is None
+    again = mine.standardised()
+    for name in ("observations", "next_observations", "observation_mean", "observation_std"):
+        torch.testing.assert_close(getattr(again, name), getattr(other, name))
+    assert other.standardised() is other
+
+
+def test_rewards_are_scaled_to_a_range_of_returns_once() -> None:
+    """Returns of the complete episodes are 3 and 7; a dataset scaled already stays as it is."""
+    plain = episodes([1.0, 2.0, 3.0, 4.0, 50.0])
+    named = transforms.apply(transforms.parse("made-up,reward_scale=return-range"), [plain])
+    for dataset in (plain, named):
+        data = TrainingData.from_dataset(dataset, -np.ones(1), np.ones(1)).with_return_range(1000.0)
+        torch.testing.assert_close(data.rewards, 250 * torch.tensor([1.0, 2.0, 3.0, 4.0, 50.0]))
+    alike = TrainingData.from_dataset(episodes([1.0, 2.0, 1.0, 2.0, 50.0]), -np.ones(1), np.ones(1))
+    with pytest.raises(UserError, match="return-range needs a dataset with two complete episodes of different"):
+        alike.with_return_range(1000.0)
 
 
 def test_settings_are_plain_yaml() -> None:

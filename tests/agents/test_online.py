@@ -9,12 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents.networks import StackedMLP
-from agents.online import OnlineSACConfig, Snapshot, actor_arrays, train_online
+from agents.online import OnlineSACConfig, Snapshot, train_online
 from agents.replay import transition_rows
-from agents.sac import squashed_sample
 from envs.episodes import make_env
-from envs.policies import NetworkPolicy, load_policy
+from envs.policies import load_policy
 
 
 def short(seed: int = 0, steps: int = 300) -> list[Snapshot]:
@@ -70,30 +68,6 @@ def test_episodes_end_at_the_time_limit_without_a_terminal(monkeypatch: pytest.M
     torch.testing.assert_close(reward, -cost, rtol=1e-3, atol=1e-3)
 
 
-def random_actor() -> StackedMLP:
-    actor = StackedMLP((2,), (3, 8, 8, 4))
-    actor.flat.normal_(generator=torch.Generator().manual_seed(0))
-    actor.weights[-1][..., :2] *= 0.02  # far from tanh's flat ends
-    return actor
-
-
-@pytest.mark.parametrize("member", [0, 1])
-def test_the_arrays_of_an_actor_act_as_it_does(member: int) -> None:
-    actor, low, high = random_actor(), np.array([-2.0, 0.0]), np.array([2.0, 10.0])
-    policy = NetworkPolicy(actor_arrays(actor, member, low, high), "actor", "")
-    obs = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
-    out = actor.select([member]).forward(torch.tensor(obs).unsqueeze(0))[0][0]
-    scale, center = (high - low) / 2, (high + low) / 2
-
-    np.testing.assert_allclose(policy.act(obs, None), center + scale * squashed_sample(out, None).numpy(), atol=1e-4)
-    noise = np.random.default_rng(1).standard_normal((50, 2), dtype=np.float32)
-    expected = center + scale * squashed_sample(out, torch.tensor(noise)).numpy()
-    np.testing.assert_allclose(policy.act(obs, np.random.default_rng(1)), expected, atol=1e-4)
-    log_std = out[:, 2:]
-    assert (log_std < -5).any()  # both clamps are tried
-    assert (log_std > 2).any()
-
-
 def test_a_snapshot_is_a_policy_file(tmp_path: Path) -> None:
     arrays = short()[-1].arrays
     np.savez(tmp_path / "actor.npz", **arrays)  # type: ignore[arg-type]
@@ -108,12 +82,3 @@ def test_a_snapshot_is_a_policy_file(tmp_path: Path) -> None:
     sampled = policy.act(obs, np.random.default_rng(0))
     assert np.abs(sampled).max() <= 2.0
     assert np.abs(sampled - expected).max() > 0.1
-
-
-def test_an_actor_of_standardised_observations_acts_on_the_environments() -> None:
-    actor, low, high = random_actor(), -np.ones(2), np.ones(2)
-    mean, std = np.array([1.0, -2.0, 0.5], np.float32), np.array([0.5, 2.0, 3.0], np.float32)
-    obs = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
-    plain = NetworkPolicy(actor_arrays(actor, 0, low, high), "actor", "")
-    scaled = NetworkPolicy(actor_arrays(actor, 0, low, high, mean, std), "actor", "")
-    np.testing.assert_allclose(scaled.act(obs * std + mean, None), plain.act(obs, None), atol=1e-5)

@@ -76,6 +76,23 @@ def test_gauss_and_linear_are_clipped(tmp_path):
     np.testing.assert_allclose(linear.act(OBS, np.random.default_rng(0)), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_tanh_actor_by_hand(tmp_path):
+    arrays = {"kind": "tanh", "act": "relu", "W0": W0, "b0": B0, "Wm": WM, "bm": BM, "action_low": -2.0}
+    np.savez(tmp_path / "t.npz", **arrays)
+    mean = np.tanh(hidden(OBS) @ WM.T + BM)
+    policy = load_policy(tmp_path / "t.npz")
+    expected = -2 + (mean + 1) * 1.5  # to [-2, 1]
+    np.testing.assert_allclose(policy.act(OBS, None), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(policy.act(OBS, np.random.default_rng(0)), expected, rtol=1e-5, atol=1e-5)
+
+    np.savez(tmp_path / "n.npz", **arrays, log_std=[0.0, -1.0])  # noise of actions in [-1, 1], clipped there
+    noise = np.random.default_rng(1).standard_normal((6, 2), dtype=np.float32)
+    sampled = np.clip(mean + np.exp([0.0, -1.0]) * noise, -1, 1)
+    noisy = load_policy(tmp_path / "n.npz")
+    np.testing.assert_allclose(noisy.act(OBS, None), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(noisy.act(OBS, np.random.default_rng(1)), -2 + (sampled + 1) * 1.5, rtol=1e-4, atol=1e-5)
+
+
 def test_uniform_policy_fills_its_bounds():
     policy = UniformPolicy([-2, 0], [2, 1])
     actions = policy.act(np.zeros((5000, 3)), np.random.default_rng(0))

@@ -1,0 +1,124 @@
+"""Hyperparameters that several methods share. A method's own config derives from one of these dataclasses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from agents.chunk import PRECISIONS
+from agents.method import per_member
+from agents.networks import INITIALISATIONS
+from agents.sac import SAC, SACHyperparameters, SACSettings
+from envs.errors import UserError
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raise a UserError if a field is not greater than 0 and finite."""
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise UserError(f"method.{name}={getattr(config, name)} must be greater than 0 and finite")
+
+
+def check_not_negative(config: Any, *names: str) -> None:
+    """Raise a UserError if a field is not 0 or greater and finite."""
+    for name in names:
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"method.{name}={getattr(config, name)} must be 0 or greater, and finite")
+
+
+def check_choice(config: Any, name: str, choices: Sequence[str]) -> None:
+    """Raise a UserError if a field is none of the choices."""
+    if getattr(config, name) not in choices:
+        *others, last = choices
+        some = f"one of {', '.join(choices)}" if len(choices) > 2 else f"{', '.join(others)} or {last}"
+        raise UserError(f"method.{name}={getattr(config, name)!r} must be {some}")
+
+
+@dataclass
+class ScheduleConfig:
+    """What every method has: how long it trains, on batches of which size, toward which targets."""
+
+    variant: str = ""  # which block of the settings file was taken (filled in)
+    hidden: list[int] = field(default_factory=lambda: [256, 256])  # hidden widths of every network that acts or values
+    gamma: float = 0.99
+    tau: float = 0.005  # polyak
+    batch_size: int = 256
+    num_updates: int = 1_000_000
+    updates_per_epoch: int = 1_000
+    precision: str = "float32"  # of the updates' matrix products: float32 | mixed (bfloat16 on a CPU, TF32 on CUDA)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch_size", "num_updates", "updates_per_epoch")
+        check_choice(self, "precision", PRECISIONS)
+        if not 0 < self.gamma < 1:
+            raise UserError(f"method.gamma={self.gamma} must lie between 0 and 1")
+        if not 0 < self.tau <= 1:
+            raise UserError(f"method.tau={self.tau} must lie in (0, 1]")
+        if self.num_updates % self.updates_per_epoch:
+            raise UserError(
+                f"method.num_updates={self.num_updates} must be a multiple of "
+                f"method.updates_per_epoch={self.updates_per_epoch}"
+            )
+        if not self.hidden or min(self.hidden) < 1:
+            raise UserError(f"method.hidden={self.hidden} needs one or more widths of at least 1, such as [256,256]")
+
+    @property
+    def num_epochs(self) -> int:
+        return self.num_updates // self.updates_per_epoch
+
+
+@dataclass
+class SACConfig(ScheduleConfig):
+    """Soft actor-critic (see `agents.sac`). Fields marked per member may differ inside a pack."""
+
+    num_critics: int = 2  # N; targets and policy use the minimum over all
+    initialisation: str = "torch"  # torch | edac | edac-fan-in
+    eta: float = per_member(0.0)  # weight of the diversity term; 0 leaves it out
+    actor_lr: float = per_member(3e-4)
+    critic_lr: float = per_member(3e-4)
+    alpha_lr: float = per_member(3e-4)
+    actor_lr_schedule: str = "constant"  # constant | cosine (to 0 over all epochs)
+    auto_alpha: bool = True
+    alpha: float = 1.0  # initial temperature, or the fixed one
+    max_alpha: float | None = None  # upper bound of the temperature
+    target_entropy: float | None = None  # None: -dim(A)
+    entropy_in_target: bool = True
+    num_updates: int = 3_000_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "num_critics", "actor_lr", "critic_lr", "alpha_lr", "alpha")
+        if self.max_alpha is not None and not self.max_alpha > 0:
+            raise UserError(f"method.max_alpha={self.max_alpha} must be greater than 0, or null")
+        if not self.eta >= 0 or (self.eta > 0 and self.num_critics < 2):
+            raise UserError(f"method.eta={self.eta} must be 0, or greater with method.num_critics of at least 2")
+        check_choice(self, "initialisation", INITIALISATIONS)
+        check_choice(self, "actor_lr_schedule", ("constant", "cosine"))
+
+
+def make_sac(
+    configs: Sequence[SACConfig],
+    seeds: Sequence[int],
+    observation_dim: int,
+    action_dim: int,
+    device: torch.device | str = "cpu",
+) -> SAC:
+    """The soft actor-critic that the configs of a pack describe."""
+    shared = configs[0]  # what is not per member is equal in a pack
+    hyperparameters = [SACHyperparameters(c.eta, c.actor_lr, c.critic_lr, c.alpha_lr) for c in configs]
+    settings = SACSettings(
+        num_critics=shared.num_critics, actor_hidden=tuple(shared.hidden), critic_hidden=tuple(shared.hidden),
+        gamma=shared.gamma, tau=shared.tau, target_entropy=shared.target_entropy, auto_alpha=shared.auto_alpha,
+        alpha=shared.alpha, max_alpha=shared.max_alpha, entropy_in_target=shared.entropy_in_target,
+        initialisation=shared.initialisation,
+    )  # fmt: skip
+    return SAC(seeds, hyperparameters, settings, observation_dim, action_dim, device)
+
+
+def actor_lr_scale(config: SACConfig, epoch: int) -> float:
+    """What the actor's learning rate is multiplied with in an epoch."""
+    return 0.5 * (1.0 + math.cos(math.pi * epoch / config.num_epochs)) if config.actor_lr_schedule == "cosine" else 1.0

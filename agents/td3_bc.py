@@ -1,0 +1,214 @@
+"""TD3+BC (Fujimoto and Gu, NeurIPS 2021, arXiv 2106.06860).
+
+Twin delayed DDPG (Fujimoto et al. 2018) whose policy is also drawn to the dataset's actions:
+
+    a~'    = clip(pibar(s') + clip(sigma eps, -c, c), -1, 1)
+    y      = r + gamma (1 - d) min_i Qbar_i(s', a~')
+    J(Q)   = sum_i mean (Q_i(s, a) - y)^2
+    J(pi)  = -lambda mean Q_1(s, pi(s)) + mean (pi(s) - a)^2,    lambda = alpha / mean |Q_1(s, pi(s))|
+
+pi(s) is a tanh of a network's output, the mean of the squared distance is over rows and action dimensions, and lambda
+passes no gradient. Every update moves the critics; every `policy_freq`-th also the policy and then,
+by Polyak, the targets Qbar and pibar. The order is that of the released code, sfujim/TD3_BC.
+
+The paper standardises observations, (s - mean) / (std + 1e-3) over the dataset's states. `normalize_observations` does
+so here, and the policy that leaves a run takes the environment's observations. A dataset that is standardised already
+(`dataset=NAME,normalize=observations`) is taken as it is.
+
+Shapes: M member, G = 2M critics, B batch, S observation, A action.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents.config import ScheduleConfig, check_not_negative, check_positive
+from agents.method import TrainingData, per_member
+from agents.model_free import (
+    ModelFree,
+    bellman_target,
+    load_networks,
+    member_values,
+    regress_twins,
+    smaller_of_twins,
+    split_rows,
+    twins_input,
+)
+from agents.networks import StackedMLP, initialise
+from agents.optim import Adam
+from agents.policies import tanh_arrays
+from agents.randomness import generator
+
+
+@dataclass
+class TD3BCConfig(ScheduleConfig):
+    """TD3+BC's hyperparameters, as released. Fields marked per member may differ inside a pack."""
+
+    alpha: float = per_member(2.5)  # weight of the value against the distance to the data
+    policy_noise: float = per_member(0.2)  # sigma, of actions in [-1, 1]
+    noise_clip: float = per_member(0.5)  # c
+    policy_freq: int = 2  # critic updates per policy update
+    actor_lr: float = per_member(3e-4)
+    critic_lr: float = per_member(3e-4)
+    normalize_observations: bool = True  # nothing is done to a dataset that is standardised already
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "policy_freq", "actor_lr", "critic_lr")
+        check_not_negative(self, "alpha", "policy_noise", "noise_clip")
+
+
+class TD3BCUpdater:
+    """Policies, critics and targets of a pack, and their update.
+
+    Args:
+        configs: one per member; M is their number.
+        seeds: one per member.
+        observation_dim, action_dim: S and A; actions lie in [-1, 1].
+        device: where everything lives.
+    """
+
+    num_noises = 1
+    _stacks = ("actor", "critic", "target_actor", "target_critic")
+    _optims = ("actor_optim", "critic_optim")
+
+    def __init__(
+        self,
+        configs: Sequence[TD3BCConfig],
+        seeds: Sequence[int],
+        observation_dim: int,
+        action_dim: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.configs = list(configs)
+        self.observation_dim, self.action_dim = observation_dim, action_dim
+        self.period = configs[0].policy_freq
+        self.gamma, self.tau = configs[0].gamma, configs[0].tau
+        m, hidden, s, a = len(configs), configs[0].hidden, observation_dim, action_dim
+        self.actor = StackedMLP((m,), (s, *hidden, a), device)
+        self.critic = StackedMLP((m, 2), (s + a, *hidden, 1), device)
+        for name in ("actor", "critic"):
+            draws = [generator(seed, f"init {name}") for seed in seeds]
+            initialise(getattr(self, name), draws, scheme="torch", last_bound=0.0)
+        self.target_actor, self.target_critic = self.actor.clone(), self.critic.clone()
+        self.actor_optim = Adam(self.actor, [c.actor_lr for c in configs])
+        self.critic_optim = Adam(self.critic, [c.critic_lr for c in configs])
+        self._bind()
+
+    def _bind(self) -> None:
+        """Constants of the update that follow from the configs, and views."""
+        device = self.actor.flat.device
+        self._alpha_M11 = member_values([c.alpha for c in self.configs], device)
+        self._sigma_M11 = member_values([c.policy_noise for c in self.configs], device)
+        self._clip_M11 = member_values([c.noise_clip for c in self.configs], device)
+        self._minus_clip_M11 = -self._clip_M11
+        self._first_critic = self.critic.of_each_member(0)
+
+    @property
+    def num_members(self) -> int:
+        return len(self.configs)
+
+    @torch.inference_mode()
+    def update(
+        self, rows_MBW: Tensor, noise_KMBA: Tensor, turn: int = 0, with_metrics: bool = False
+    ) -> dict[str, Tensor] | None:
+        """One gradient step of every member (see `agents.chunk.Updater`); the policies' at the last turn."""
+        obs, action, state_action, reward, done, next_obs = split_rows(rows_MBW, self.observation_dim, self.action_dim)
+        target = self._target(reward, done, next_obs, noise_KMBA[0])
+        q_M2B = regress_twins(self.critic, twins_input(state_action), target)
+        self.critic_optim.step()
+        metrics: dict[str, Tensor] | None = None
+        moves = turn == self.period - 1
+        if moves or with_metrics:
+            pi, pi_inputs, q_pi, critic_inputs = self._policy_value(obs)
+            scale_M11 = self._alpha_M11 / q_pi.abs().mean(1, keepdim=True)  # lambda
+            if with_metrics:
+                value, distance = q_pi.mean((1, 2)), (pi - action).square_().mean((1, 2))
+                metrics = {
+                    "q_mean": q_M2B.mean((1, 2)),
+                    "q_policy": value,
+                    "target_q": target.mean(1),
+                    "critic_loss": (q_M2B - target.unsqueeze(1)).square_().mean(2).sum(1),
+                    "bc_distance": distance,
+                    "actor_loss": distance - scale_M11.view(-1) * value,
+                }
+            if moves:
+                self._write_actor_gradient(pi, pi_inputs, critic_inputs, action, scale_M11)
+                self.actor_optim.step()
+                self.target_critic.flat.lerp_(self.critic.flat, self.tau)
+                self.target_actor.flat.lerp_(self.actor.flat, self.tau)
+        return metrics
+
+    def _target(self, reward: Tensor, done: Tensor, next_obs: Tensor, noise_MBA: Tensor) -> Tensor:
+        """y, `(M, B)`."""
+        smoothing = (noise_MBA * self._sigma_M11).clamp_(self._minus_clip_M11, self._clip_M11)
+        next_action = self.target_actor.forward(next_obs)[0].tanh_().add_(smoothing).clamp_(-1.0, 1.0)
+        value = smaller_of_twins(self.target_critic, twins_input(torch.cat((next_obs, next_action), dim=-1)))
+        return bellman_target(reward, done, value, self.gamma)
+
+    def _policy_value(self, obs: Tensor) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+        """pi(s) `(M, B, A)` and Q_1(s, pi(s)) `(M, B, 1)`, each with the inputs of its network's layers."""
+        out, pi_inputs = self.actor.forward(obs)
+        pi = out.tanh_()
+        q_pi, critic_inputs = self._first_critic.forward(torch.cat((obs, pi), dim=-1))
+        return pi, pi_inputs, q_pi, critic_inputs
+
+    def _write_actor_gradient(
+        self, pi: Tensor, pi_inputs: list[Tensor], critic_inputs: list[Tensor], action: Tensor, scale_M11: Tensor
+    ) -> None:
+        s, a = self.observation_dim, self.action_dim
+        m, batch, _ = pi.shape
+        of_value = (scale_M11 * (-1.0 / batch)).expand(m, batch, 1)
+        first_delta = self._first_critic.hidden_gradients(critic_inputs, of_value)[0]
+        grad_pi = self._first_critic.input_gradient(first_delta, s, s + a)
+        grad_pi.add_(pi - action, alpha=2.0 / (batch * a))
+        grad_out = torch.addcmul(grad_pi, grad_pi * pi, pi, value=-1.0)  # through tanh: times 1 - pi^2
+        self.actor.write_gradients(pi_inputs, self.actor.hidden_gradients(pi_inputs, grad_out), grad_out)
+
+    # ---- members and checkpoints ----------------------------------------------------------------------------
+
+    def select(self, members: Sequence[int]) -> TD3BCUpdater:
+        other = copy.copy(self)
+        other.configs = [self.configs[m] for m in members]
+        for name in self._stacks:
+            setattr(other, name, getattr(self, name).select(members))
+        other.actor_optim = self.actor_optim.select(other.actor, members)
+        other.critic_optim = self.critic_optim.select(other.critic, members)
+        other._bind()
+        return other
+
+    def state_dict(self) -> dict[str, Any]:
+        stacks = {name: getattr(self, name).flat for name in self._stacks}
+        return {**stacks, **{name: getattr(self, name).state_dict() for name in self._optims}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        load_networks(self, state, self._stacks, self._optims)
+
+
+class TD3BC(ModelFree):
+    """A pack of TD3+BC runs."""
+
+    Config = TD3BCConfig
+    configs: Sequence[TD3BCConfig]
+    shared: TD3BCConfig
+    updater: TD3BCUpdater
+
+    def prepare(self, data: TrainingData) -> TrainingData:
+        return data.standardised() if self.shared.normalize_observations else data
+
+    def make_updater(self) -> TD3BCUpdater:
+        widths = (self.data.observation_dim, self.data.action_dim)
+        return TD3BCUpdater(self.configs, self.seeds, *widths, self.device)
+
+    def actor_arrays(self, member: int) -> dict[str, np.ndarray]:
+        return tanh_arrays(self.updater.actor, member)
+
+
+METHOD = TD3BC
