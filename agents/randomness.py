@@ -2,8 +2,8 @@
 
 Nothing carries generator state from one chunk to the next: a chunk's noise is drawn by a generator made from its
 counters. So a run draws the same numbers alone, in any pack, with any number of rollout workers and after any resume,
-and a checkpoint needs only the counters. Draws are made on the CPU and shipped to the learner's device, so they do not
-depend on the device either.
+and a checkpoint needs only the counters. Draws are made on the CPU and shipped to the learner's device, but
+for the large ones of a learner on a GPU: those are made there, and are other numbers than a CPU's.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import hashlib
 import torch
 
 
-def generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
-    """A fresh CPU generator for one purpose of one run.
+def generator(seed: int, purpose: str, *counters: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A fresh generator for one purpose of one run.
 
     Args:
         seed: the run's seed.
         purpose: what is drawn, e.g. "init", "updates", "rollout".
         counters: epoch, shard, ...: distinct counters give independent streams.
+        device: what the generator draws on.
     """
     text = repr((int(seed), purpose, tuple(int(c) for c in counters)))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)

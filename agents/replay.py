@@ -57,13 +57,14 @@ class Replay:
         """Uniform draws with replacement for a chunk of updates.
 
         Returns:
-            `(num_updates, num_real + num_model)` row numbers for `gather`, on the CPU.
+            `(num_updates, num_real + num_model)` row numbers for `gather`, on the generator's device.
         """
-        parts = []
+        parts, device = [], generator.device
         if num_real:
-            parts.append(torch.randint(self.num_real, (num_updates, num_real), generator=generator))
+            parts.append(torch.randint(self.num_real, (num_updates, num_real), generator=generator, device=device))
         if num_model:
-            drawn = torch.randint(self.sizes[member], (num_updates, num_model), generator=generator)
+            shape = (num_updates, num_model)
+            drawn = torch.randint(self.sizes[member], shape, generator=generator, device=device)
             parts.append(drawn + self._start(member))
         return torch.cat(parts, dim=1)
 
