@@ -24,8 +24,7 @@ from torch import Tensor
 
 from agents.dynamics import Ensemble
 from agents.networks import StackedMLP
-from agents.randomness import generator
-from agents.rollout import Penalty, RolloutStatistics, rollout
+from agents.rollout import Penalty, Rollout, RolloutStatistics, draw
 from envs.dataset import Dataset
 from envs.errors import UserError
 from envs.termination import termination_rule
@@ -106,8 +105,10 @@ class TrainingData:
 
     @property
     def termination(self) -> Termination:
-        """When a rollout in these observations ends."""
-        return Termination(self.env_id, self.observation_mean, self.observation_std)
+        """When a rollout in these observations, on their device, ends."""
+        device = self.observations.device
+        moments = (None if x is None else x.to(device) for x in (self.observation_mean, self.observation_std))
+        return Termination(self.env_id, *moments)
 
     @property
     def observation_dim(self) -> int:
@@ -138,7 +139,7 @@ class Termination:
 
     Args:
         env_id: Gymnasium id.
-        mean, std: `(S,)` on the CPU if observations are standardised, else None.
+        mean, std: `(S,)` on the observations' device if these are standardised, else None.
     """
 
     env_id: str
@@ -148,38 +149,45 @@ class Termination:
     def __call__(self, next_obs: Tensor) -> Tensor:
         """Done flags `(...)` of next observations `(..., S)`."""
         if self.mean is not None and self.std is not None:
-            next_obs = next_obs * self.std.to(next_obs.device) + self.mean.to(next_obs.device)
+            next_obs = next_obs * self.std + self.mean
         return termination_rule(self.env_id)(next_obs)
 
 
 @dataclass(frozen=True)
 class RolloutJob:
-    """One shard of one member's model rollouts: a pure function of its fields and the ensemble."""
+    """One shard of the model rollouts of one or several members: a pure function of its fields and the ensemble.
 
-    member: int
-    seed: int
+    Everything lies on one device, and there the shard is computed.
+    """
+
+    members: tuple[int, ...]  # M of a pack
+    seeds: tuple[int, ...]  # (M,)
     epoch: int
     shard: int
     termination: Termination
-    actor: StackedMLP
-    starts: Tensor  # (B, S)
-    length: int
+    actor: StackedMLP  # lead (M,)
+    starts: Tensor  # (M, B, S)
+    length: int  # steps
     penalty: Penalty | None
-    penalty_coef: float
+    penalty_coef: Tensor  # (M,)
 
     def run(self, ensemble: Ensemble) -> RolloutResult:
-        rows, statistics = rollout(
-            self.actor, ensemble, self.termination, self.starts, self.length,
-            generator(self.seed, "rollout", self.epoch, self.shard), self.penalty, self.penalty_coef,
+        draws = draw(
+            self.seeds, self.epoch, self.shard, self.starts.shape[1], self.length, self.actor.sizes[-1] // 2, ensemble,
+            self.starts.device,
         )  # fmt: skip
-        return RolloutResult(self.member, rows, statistics)
+        rollout = Rollout(self.actor, ensemble, self.termination, self.penalty, self.penalty_coef)
+        rows, statistics = zip(*rollout(self.starts, draws), strict=True)
+        return RolloutResult(self.members, rows, statistics)
 
 
 @dataclass(frozen=True)
 class RolloutResult:
-    member: int
-    rows: Tensor
-    statistics: RolloutStatistics
+    """What a job's members have gathered, in their order."""
+
+    members: tuple[int, ...]
+    rows: tuple[Tensor, ...]  # (n, W) of each member
+    statistics: tuple[RolloutStatistics, ...]
 
 
 class Method(Protocol):

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from agents.networks import StackedMLP
 from agents.policies import squashed_arrays
 from agents.randomness import generator
 from agents.replay import Replay, transition_rows
-from agents.rollout import SHARD_ROWS, Penalty
+from agents.rollout import Penalty, shard_size
 from envs.errors import UserError
 
 
@@ -106,39 +108,38 @@ class ModelBasedSAC:
     def rollout_jobs(self, epoch: int) -> list[RolloutJob]:
         if not self.replay.capacity:
             return []
+        length = self.shared.rollout_length
+        size, rows = shard_size(self.device, self.sac.actor, self.ensemble, length)
         jobs = []
-        for m, (config, seed) in enumerate(zip(self.configs, self.seeds, strict=True)):
-            actor = self.actor(m)
-            starts = self._draw_starts(generator(seed, "starts", epoch))
-            for shard, rows in enumerate(starts.split(SHARD_ROWS)):
+        for members in (range(m, min(m + size, self.num_members)) for m in range(0, self.num_members, size)):
+            seeds, actor = tuple(self.seeds[m] for m in members), self.sac.actor.select(members)
+            coef = torch.tensor([self.penalty_coef(self.configs[m]) for m in members], device=self.device)
+            starts_MB = torch.stack([self._draw_starts(seed, epoch) for seed in seeds])
+            for shard, index_MB in enumerate(starts_MB.split(rows, dim=1)):
                 jobs.append(RolloutJob(
-                    m, seed, epoch, shard, self.data.termination, actor, rows.clone(), config.rollout_length,
-                    type(self).penalty, self.penalty_coef(config),
+                    tuple(members), seeds, epoch, shard, self.data.termination, actor,
+                    self.data.observations[index_MB], length, type(self).penalty, coef,
                 ))  # fmt: skip
         return jobs
 
-    def _draw_starts(self, draw: torch.Generator) -> Tensor:
-        """States of the dataset, without replacement where it has enough of them."""
-        n = len(self.data.observations)
+    def _draw_starts(self, seed: int, epoch: int) -> Tensor:
+        """Row numbers `(num_starts,)` of the dataset, without replacement where it has enough of them."""
+        n, source = len(self.data.observations), generator(seed, "starts", epoch, device=self.device)
         if n >= self.num_starts:
-            index = torch.randperm(n, generator=draw)[: self.num_starts]
-        else:
-            index = torch.randint(n, (self.num_starts,), generator=draw)
-        return self.data.observations[index.to(self.device)]
+            return torch.randperm(n, generator=source, device=self.device)[: self.num_starts]
+        return torch.randint(n, (self.num_starts,), generator=source, device=self.device)
 
     def add_rollouts(self, results: Sequence[RolloutResult]) -> list[dict[str, float]]:
         if not results:
             return [{} for _ in range(self.num_members)]
         per_member: list[dict[str, float]] = []
         for m in range(self.num_members):
-            mine = [r for r in results if r.member == m]
+            mine = [(r, r.members.index(m)) for r in results if m in r.members]
             if not mine:
                 raise ValueError(f"no rollouts for member {m} of {self.num_members}")
-            total = mine[0].statistics
-            for result in mine[1:]:
-                total = total + result.statistics
-            for result in mine:
-                self.replay.add(m, result.rows)
+            total = reduce(operator.add, (result.statistics[place] for result, place in mine))
+            for result, place in mine:
+                self.replay.add(m, result.rows[place])
             count = max(total.transitions, 1)
             metrics = {
                 "rollout/transitions": float(total.transitions),

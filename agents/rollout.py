@@ -1,32 +1,41 @@
 """Model rollouts: short imagined trajectories from states of the dataset.
 
-A shard is a pure function of its inputs and its generator, so shards may run anywhere, in any order, with the same
-result.
+Whatever is random in a shard is drawn first, for all its rows and steps, by one generator per member. So shards may run
+anywhere, in any order and with any other members, with the same result, and the steps themselves come in two forms
+with the same numbers:
 
-Shapes: B rows still alive, S observation, A action, D = S + 1.
+- on a CPU *compacting*, one member after the other: rows whose rollout has ended leave the batch;
+- on a GPU *masked*, all members at once: shapes stay fixed, and what is worth keeping is picked at the end, so that no
+  step waits for the device.
+
+Shapes: M member, K step, B start, S observation, A action, D = S + 1 outputs of the dynamics, W = 2S + A + 2 columns
+of a row (see `agents.replay`), R row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from agents.dynamics import Ensemble
 from agents.networks import StackedMLP
-from agents.replay import transition_rows
+from agents.randomness import generator
 from agents.sac import squashed_sample
 
-SHARD_ROWS = 2_500  # starts of one shard: its activations stay in a core's cache
+SHARD_ROWS = 2_500  # starts of a shard on a CPU: its activations stay in a core's cache
+DEVICE_SHARD_ROWS = 25_000  # starts of a shard on a GPU, of each member
+DEVICE_JOB_BYTES = 4 << 30  # of GPU memory that one job may take, unless a single member takes more
 
 Penalty = Callable[[Tensor], Tensor]  # standard deviations (E, B, D) -> penalty (B,)
 
 
 @dataclass(frozen=True)
 class RolloutStatistics:
-    """Sums over a shard, so that shards add up."""
+    """Sums over a shard of one member, so that shards add up."""
 
     transitions: int
     terminals: int
@@ -39,18 +48,53 @@ class RolloutStatistics:
         return RolloutStatistics(**{k: mine[k] + theirs[k] for k in mine})
 
 
-@torch.no_grad()
-def rollout(
-    actor: StackedMLP,
-    ensemble: Ensemble,
-    termination: Callable[[Tensor], Tensor],
-    starts_BS: Tensor,
-    length: int,
-    generator: torch.Generator,
-    penalty: Penalty | None = None,
-    penalty_coef: float = 0.0,
-) -> tuple[Tensor, RolloutStatistics]:
-    """Roll the stochastic policy through the ensemble.
+def shard_size(device: torch.device, actor: StackedMLP, ensemble: Ensemble, length: int) -> tuple[int, int]:
+    """How a device's work is divided: members of a job, and starts that it has of each.
+
+    The number of starts decides what is drawn, so it does not depend on the pack.
+
+    Args:
+        length: K, steps.
+    """
+    if device.type == "cpu":
+        return 1, SHARD_ROWS
+    s, d = ensemble.observation_dim, ensemble.num_outputs
+    a = actor.sizes[-1] // 2
+    widest = max(bias.shape[-1] for name, bias in ensemble.tensors.items() if name.startswith("b"))
+    # of one start: a layer's input and output with something to spare; the rows twice, as made and as picked; the draws
+    floats = 3 * (ensemble.size * widest + max(actor.sizes)) + length * (2 * (2 * s + a + 2) + a + d + 2)
+    return max(1, DEVICE_JOB_BYTES // (4 * floats * DEVICE_SHARD_ROWS)), DEVICE_SHARD_ROWS
+
+
+class Draws(NamedTuple):
+    """All that is random in a shard of M members; X = A + D."""
+
+    noise_MKBX: Tensor  # standard normal: A columns for the policy, D for the dynamics
+    elite_MKB: Tensor  # the ensemble member that predicts
+
+
+def draw(
+    seeds: Sequence[int], epoch: int, shard: int, num_starts: int, length: int, action_dim: int, ensemble: Ensemble,
+    device: torch.device,
+) -> Draws:  # fmt: skip
+    """Draw a shard's noise and elites on its device, by one generator per member.
+
+    Args:
+        num_starts: B, starts of each member.
+        length: K, steps.
+    """
+    noise = torch.empty((len(seeds), length, num_starts, action_dim + ensemble.num_outputs), device=device)
+    which = torch.empty((len(seeds), length, num_starts), dtype=torch.int64, device=device)
+    for m, seed in enumerate(seeds):
+        source = generator(seed, "rollout", epoch, shard, device=device)
+        noise[m].normal_(generator=source)
+        which[m].random_(len(ensemble.elites), generator=source)
+    return Draws(noise, torch.tensor(ensemble.elites, device=device)[which])
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The rollouts of M members, started by calling it.
 
     At every step and for every row an elite is drawn uniformly and its Gaussian sampled, for the state change and for
     the reward (RAVL `rollout_generation.py:33-46`). A terminal transition is kept with d = 1 and its row ends; a
@@ -58,52 +102,137 @@ def rollout(
     are evaluated.
 
     Args:
-        actor: one member's actor.
-        termination: next observations (B, S) -> bool (B,).
-        starts_BS: start states.
-        length: steps.
-        generator: CPU generator of this shard.
-        penalty: a function of the standard deviations of all ensemble members, (E, B, D) -> (B,).
-        penalty_coef: subtracted from the reward, times the penalty.
-
-    Returns:
-        Rows (n, W) as `agents.replay` lays them out, and statistics.
+        actor: the members' actors, lead `(M,)`.
+        termination: next observations (..., S) -> bool (...).
+        penalty: a function of the standard deviations of all ensemble members, (E, B, D) -> (B,), or None.
+        penalty_coef_M: subtracted from the reward, times the penalty.
     """
-    obs, rows = starts_BS, []
-    elites = torch.tensor(ensemble.elites)
-    transitions = terminals = dropped = 0
-    reward_sum = penalty_sum = 0.0
-    action_dim = actor.sizes[-1] // 2
-    for _ in range(length):
-        batch, device = len(obs), obs.device
-        noise = torch.randn((batch, action_dim + ensemble.num_outputs), generator=generator).to(device)
-        drawn = elites[torch.randint(len(elites), (batch,), generator=generator)].to(device)
-        out, _ = actor.forward(obs.unsqueeze(0))
-        action = squashed_sample(out.squeeze(0), noise[:, :action_dim])
-        state_action = torch.cat((obs, action), dim=-1)
-        if penalty is None:
-            mean, std = ensemble.predict_one_each(state_action, drawn)
-        else:
-            mean_all, std_all = ensemble.predict_all(state_action)
-            at = torch.arange(batch, device=device)
-            mean, std = mean_all[drawn, at], std_all[drawn, at]
-        sample = torch.addcmul(mean, std, noise[:, action_dim:])
-        next_obs, reward = obs + sample[:, :-1], sample[:, -1]
-        if penalty is not None:
-            cost = penalty(std_all)
-            reward = reward - penalty_coef * cost
-        done = termination(next_obs)
-        # of the stored values: a penalty over all members can overflow where the drawn one predicts well
-        finite = torch.isfinite(next_obs).all(dim=-1) & torch.isfinite(reward)
-        if penalty is not None:
-            penalty_sum += float(cost[finite].sum())
-        step_rows = transition_rows(obs, action, reward, done, next_obs)[finite]
-        rows.append(step_rows)
-        transitions += len(step_rows)
-        dropped += batch - len(step_rows)
-        terminals += int((done & finite).sum())
-        reward_sum += float(reward[finite].sum())
-        obs = next_obs[finite & ~done]
-        if not len(obs):
-            break
-    return torch.cat(rows), RolloutStatistics(transitions, terminals, dropped, reward_sum, penalty_sum)
+
+    actor: StackedMLP
+    ensemble: Ensemble
+    termination: Callable[[Tensor], Tensor]
+    penalty: Penalty | None
+    penalty_coef_M: Tensor
+
+    @torch.inference_mode()
+    def __call__(self, starts_MBS: Tensor, draws: Draws) -> list[tuple[Tensor, RolloutStatistics]]:
+        """Rows (n, W) of every member, step after step, and their statistics; as many steps as `draws` has."""
+        if starts_MBS.device.type != "cpu":
+            return self.masked(starts_MBS, draws)
+        return [
+            self._of_member(m).compacting(starts_MBS[m], draws.noise_MKBX[m], draws.elite_MKB[m])
+            for m in range(len(starts_MBS))
+        ]
+
+    def compacting(self, obs_BS: Tensor, noise_KBX: Tensor, elite_KB: Tensor) -> tuple[Tensor, RolloutStatistics]:
+        """One member's rollouts; rows that have ended leave the batch."""
+        length, num_starts = elite_KB.shape
+        rows = obs_BS.new_empty((length * num_starts, self._width))
+        filled, dropped, penalty_sum = 0, 0, 0.0
+        place = torch.arange(num_starts, device=obs_BS.device)  # of the rows still alive among the starts
+        for noise, elite in zip(noise_KBX, elite_KB, strict=True):
+            if len(place) < num_starts:
+                noise, elite = noise.index_select(0, place), elite.index_select(0, place)
+            new = rows[filled : filled + len(place)]
+            next_obs, done, cost = self._step(*(x.unsqueeze(0) for x in (obs_BS, noise, elite, new)))
+            next_obs, done = next_obs.squeeze(0), done.squeeze(0)
+            if not bool(new.sum().isfinite()):  # the sum is cheap; where it is finite, all are
+                finite = torch.isfinite(new).all(-1)
+                dropped += int((~finite).sum())
+                next_obs, done, kept, place = next_obs[finite], done[finite], new[finite], place[finite]
+                cost = None if cost is None else cost[:, finite]
+                rows[filled : filled + len(kept)] = kept
+            if cost is not None:
+                penalty_sum += float(cost.sum(dtype=torch.float64))
+            filled += len(place)
+            if bool(done.any()):
+                next_obs, place = next_obs[~done], place[~done]
+            obs_BS = next_obs
+            if not len(place):
+                break
+        rows = rows[:filled]
+        reward_sum, terminals = rows[:, self._reward : self._reward + 2].sum(0, dtype=torch.float64).tolist()
+        return rows, RolloutStatistics(filled, int(terminals), dropped, reward_sum, penalty_sum)
+
+    def masked(self, obs_MBS: Tensor, draws: Draws) -> list[tuple[Tensor, RolloutStatistics]]:
+        """All members' rollouts; rows that have ended go on, unheeded."""
+        members, length, num_starts = draws.elite_MKB.shape
+        rows = obs_MBS.new_empty((members, length, num_starts, self._width))
+        kept = torch.empty_like(draws.elite_MKB, dtype=torch.bool)
+        alive = torch.ones_like(kept[:, 0])
+        dropped = torch.zeros_like(self.penalty_coef_M, dtype=torch.float64)
+        penalty_sum = torch.zeros_like(dropped)
+        for t in range(length):
+            obs_MBS, done, cost = self._step(obs_MBS, draws.noise_MKBX[:, t], draws.elite_MKB[:, t], rows[:, t])
+            finite = torch.isfinite(rows[:, t]).all(-1)
+            dropped += (alive & ~finite).sum(1)
+            alive = torch.logical_and(alive, finite, out=kept[:, t])
+            if cost is not None:
+                penalty_sum += cost.where(alive, 0.0).sum(1, dtype=torch.float64)
+            alive = alive & ~done
+        reward_done = rows[..., self._reward : self._reward + 2].where(kept.unsqueeze(-1), 0.0)
+        reward_sum, terminals = reward_done.sum((1, 2), dtype=torch.float64).unbind(1)
+        totals = torch.stack((kept.sum((1, 2)), terminals, dropped, reward_sum, penalty_sum), 1)
+        statistics = [
+            RolloutStatistics(int(made), int(ended), int(lost), reward, cost)
+            for made, ended, lost, reward, cost in _read(totals)
+        ]
+        picked = _pick(rows.view(-1, self._width), kept.view(-1), sum(s.transitions for s in statistics))
+        return list(zip(picked.split([s.transitions for s in statistics]), statistics, strict=True))
+
+    def _step(
+        self, obs_MBS: Tensor, noise_MBX: Tensor, elite_MB: Tensor, rows_MBW: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Write a transition of every row; next observations (M, B, S), done flags (M, B), penalties (M, B)."""
+        m, b, s = obs_MBS.shape
+        a = self._reward - s
+        rows_MBW[..., :s] = obs_MBS
+        rows_MBW[..., s : s + a] = squashed_sample(self.actor.forward(obs_MBS)[0], noise_MBX[..., :a])
+        mean, std, cost = self._predict(rows_MBW[..., : s + a].reshape(m * b, s + a), elite_MB.reshape(-1))
+        sample = torch.addcmul(mean.view(m, b, -1), std.view(m, b, -1), noise_MBX[..., a:])
+        next_obs, reward = rows_MBW[..., s + a + 2 :], sample[..., -1]
+        torch.add(obs_MBS, sample[..., :-1], out=next_obs)
+        if cost is not None:
+            cost = cost.view(m, b)
+            reward = torch.addcmul(reward, self.penalty_coef_M.unsqueeze(1), cost, value=-1.0)
+        done = self.termination(next_obs)
+        rows_MBW[..., s + a], rows_MBW[..., s + a + 1] = reward, done
+        return next_obs, done, cost
+
+    def _predict(self, state_action_BX: Tensor, elite_B: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Mean and standard deviation (B, D) of the drawn elites, and the penalty (B,)."""
+        if self.penalty is None:
+            return *self.ensemble.predict_one_each(state_action_BX, elite_B), None
+        mean, std = self.ensemble.predict_all(state_action_BX)
+        row = torch.arange(len(elite_B), device=elite_B.device)
+        return mean[elite_B, row], std[elite_B, row], self.penalty(std)
+
+    def _of_member(self, member: int) -> Rollout:
+        if self.actor.num_stacked == 1:
+            return self
+        coef = self.penalty_coef_M[member : member + 1]
+        return replace(self, actor=self.actor.select([member]), penalty_coef_M=coef)
+
+    @property
+    def _reward(self) -> int:
+        """The column of the reward; the done flag's is the next."""
+        return self.ensemble.observation_dim + self.actor.sizes[-1] // 2
+
+    @property
+    def _width(self) -> int:
+        return self._reward + 2 + self.ensemble.observation_dim
+
+
+def _read(totals_MX: Tensor) -> list[list[float]]:
+    """The only point at which rollouts on a device wait for it."""
+    rows: list[list[float]] = totals_MX.tolist()
+    return rows
+
+
+def _pick(rows_RW: Tensor, kept_R: Tensor, count: int) -> Tensor:
+    """The kept rows `(count, W)` in their order; `count`, their number, is known, so that nothing has to be asked."""
+    # each kept row's place among the kept; the others all write behind the last
+    place = torch.where(kept_R, kept_R.cumsum(0) - 1, count)
+    source = torch.empty(count + 1, dtype=torch.int64, device=rows_RW.device)
+    source.scatter_(0, place, torch.arange(len(place), device=rows_RW.device))
+    return rows_RW.index_select(0, source[:count])

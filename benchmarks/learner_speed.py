@@ -1,4 +1,4 @@
-"""Speed of the learner's inner loop on a CPU, beside the speed of the matrix products it is made of.
+"""Speed of the learner's inner loops on a CPU, beside the speed of the matrix products it is made of.
 
 Cases, all with Hopper's widths (11 observations, 3 actions) and batches of 256 gathered from 100,000 rows:
 
@@ -8,11 +8,15 @@ Cases, all with Hopper's widths (11 observations, 3 actions) and batches of 256 
     small_net       2 critics and an actor of 2 x 64, the networks of the demo
     dynamics_epoch  7 Gaussian models of 4 x 200 on 100,000 rows, 20 % of them held out; the pass over the rest and the
                     error on the holdout
+    ravl_rollout    model rollouts of one run: 50,000 starts, 5 steps, an actor of 3 x 256, one of 5 elites of 4 x 200
+                    drawn for each row and step, Hopper's rule of termination; from the draw of the starts to the ring
+    mopo_rollout    the same with MOPO's penalty, which takes all 7 models
 
-`value` counts updates of single runs per second of processor time: an update of a pack of 8 counts as 8. Processor time
-and not wall time, since the cores are shared; `per_wall_second` is there too. Every line comes from a process of its
-own, in which blocks of the case, of the best matrix product and, for packs, of the same case with a pack of 1 take
-turns, so that whatever else the machine does meets all of them alike. Rates are medians over the blocks.
+`value` counts updates of single runs (an update of a pack of 8 counts as 8), epochs, or transitions that reach the
+ring, per second of processor time. Processor time and not wall time, since the cores are shared; `per_wall_second` is
+there too. Every line comes from a process of its own, in which blocks of the case, of the best matrix product and, for
+packs, of the same case with a pack of 1 take turns, so that whatever else the machine does meets all of them alike.
+Rates are medians over the blocks.
 """
 
 from __future__ import annotations
@@ -31,6 +35,10 @@ import torch
 
 from agents.cpu import configure_cpu
 from agents.dynamics import DynamicsConfig, EnsembleTrainer
+from agents.method import TrainingData
+from agents.model_based import ModelBasedConfig, ModelBasedSAC
+from agents.mopo import MOPO, MOPOConfig
+from agents.ravl import RAVL, RAVLConfig
 from agents.replay import Replay, transition_rows
 from agents.sac import SAC, SACHyperparameters, SACSettings, rows_pay
 from benchmarks.common import ROOT, Block, MatrixRate, print_line, record, spread
@@ -56,7 +64,12 @@ SAC_CASES = {
     "mopo": SACCase((256, 256), 2, 0.0),
     "small_net": SACCase((64, 64), 2, 0.0),
 }
-CASES = (*SAC_CASES, "dynamics_epoch")
+ROLLOUT_CASES: dict[str, tuple[type[ModelBasedSAC], type[ModelBasedConfig]]] = {
+    "ravl_rollout": (RAVL, RAVLConfig),
+    "mopo_rollout": (MOPO, MOPOConfig),
+}
+NUM_STARTS, ROLLOUT_LENGTH = 50_000, 5
+CASES = (*SAC_CASES, "dynamics_epoch", *ROLLOUT_CASES)
 
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
@@ -108,6 +121,15 @@ def dynamics_flops(observation_dim: int, action_dim: int, rows: int, held_out: i
     return config.ensemble_size * (rows * (2 * sum(per_row) + sum(per_row[1:])) + held_out * sum(per_row))
 
 
+def rollout_flops(observation_dim: int, action_dim: int, actor_hidden: Sequence[int], models: int) -> int:
+    """Floating-point operations of the matrix products of one transition: the actor's and those of `models` dynamics
+    models of the default widths (1 where only the drawn one is evaluated)."""
+    s, a = observation_dim, action_dim
+    actor = pairwise((s, *actor_hidden, 2 * a))
+    model = pairwise((s + a, *DynamicsConfig().hidden, 2 * (s + 1)))
+    return sum(2 * i * o for i, o in actor) + models * sum(2 * i * o for i, o in model)
+
+
 # ---- work -----------------------------------------------------------------------------------------------------------
 
 
@@ -145,12 +167,38 @@ def sac_work(sac: SAC, replay: Replay) -> Callable[[], object]:
     return work
 
 
+def rollout_method(case: str, num_starts: int) -> ModelBasedSAC:
+    """A run of the case's method in made-up dynamics that move little: few rollouts fall before their end."""
+    obs, action, reward, done, _ = hopper_shaped(NUM_ROWS)
+    obs = 0.05 * obs
+    obs[:, 0] += 1.25  # Hopper's height when it stands
+    data = TrainingData("Hopper-v4", obs, action, reward, obs, done)
+    trainer = EnsembleTrainer(obs[:100], action[:100], reward[:100], obs[:100], DynamicsConfig())
+    trainer.ensemble.tensors["max_logvar"].fill_(-8.0)  # standard deviations below 0.02
+    method, config_of = ROLLOUT_CASES[case]
+    config = config_of(
+        hidden=[256, 256, 256], rollout_batch=num_starts, rollout_length=ROLLOUT_LENGTH, rollout_epochs_retained=1
+    )
+    return method([config], [0], data, {"dynamics": trainer.ensemble.state_dict()})
+
+
+def rollout_work(method: ModelBasedSAC) -> tuple[Callable[[], object], list[float]]:
+    """The rollouts of one epoch, and a list to which each call appends how many transitions it has made."""
+    made: list[float] = []
+
+    def work() -> None:
+        results = [job.run(method.ensemble) for job in method.rollout_jobs(len(made))]
+        made.append(method.add_rollouts(results)[0]["rollout/transitions"])
+
+    return work, made
+
+
 def measure(case: str, pack: int, threads: int, blocks: int, seconds: float, command: str) -> dict[str, Any]:
     """Time one case in this process; the line of results.
 
     Args:
         case: one of `CASES`.
-        pack: runs in the pack; 1 for `dynamics_epoch`.
+        pack: runs in the pack; 1 but for the updates.
         blocks: measurements of each of the things that take turns.
         seconds: length of a block, and of each one's warm-up.
     """
@@ -158,7 +206,20 @@ def measure(case: str, pack: int, threads: int, blocks: int, seconds: float, com
     obs, action, reward, done, next_obs = hopper_shaped(NUM_ROWS)
     sizes: dict[str, Any] = {"observation_dim": OBSERVATION_DIM, "action_dim": ACTION_DIM, "rows": NUM_ROWS}
     single: Block | None = None  # the same case with a pack of 1
-    if case == "dynamics_epoch":
+    counted, per_call = "update", float(pack)  # what is counted, and how many of them a call does
+    if case in ROLLOUT_CASES:
+        method = rollout_method(case, NUM_STARTS)
+        work, made = rollout_work(method)
+        unit, block = "transitions per CPU-second", Block.warmed_up(work, seconds)
+        counted, per_call = "transition", statistics.mean(made)
+        config, hidden = method.shared.dynamics, method.shared.hidden
+        models = config.ensemble_size if type(method).penalty is not None else 1
+        flops = rollout_flops(OBSERVATION_DIM, ACTION_DIM, hidden, models)
+        sizes |= {
+            "members": config.ensemble_size, "elites": config.num_elites, "hidden": config.hidden,
+            "actor_hidden": hidden, "starts": NUM_STARTS, "length": ROLLOUT_LENGTH, "transitions_per_call": per_call,
+        }  # fmt: skip
+    elif case == "dynamics_epoch":
         config = DynamicsConfig()
         trainer = EnsembleTrainer(obs, action, reward, next_obs, config)
         epochs = iter(range(1_000_000))
@@ -187,7 +248,7 @@ def measure(case: str, pack: int, threads: int, blocks: int, seconds: float, com
         if single is not None:
             of_single.append(single.measure())
         rates.append(block.measure())
-    per_cpu = [pack * rate.per_cpu for rate in rates]
+    per_cpu = [per_call * rate.per_cpu for rate in rates]
     value = statistics.median(per_cpu)
     gflops = statistics.median(matrix.of_best())
     bound = gflops * 1e9 / flops
@@ -199,10 +260,10 @@ def measure(case: str, pack: int, threads: int, blocks: int, seconds: float, com
         paired = [v / r.per_cpu for v, r in zip(per_cpu, of_single, strict=True)]
     return record(
         BENCHMARK, case, value, unit, reference, threads, command, pack=pack, reference_is=what,
-        per_wall_second=statistics.median(pack * rate.per_wall for rate in rates), flops_per_update=flops,
-        matrix_gflops=gflops, share_of_matrix_rate=value / bound, **spread("value", per_cpu),
-        **spread("ratio", paired), **spread("matrix_gflops", matrix.of_best()), matrix_rates=matrix.medians(),
-        **sizes, blocks=blocks, updates_per_block=block.calls, load_average=os.getloadavg()[0],
+        per_wall_second=statistics.median(per_call * rate.per_wall for rate in rates),
+        **{f"flops_per_{counted}": flops}, matrix_gflops=gflops, share_of_matrix_rate=value / bound,
+        **spread("value", per_cpu), **spread("ratio", paired), **spread("matrix_gflops", matrix.of_best()), matrix_rates=matrix.medians(),
+        **sizes, blocks=blocks, calls_per_block=block.calls, load_average=os.getloadavg()[0],
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ HalfCheetah, Pendulum and the toy tasks never terminate. A next observation that
 since nothing can follow it.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +21,20 @@ from envs.errors import UserError, nearest
 TerminationRule = Callable[[Tensor], Tensor]
 
 
+def _all_below(x: Tensor, bound: float) -> Tensor:
+    """Whether every |x| of the last axis is below a bound, as none that is not a number is.
+
+    By the maximum, which is NaN where one is: on a CPU that takes a third of the time of comparing all.
+    """
+    return x.abs().amax(-1) < bound
+
+
 def hopper_done(next_obs: Tensor) -> Tensor:
     """Done unless all finite, every |s'[1:]| < 100, height s'[0] > 0.7 and |angle s'[1]| < 0.2."""
     healthy = (
-        torch.isfinite(next_obs).all(-1)
-        & (next_obs[..., 1:].abs() < 100.0).all(-1)
+        _all_below(next_obs[..., 1:], 100.0)
         & (next_obs[..., 0] > 0.7)
+        & (next_obs[..., 0] < math.inf)
         & (next_obs[..., 1].abs() < 0.2)
     )
     return ~healthy
@@ -34,19 +43,19 @@ def hopper_done(next_obs: Tensor) -> Tensor:
 def walker2d_done(next_obs: Tensor) -> Tensor:
     """Done unless all finite, height 0.8 < s'[0] < 2.0 and angle -1 < s'[1] < 1."""
     height, angle = next_obs[..., 0], next_obs[..., 1]
-    healthy = torch.isfinite(next_obs).all(-1) & (height > 0.8) & (height < 2.0) & (angle.abs() < 1.0)
+    healthy = _all_below(next_obs, math.inf) & (height > 0.8) & (height < 2.0) & (angle.abs() < 1.0)
     return ~healthy
 
 
 def ant_done(next_obs: Tensor) -> Tensor:
     """Done unless all finite and height 0.2 <= s'[0] <= 1.0."""
     height = next_obs[..., 0]
-    return ~(torch.isfinite(next_obs).all(-1) & (height >= 0.2) & (height <= 1.0))
+    return ~(_all_below(next_obs, math.inf) & (height >= 0.2) & (height <= 1.0))
 
 
 def never_done(next_obs: Tensor) -> Tensor:
     """Done only where a value is not finite."""
-    return ~torch.isfinite(next_obs).all(-1)
+    return ~_all_below(next_obs, math.inf)
 
 
 def neorl_hopper_done(next_obs: Tensor) -> Tensor:
@@ -59,9 +68,7 @@ def neorl_walker2d_done(next_obs: Tensor) -> Tensor:
 
     The simulator has no such bound, NeoRL's rule for learned models has; simulated states do not come near it.
     """
-    return (
-        walker2d_done(next_obs[..., 1:]) | ~torch.isfinite(next_obs[..., 0]) | (next_obs[..., 3:].abs() >= 100).any(-1)
-    )
+    return walker2d_done(next_obs[..., 1:]) | ~torch.isfinite(next_obs[..., 0]) | ~_all_below(next_obs[..., 3:], 100.0)
 
 
 _GYM = range(2, 6)

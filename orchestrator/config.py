@@ -53,7 +53,7 @@ class ComputeConfig:
     """Processes. Results are the same for any numbers; 0 means in the parent process."""
 
     num_learners: int | None = None  # packs trained at once; None: one per GPU, else per core; 0: in the driver
-    num_rollout_workers: int = 0  # per learner
+    num_rollout_workers: int = 0  # per learner on a CPU; a learner on a GPU makes its rollouts there
     num_evaluators: int = 0  # per learner
     runs_per_pack: int | None = None  # None: the seeds of one trial
     threads: int = 1  # of torch, per process
@@ -95,6 +95,11 @@ class Config:
         _at_least("study.objective_evaluations", self.study.objective_evaluations, 1)
         if self.compute.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"compute.device={self.compute.device!r} must be auto, cpu or cuda")
+        if self.compute.device == "cuda" and self.compute.num_rollout_workers:
+            raise UserError(
+                f"compute.num_rollout_workers={self.compute.num_rollout_workers} must be 0 with compute.device=cuda: "
+                "the rollouts of a learner on a GPU are made there"
+            )
         # no more seldom than once, at the end
         self.evaluation.every_epochs = min(self.evaluation.every_epochs, self.method.num_epochs)
 

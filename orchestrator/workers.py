@@ -6,7 +6,6 @@ dies is simply asked again once Ray has restarted it.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 import time
@@ -47,12 +46,12 @@ class RolloutWorker:
             tensors = {name: torch.tensor(value) for name, value in state["tensors"].items()}
             self._ensemble = (key, Ensemble.from_state_dict({**state, "tensors": tensors}))
 
-    def run(self, key: str, state: dict[str, Any], jobs: Sequence[RolloutJob]) -> list[tuple[NDArray[Any], Any]]:
-        """Rows as arrays (Ray moves arrays without a copy) and statistics, in the order of the jobs."""
+    def run(self, key: str, state: dict[str, Any], jobs: Sequence[RolloutJob]) -> list[tuple[list[NDArray[Any]], Any]]:
+        """Rows of each member as arrays (Ray moves arrays without a copy) and statistics, in the order of the jobs."""
         self.ensure(key, state)
         assert self._ensemble is not None
         results = [job.run(self._ensemble[1]) for job in jobs]
-        return [(r.rows.numpy(), r.statistics) for r in results]
+        return [([rows.numpy() for rows in r.rows], r.statistics) for r in results]
 
 
 class Evaluator:
@@ -69,7 +68,7 @@ class Workers:
     """What a learner hands rollouts and evaluations to.
 
     Args:
-        num_rollout_workers, num_evaluators: Ray actors; 0 computes in this process.
+        num_rollout_workers, num_evaluators: Ray actors; 0 computes in this process, as do rollouts on a GPU anyway.
         threads: of torch in each actor.
     """
 
@@ -86,12 +85,16 @@ class Workers:
         return {name: ray.get([a.__ray_call__.remote(_pid) for a in actors]) for name, actors in groups.items()}
 
     def rollouts(self, jobs: Sequence[RolloutJob], ensemble: Ensemble) -> list[RolloutResult]:
-        """The results of the jobs, in their order."""
-        if not self._rollout_workers or not jobs:
+        """The results of the jobs, in their order.
+
+        Jobs of a learner on a GPU are run here: the GPU is faster than any number of workers, and what it draws is not
+        what they would draw.
+        """
+        if not self._rollout_workers or not jobs or jobs[0].starts.device.type != "cpu":
             return [job.run(ensemble) for job in jobs]
         key, reference = self._ship(ensemble)
         workers = len(self._rollout_workers)
-        shares = [[_to_cpu(job) for job in jobs[i::workers]] for i in range(workers)]
+        shares = [list(jobs[i::workers]) for i in range(workers)]
         calls = [
             partial(w.run.remote, key, reference, share) for w, share in zip(self._rollout_workers, shares, strict=True)
         ]
@@ -99,7 +102,8 @@ class Workers:
         results: list[RolloutResult | None] = [None] * len(jobs)
         for i, answer in enumerate(answers):
             for job_index, (rows, statistics) in zip(range(i, len(jobs), workers), answer, strict=True):
-                results[job_index] = RolloutResult(jobs[job_index].member, torch.tensor(rows), statistics)
+                received = tuple(torch.tensor(array) for array in rows)
+                results[job_index] = RolloutResult(jobs[job_index].members, received, statistics)
         return [r for r in results if r is not None]
 
     def evaluate(
@@ -135,11 +139,6 @@ def _actor(cls: type, threads: int) -> Any:
     import ray
 
     return ray.remote(cls).options(num_cpus=1, max_restarts=-1, max_task_retries=0).remote(threads)
-
-
-def _to_cpu(job: RolloutJob) -> RolloutJob:
-    actor = job.actor if job.actor.flat.device.type == "cpu" else job.actor.to("cpu")
-    return dataclasses.replace(job, actor=actor, starts=job.starts.cpu())
 
 
 def _call_all(calls: Sequence[Callable[[], Any]]) -> list[Any]:

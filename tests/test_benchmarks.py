@@ -53,6 +53,17 @@ def test_the_counted_arithmetic_of_an_ensemble_epoch_is_what_the_epoch_does():
     assert count_flops(epoch) == pytest.approx(counted, rel=0.03)
 
 
+@pytest.mark.parametrize(("case", "models"), [("ravl_rollout", 1), ("mopo_rollout", 7)])
+def test_the_counted_arithmetic_of_a_rollout_is_what_it_does_and_few_rows_fall(case, models):
+    method = learner_speed.rollout_method(case, 1000)
+    work, made = learner_speed.rollout_work(method)
+    executed = count_flops(work)
+    assert 0.9 * 5 * 1000 < made[0] <= 5 * 1000
+    assert len(method.replay.member_rows(0)) == made[0]
+    widths = (learner_speed.OBSERVATION_DIM, learner_speed.ACTION_DIM)
+    assert executed / made[0] == pytest.approx(learner_speed.rollout_flops(*widths, [256] * 3, models), rel=0.01)
+
+
 def test_a_pack_is_measured_beside_a_pack_of_one(capfd):
     words = ["--cases", "small_net", "--packs", "2", "--threads", "1", "--blocks", "2", "--seconds", "0.02"]
     assert learner_speed.main(words) == 0

@@ -18,7 +18,7 @@ from agents.model_based import ModelBasedConfig, ModelBasedSAC
 from agents.mopo import MOPO, MOPOConfig, max_aleatoric
 from agents.ravl import RAVL, RAVLConfig
 from agents.replay import transition_rows
-from agents.rollout import SHARD_ROWS
+from agents.rollout import SHARD_ROWS, Rollout
 from envs.errors import UserError
 
 OBS, ACT, ROWS = 3, 2, 400
@@ -229,11 +229,11 @@ def test_real_rows_alone_need_no_rollouts() -> None:
 def test_starts_are_states_of_the_dataset_without_replacement_where_there_are_enough() -> None:
     states = set(map(tuple, data().observations.tolist()))
     method = learner(ravl_configs(rollout_batch=ROWS), SEEDS)
-    first, second = (method.rollout_jobs(epoch)[0].starts for epoch in (0, 1))
+    first, second = (method.rollout_jobs(epoch)[0].starts[0] for epoch in (0, 1))
     assert set(map(tuple, first.tolist())) == states  # each once
     assert len(first) == ROWS
     assert not torch.equal(first, second)
-    more = learner(ravl_configs(rollout_batch=ROWS + 100), SEEDS).rollout_jobs(0)[0].starts
+    more = learner(ravl_configs(rollout_batch=ROWS + 100), SEEDS).rollout_jobs(0)[0].starts[0]
     assert len(more) == ROWS + 100
     assert set(map(tuple, more.tolist())) < states
 
@@ -241,23 +241,59 @@ def test_starts_are_states_of_the_dataset_without_replacement_where_there_are_en
 def test_jobs_cover_every_member_in_shards() -> None:
     method = learner(ravl_configs(rollout_batch=2 * SHARD_ROWS + 7), SEEDS)
     jobs = method.rollout_jobs(4)
-    assert [(j.member, j.seed, j.epoch, j.shard) for j in jobs] == [
-        (m, seed, 4, shard) for m, seed in enumerate(SEEDS) for shard in range(3)
+    assert [(j.members, j.seeds, j.epoch, j.shard) for j in jobs] == [
+        ((m,), (seed,), 4, shard) for m, seed in enumerate(SEEDS) for shard in range(3)
     ]
-    assert [len(j.starts) for j in jobs[:3]] == [SHARD_ROWS, SHARD_ROWS, 7]
+    assert [tuple(j.starts.shape) for j in jobs[:3]] == [(1, n, OBS) for n in (SHARD_ROWS, SHARD_ROWS, 7)]
     for job in jobs:
-        assert torch.equal(job.actor.flat, method.actor(job.member).flat)
+        assert torch.equal(job.actor.flat, method.actor(job.members[0]).flat)
         assert (job.length, job.termination.env_id) == (3, "Hopper-v4")
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch, members: int, rows: int) -> None:
+    """Let jobs be of several members and take the form for a GPU."""
+    monkeypatch.setattr("agents.model_based.shard_size", lambda *_: (members, rows))
+    monkeypatch.setattr(Rollout, "__call__", torch.inference_mode()(Rollout.masked))
+
+
+def test_on_a_gpu_a_job_has_several_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = [learner([config], [seed]) for config, seed in zip(mopo_configs(), SEEDS, strict=True)]
+    on_gpu(monkeypatch, 3, 25)
+    pack = learner(mopo_configs(), SEEDS)
+    jobs = pack.rollout_jobs(1)
+    assert [(j.members, j.shard, tuple(j.starts.shape)) for j in jobs] == [
+        (members, shard, (len(members), n, OBS))
+        for members in ((0, 1, 2), (3,))
+        for shard, n in enumerate((25, 25, 10))
+    ]
+    assert [j.penalty_coef.tolist() for j in jobs[::3]] == [[0.0, 1.0, 3.0], [1.0]]
+    metrics = pack.add_rollouts([job.run(pack.ensemble) for job in jobs])
+    for m, method in enumerate(alone):
+        own = method.add_rollouts(run_jobs(method, 1))
+        torch.testing.assert_close(pack.replay.member_rows(m), method.replay.member_rows(0))
+        assert metrics[m] == pytest.approx(own[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("configs", [ravl_configs(), mopo_configs()], ids=["ravl", "mopo"])
+def test_what_is_trained_as_on_a_gpu_is_as_on_a_cpu(
+    configs: list[ModelBasedConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where both draw the same numbers: on a real GPU those are others."""
+    first, second = learner(configs, SEEDS), learner(configs, SEEDS)
+    train(first, [0, 1])
+    on_gpu(monkeypatch, 2, SHARD_ROWS)
+    train(second, [0, 1])
+    assert_equal(second, first, rtol=1e-4, atol=1e-4)
 
 
 def test_a_job_keeps_the_policy_it_was_made_with() -> None:
     method = learner(ravl_configs(), SEEDS)
     job = method.rollout_jobs(0)[0]
-    before = job.run(method.ensemble).rows
+    before = job.run(method.ensemble).rows[0]
     method.add_rollouts(run_jobs(method, 0))
     method.train_epoch(0)
-    assert torch.equal(job.run(method.ensemble).rows, before)
-    assert not torch.equal(method.rollout_jobs(0)[0].run(method.ensemble).rows[:60], before[:60])
+    assert torch.equal(job.run(method.ensemble).rows[0], before)
+    assert not torch.equal(method.rollout_jobs(0)[0].run(method.ensemble).rows[0][:60], before[:60])
 
 
 @pytest.mark.parametrize("starts", [60, SHARD_ROWS + 60], ids=["one shard", "two shards"])
@@ -266,7 +302,7 @@ def test_rollout_metrics_are_those_of_the_rows(starts: int) -> None:
     results = run_jobs(method, 0)
     metrics = method.add_rollouts(results)
     for m in range(4):
-        rows = torch.cat([r.rows for r in results if r.member == m])
+        rows = torch.cat([r.rows[0] for r in results if r.members == (m,)])
         assert torch.equal(method.replay.member_rows(m), rows)
         assert metrics[m] == pytest.approx({
             "rollout/transitions": len(rows), "rollout/mean_length": len(rows) / starts,
@@ -283,7 +319,7 @@ def test_a_ring_forgets_the_oldest_epochs() -> None:
     for epoch in range(6):
         results = run_jobs(method, epoch)
         method.add_rollouts(results)
-        by_epoch.append(set(map(tuple, results[0].rows.tolist())))
+        by_epoch.append(set(map(tuple, results[0].rows[0].tolist())))
     kept = set(map(tuple, method.replay.member_rows(0).tolist()))
     assert len(kept) == 2 * 60 * 3  # rows of 2 epochs of full length
     assert by_epoch[5] | by_epoch[4] <= kept
@@ -298,19 +334,20 @@ def test_mopo_lowers_rewards_by_the_penalty_and_ravl_has_none() -> None:
     free = MOPOConfig(penalty_coef=0.0, **SMALL)
     penalised, plain = (learner([c], [3]) for c in (config, free))
     with_penalty, without = penalised.rollout_jobs(0)[0], plain.rollout_jobs(0)[0]
-    mine, other = with_penalty.run(penalised.ensemble), without.run(plain.ensemble)
-    _, std = penalised.ensemble.predict_all(mine.rows[:, : OBS + ACT])
+    result = with_penalty.run(penalised.ensemble)
+    mine, other = result.rows[0], without.run(plain.ensemble).rows[0]
+    _, std = penalised.ensemble.predict_all(mine[:, : OBS + ACT])
     norm = std.square().sum(-1).sqrt().max(0).values  # over all 3 members, 2 are elites
-    torch.testing.assert_close(mine.rows[:, R], other.rows[:, R] - 2.0 * norm, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mine[:, R], other[:, R] - 2.0 * norm, rtol=1e-4, atol=1e-5)
     assert norm.min() > 0.01
-    metrics = penalised.add_rollouts([mine])[0]
+    metrics = penalised.add_rollouts([result])[0]
     assert metrics["rollout/penalty_mean"] == pytest.approx(float(norm.mean()), rel=1e-4)
 
     ravl = learner([RAVLConfig(num_critics=2, **SMALL)], [3])
     job = ravl.rollout_jobs(0)[0]
     assert job.penalty is None
-    rows = job.run(ravl.ensemble).rows
-    torch.testing.assert_close(rows[:60, R], other.rows[:60, R], rtol=1e-4, atol=1e-5)
+    (rows,) = job.run(ravl.ensemble).rows
+    torch.testing.assert_close(rows[:60, R], other[:60, R], rtol=1e-4, atol=1e-5)
     assert "rollout/penalty_mean" not in ravl.add_rollouts(run_jobs(ravl, 0))[0]
 
 

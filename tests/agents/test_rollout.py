@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from agents.dynamics import Ensemble
-from agents.method import RolloutJob, Termination
+from agents.method import RolloutJob, RolloutResult, Termination
 from agents.mopo import max_aleatoric
 from agents.networks import StackedMLP
-from agents.rollout import RolloutStatistics, rollout
+from agents.replay import Replay
+from agents.rollout import SHARD_ROWS, Penalty, Rollout, RolloutStatistics, draw, shard_size
 
 OBS, ACT = 2, 1
 R, D = OBS + ACT, OBS + ACT + 1  # columns of reward and done in a row [s, a, r, d, s']
@@ -54,12 +56,21 @@ def random_actor() -> StackedMLP:
 
 
 def never(next_obs: Tensor) -> Tensor:
-    return torch.zeros(len(next_obs), dtype=torch.bool)
+    return torch.zeros_like(next_obs[..., 0], dtype=torch.bool)
 
 
-def roll(ensemble: Ensemble, starts: Tensor, length: int, **kwargs: Any) -> tuple[Tensor, RolloutStatistics]:
-    kwargs = {"actor": sign_actor(), "termination": never, "generator": torch.Generator().manual_seed(0), **kwargs}
-    return rollout(ensemble=ensemble, starts_BS=starts, length=length, **kwargs)
+def roll(
+    ensemble: Ensemble, starts: Tensor, length: int, penalty_coef: float = 0.0, **kwargs: Any
+) -> tuple[Tensor, RolloutStatistics]:
+    """One member's rows and statistics, by the form for a CPU; that for a GPU must give the same."""
+    kwargs = {"actor": sign_actor(), "termination": never, "penalty": None, **kwargs}
+    rollout = Rollout(ensemble=ensemble, penalty_coef_M=torch.tensor([penalty_coef]), **kwargs)
+    draws = draw([0], 0, 0, len(starts), length, ACT, ensemble, starts.device)
+    ((rows, statistics),) = rollout(starts.unsqueeze(0), draws)
+    ((masked_rows, masked_statistics),) = rollout.masked(starts.unsqueeze(0), draws)
+    torch.testing.assert_close(masked_rows, rows)
+    assert vars(masked_statistics) == pytest.approx(vars(statistics))
+    return rows, statistics
 
 
 def by_hand(start: list[float], length: int, shift: float = 0.0) -> list[list[float]]:
@@ -87,7 +98,7 @@ def test_a_noiseless_ensemble_gives_the_exact_trajectories() -> None:
 
 
 def test_terminal_rows_are_kept_and_their_rollouts_end() -> None:
-    rows, statistics = roll(linear_ensemble([0.0]), torch.tensor(STARTS), 3, termination=lambda s: s[:, 0] > 0.65)
+    rows, statistics = roll(linear_ensemble([0.0]), torch.tensor(STARTS), 3, termination=lambda s: s[..., 0] > 0.65)
     expected = []
     for t in range(3):
         for start, last in zip(STARTS, [1, 2, 0], strict=True):  # 0.5 -> 0.6 -> 0.7; never; 1.0 -> 1.1
@@ -100,7 +111,7 @@ def test_terminal_rows_are_kept_and_their_rollouts_end() -> None:
 
 
 def test_a_rollout_ends_when_nothing_is_left() -> None:
-    rows, statistics = roll(linear_ensemble([0.0]), torch.tensor(STARTS), 50, termination=lambda s: s[:, 0] > -99)
+    rows, statistics = roll(linear_ensemble([0.0]), torch.tensor(STARTS), 50, termination=lambda s: s[..., 0] > -99)
     assert len(rows) == statistics.transitions == statistics.terminals == 3
 
 
@@ -133,8 +144,8 @@ def test_one_elite_is_drawn_for_every_row_and_step() -> None:
 def test_state_change_and_reward_are_sampled(penalised: bool) -> None:
     std = [0.3, 0.05, 2.0]
     ensemble = linear_ensemble([0.0, 0.0], [[math.log(x) for x in std]] * 2)
-    penalty = {"penalty": max_aleatoric, "penalty_coef": 0.0} if penalised else {}
-    rows, _ = roll(ensemble, torch.tensor([[0.5, 1.0]]).repeat(4000, 1), 1, **penalty)
+    penalty = max_aleatoric if penalised else None
+    rows, _ = roll(ensemble, torch.tensor([[0.5, 1.0]]).repeat(4000, 1), 1, penalty=penalty)
     noise = torch.cat((rows[:, -2:], rows[:, R : R + 1]), 1) - torch.tensor([0.6, 1.25, 1.0])
     torch.testing.assert_close(noise.std(0), torch.tensor(std), rtol=0.05, atol=0.0)
     assert (noise.mean(0).abs() < 4 * torch.tensor(std) / math.sqrt(4000)).all()
@@ -193,8 +204,15 @@ def test_statistics_add_up() -> None:
 
 
 def job(**changes: Any) -> RolloutJob:
-    first = RolloutJob(0, 7, 3, 2, Termination("Hopper-v4"), random_actor(), torch.tensor(STARTS) + 1.0, 5, None, 0.0)
+    """Of one member."""
+    starts, coef = torch.tensor([STARTS]) + 1.0, torch.zeros(1)
+    first = RolloutJob((0,), (7,), 3, 2, Termination("Hopper-v4"), random_actor(), starts, 5, None, coef)
     return dataclasses.replace(first, **changes)
+
+
+def rows_of(job: RolloutJob) -> Tensor:
+    (rows,) = job.run(noisy()).rows
+    return rows
 
 
 def noisy() -> Ensemble:
@@ -202,30 +220,30 @@ def noisy() -> Ensemble:
 
 
 def test_a_job_gives_the_same_rows_whatever_the_others() -> None:
-    jobs = [job(shard=s, member=s % 2, seed=7 + s % 2) for s in range(4)]
-    alone = [jobs[s].run(noisy()).rows for s in range(4)]
+    jobs = [job(shard=s, members=(s % 2,), seeds=(7 + s % 2,)) for s in range(4)]
+    alone = [rows_of(jobs[s]) for s in range(4)]
     torch.manual_seed(5)
     together = {s: jobs[s].run(noisy()) for s in (3, 1, 0, 2)}
     for s in range(4):
-        assert torch.equal(together[s].rows, alone[s])
-        assert together[s].member == s % 2
+        assert torch.equal(together[s].rows[0], alone[s])
+        assert together[s].members == (s % 2,)
 
 
 def test_seed_epoch_and_shard_each_give_other_noise_and_the_member_none() -> None:
-    rows = job().run(noisy()).rows
-    for changes in ({"seed": 8}, {"epoch": 4}, {"shard": 3}):
-        assert not torch.equal(job(**changes).run(noisy()).rows[:3], rows[:3])
-    assert torch.equal(job(member=9).run(noisy()).rows, rows)
+    rows = rows_of(job())
+    for changes in ({"seeds": (8,)}, {"epoch": 4}, {"shard": 3}):
+        assert not torch.equal(rows_of(job(**changes))[:3], rows[:3])
+    assert torch.equal(rows_of(job(members=(9,))), rows)
 
 
 def test_a_job_ends_its_rollouts_by_the_rule_of_its_environment() -> None:
     """Hopper falls when |s'[1]| >= 0.2; HalfCheetah never does."""
-    starts = torch.tensor([[1.5, 0.0]])
+    starts = torch.tensor([[[1.5, 0.0]]])
     hopper = job(starts=starts).run(linear_ensemble([0.0]))
     cheetah = job(starts=starts, termination=Termination("HalfCheetah-v4")).run(linear_ensemble([0.0]))
-    assert hopper.rows[:, D].tolist() == [1.0]
-    assert cheetah.rows[:, D].tolist() == [0.0] * 5
-    assert hopper.statistics.terminals == 1
+    assert hopper.rows[0][:, D].tolist() == [1.0]
+    assert cheetah.rows[0][:, D].tolist() == [0.0] * 5
+    assert hopper.statistics[0].terminals == 1
 
 
 def test_standardised_observations_end_a_rollout_where_the_environments_would() -> None:
@@ -237,6 +255,119 @@ def test_standardised_observations_end_a_rollout_where_the_environments_would() 
 
 
 def test_a_job_can_be_sent_to_another_process() -> None:
-    original = job(penalty=max_aleatoric, penalty_coef=0.5, actor=sign_actor())
+    original = job(penalty=max_aleatoric, penalty_coef=torch.tensor([0.5]), actor=sign_actor())
     sent = pickle.loads(pickle.dumps(original))
-    assert torch.equal(sent.run(noisy()).rows, original.run(noisy()).rows)
+    assert torch.equal(rows_of(sent), rows_of(original))
+
+
+# ---- several members, on a CPU and on a GPU --------------------------------------------------------------------------
+
+
+def pack_job(penalty: Penalty | None) -> RolloutJob:
+    """Three members whose policies, seeds and penalties differ; some of their rows fall, some are not finite."""
+    actor = StackedMLP((3,), (OBS, 16, 2 * ACT))
+    actor.flat.copy_(torch.randn(actor.flat.shape, generator=torch.Generator().manual_seed(0)))
+    starts = torch.rand((3, 400, OBS), generator=torch.Generator().manual_seed(1)) * 0.3
+    starts[..., 0] += 0.65  # Hopper falls at 0.7, and at |s1| >= 0.2
+    starts[..., 1] -= 0.5
+    starts[1, ::7] = math.inf
+    return job(
+        members=(4, 0, 2), seeds=(7, 8, 9), actor=actor, starts=starts, penalty=penalty,
+        penalty_coef=torch.tensor([0.0, 0.5, 2.0]),
+    )  # fmt: skip
+
+
+def assert_same(one: RolloutResult, other: RolloutResult) -> None:
+    assert one.members == other.members
+    for mine, theirs in zip(one.rows, other.rows, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    for ours, others in zip(one.statistics, other.statistics, strict=True):
+        assert vars(ours) == pytest.approx(vars(others), rel=1e-5)
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let jobs take the form for a GPU."""
+    monkeypatch.setattr(Rollout, "__call__", torch.inference_mode()(Rollout.masked))
+
+
+penalties = pytest.mark.parametrize("penalty", [None, max_aleatoric], ids=["free", "penalised"])
+
+
+@penalties
+def test_both_forms_give_the_same_rows(penalty: Penalty | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    compacted = pack_job(penalty).run(noisy())
+    on_gpu(monkeypatch)
+    assert_same(compacted, pack_job(penalty).run(noisy()))
+    for rows, statistics in zip(compacted.rows, compacted.statistics, strict=True):
+        assert 400 < statistics.transitions == len(rows) < 5 * 400
+        assert statistics.terminals > 20
+    assert [s.dropped for s in compacted.statistics] == [0, 58, 0]
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@penalties
+def test_a_member_of_a_job_gathers_what_it_gathers_alone(
+    penalty: Penalty | None, gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if gpu:
+        on_gpu(monkeypatch)
+    pack = pack_job(penalty)
+    together = pack.run(noisy())
+    for m in range(3):
+        alone = dataclasses.replace(
+            pack, members=pack.members[m : m + 1], seeds=pack.seeds[m : m + 1], actor=pack.actor.select([m]),
+            starts=pack.starts[m : m + 1], penalty_coef=pack.penalty_coef[m : m + 1],
+        )  # fmt: skip
+        mine = RolloutResult(together.members[m : m + 1], together.rows[m : m + 1], together.statistics[m : m + 1])
+        assert_same(alone.run(noisy()), mine)
+    assert len({s.transitions for s in together.statistics}) == 3
+
+
+@penalties
+def test_on_a_gpu_only_the_totals_are_read(penalty: Penalty | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws, steps, picking the rows and storing them in the rings, on fake tensors, which refuse whatever needs a
+    value or mixes devices. Theirs is "meta": without a GPU torch does not index what lies on "cuda"."""
+    width = 2 * OBS + ACT + 2
+    monkeypatch.setattr("agents.rollout.generator", lambda *_, device: None)  # there is none for this device
+    monkeypatch.setattr(Ensemble, "predict_one_each", dense)
+    reads: list[Tensor] = []
+
+    def read(totals: Tensor) -> list[list[float]]:
+        reads.append(totals)
+        return [[4.0, 0.0, 0.0, 1.0, 2.0], [0.0] * 5, [9.0, 1.0, 0.0, 1.0, 2.0]]
+
+    monkeypatch.setattr("agents.rollout._read", read)
+    there = noisy()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"):
+        ensemble = Ensemble({k: torch.empty(v.shape) for k, v in there.tensors.items()}, there.elites, OBS)
+        job = RolloutJob(
+            (4, 0, 2), (7, 8, 9), 3, 2, Termination("Hopper-v4", torch.empty(OBS), torch.empty(OBS)),
+            StackedMLP((3,), (OBS, 16, 2 * ACT), "meta"), torch.empty(3, 400, OBS), 5, penalty, torch.empty(3),
+        )  # fmt: skip
+        result = job.run(ensemble)
+        replay = Replay(torch.empty((10, width)), 3, 6, "meta")
+        for m in (0, 1):
+            replay.add(m, result.rows[m])
+        with pytest.raises(DataDependentOutputException):
+            reads[0].tolist()
+    assert [tuple(r.shape) for r in reads] == [(3, 5)]
+    assert [tuple(rows.shape) for rows in result.rows] == [(n, width) for n in (4, 0, 9)]
+    assert {rows.device.type for rows in result.rows} == {"meta"}
+    assert replay.sizes == [4, 0, 0]
+
+
+def dense(ensemble: Ensemble, state_action: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+    """What a GPU has to use in place of sorting the rows by member, which waits for their numbers."""
+    mean, std = ensemble.predict_all(state_action)
+    row = torch.arange(len(member), device=member.device)
+    return mean[member, row], std[member, row]
+
+
+def test_a_gpu_takes_as_many_members_as_its_memory_bound_allows() -> None:
+    actor, ensemble = StackedMLP((40,), (OBS, 256, 256, 2 * ACT)), noisy()
+    assert shard_size(torch.device("cpu"), actor, ensemble, 5) == (1, SHARD_ROWS)
+    members, rows = shard_size(torch.device("cuda"), actor, ensemble, 5)
+    assert members > 1
+    longer, same_rows = shard_size(torch.device("cuda"), actor, ensemble, 500)
+    assert (1 <= longer < members, same_rows) == (True, rows)
+    assert shard_size(torch.device("cuda"), actor, ensemble, 10**9) == (1, rows)

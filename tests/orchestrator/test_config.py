@@ -111,6 +111,12 @@ def test_a_wrong_override_is_refused_in_one_sentence(override: str, sentence: st
     assert "\n" not in str(caught.value)
 
 
+def test_rollout_workers_and_a_gpu_exclude_each_other():
+    with pytest.raises(UserError, match=r"^compute\.num_rollout_workers=2 must be 0 with compute\.device=cuda: "):
+        resolved("compute.device=cuda", "compute.num_rollout_workers=2")
+    assert resolved("compute.device=auto", "compute.num_rollout_workers=2").compute.num_rollout_workers == 2
+
+
 @pytest.mark.parametrize("method", [None, [], 5, {"name": None}, {"eta": 1.0}])
 def test_a_file_without_a_method_is_refused(method: Any):
     with pytest.raises(UserError, match="method"):

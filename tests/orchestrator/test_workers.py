@@ -36,7 +36,7 @@ def policies(learner: Learner) -> list[dict[str, np.ndarray]]:
 
 def same_rollouts(one: Sequence[RolloutResult], other: Sequence[RolloutResult]) -> bool:
     return len(one) == len(other) and all(
-        a.member == b.member and torch.equal(a.rows, b.rows) and a.statistics == b.statistics
+        a.members == b.members and all(map(torch.equal, a.rows, b.rows)) and a.statistics == b.statistics
         for a, b in zip(one, other, strict=True)
     )
 
@@ -68,9 +68,25 @@ def test_one_and_two_actors_give_the_rollouts_of_the_parent_process(learner: Lea
     jobs = learner.method.rollout_jobs(0)
     assert len(jobs) == 3
     here = Workers().rollouts(jobs, learner.method.ensemble)
-    assert len({tuple(r.rows[0].tolist()) for r in here}) == 3
+    assert len({tuple(r.rows[0][0].tolist()) for r in here}) == 3
     assert same_rollouts(here, pool.rollouts(jobs, learner.method.ensemble))
     assert same_rollouts(here, first_of(pool).rollouts(jobs, learner.method.ensemble))
+
+
+@rollout_workers
+def test_jobs_on_a_gpu_do_not_go_to_workers(learner: Learner, pool: Workers):
+    """Here a device whose tensors hold nothing plays the GPU."""
+
+    class Stay(Exception):
+        pass
+
+    class GPUJob(RolloutJob):
+        def run(self, ensemble: Ensemble) -> RolloutResult:
+            raise Stay
+
+    fields = vars(learner.method.rollout_jobs(0)[0]) | {"starts": torch.empty((1, 5, 3), device="meta")}
+    with pytest.raises(Stay):
+        pool.rollouts([GPUJob(**fields)], learner.method.ensemble)
 
 
 @rollout_workers
