@@ -82,7 +82,7 @@ def rollout(
         action = squashed_sample(out.squeeze(0), noise[:, :action_dim])
         state_action = torch.cat((obs, action), dim=-1)
         if penalty is None:
-            mean, std = ensemble.predict_one_each(state_action, drawn)
+            mean, std = ensemble.predict_drawn(state_action, drawn)
         else:
             mean_all, std_all = ensemble.predict_all(state_action)
             at = torch.arange(batch, device=device)

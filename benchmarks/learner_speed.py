@@ -155,7 +155,7 @@ def measure(case: str, pack: int, threads: int, blocks: int, seconds: float, com
     single: Block | None = None  # the same case with a pack of 1
     if case == "dynamics_epoch":
         config = DynamicsConfig()
-        trainer = EnsembleTrainer(obs, action, reward, next_obs, config)
+        trainer = EnsembleTrainer(obs, action, reward, next_obs, [config])
         epochs = iter(range(1_000_000))
 
         def epoch() -> None:
