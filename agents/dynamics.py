@@ -1,4 +1,4 @@
-"""An ensemble of Gaussian dynamics models: p(s' - s, r | s, a), as in MBPO, MOPO and RAVL.
+"""Ensembles of Gaussian dynamics models: p(s' - s, r | s, a), as in MBPO, MOPO and RAVL.
 
 Every member is an MLP with SiLU hidden layers and a mean and a log-variance for each of the S + 1 outputs (state
 change and reward, raw units). Inputs are standardised and clipped to +-10. Log-variances are softly bounded by learned
@@ -10,24 +10,39 @@ with L2 on each layer's weights through Adam. Departures from the released RAVL,
 apart from the training set, elites are chosen once on it, every member keeps its own bootstrap resample, and seeds
 reach the weights.
 
-Shapes: E ensemble member, B batch, S observation, A action, D = S + 1 outputs.
+All members of an ensemble train until none of them improves on the holdout, as in MOPO and RAVL; what is kept are each
+member's own best weights. Several ensembles on the same data can train in one batch: see `train_ensembles`.
+
+Gradients are written out; `tests/agents/test_dynamics.py` holds them against autograd.
+
+Shapes: P ensembles trained together, E ensemble member, G = P * E, K elite, B batch, S observation, A action,
+X = S + A inputs, D = S + 1 outputs, F parameters of one member, N transitions, H held out.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
-from torch.optim.adam import adam
 
 from agents.randomness import generator
 from envs.errors import UserError
+
+# what torch.optim.Adam(fused=True) calls, without that class's bookkeeping
+_fused_adam = torch._fused_adam_
+
+_GPU_HOLDOUT_ROWS = 4096  # evaluated at once, of every ensemble
+
+# what may differ between ensembles that train together: it enters arithmetic only
+TOGETHER = ("seed", "learning_rate", "weight_decay")
 
 
 @dataclass
@@ -66,6 +81,10 @@ class DynamicsConfig:
             raise UserError(f"dynamics.holdout_fraction={self.holdout_fraction} must lie between 0 and 1")
 
 
+def _normalised(inputs: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    return ((inputs - mean) / std).clamp_(-10.0, 10.0)
+
+
 class Ensemble:
     """E Gaussian models evaluated by one batched matrix product per layer.
 
@@ -77,13 +96,19 @@ class Ensemble:
         self.tensors, self.elites, self.observation_dim = tensors, elites, observation_dim
         self.num_layers = sum(1 for name in tensors if name.startswith("W"))
         self.num_outputs = observation_dim + 1
+        if self.device.type != "cpu":
+            _ = self._elite_weights  # now: the first prediction may be captured as a CUDA graph
 
     @property
     def size(self) -> int:
         return self.tensors["W0"].shape[0]
 
+    @property
+    def device(self) -> torch.device:
+        return self.tensors["W0"].device
+
     def _normalise(self, state_action: Tensor) -> Tensor:
-        return ((state_action - self.tensors["mean"]) / self.tensors["std"]).clamp_(-10.0, 10.0)
+        return _normalised(state_action, self.tensors["mean"], self.tensors["std"])
 
     def _bounded(self, out: Tensor) -> tuple[Tensor, Tensor]:
         mean, logvar = out.split(self.num_outputs, dim=-1)
@@ -93,21 +118,28 @@ class Ensemble:
 
     def forward(self, x_EBX: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance `(E, B, D)` for normalised inputs `(E or 1, B, S + A)`."""
-        x = x_EBX.expand(self.size, -1, -1)
-        for layer in range(self.num_layers):
-            x = torch.baddbmm(self.tensors[f"b{layer}"], x, self.tensors[f"W{layer}"])
-            if layer < self.num_layers - 1:
-                x = torch.nn.functional.silu(x, inplace=not x.requires_grad)
-        return self._bounded(x)
+        weights = [(self.tensors[f"W{i}"], self.tensors[f"b{i}"]) for i in range(self.num_layers)]
+        return self._bounded(_outputs(x_EBX.expand(self.size, -1, -1), weights))
 
     def predict_all(self, state_action_BX: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation `(E, B, D)` of every member for raw inputs `(B, S + A)`."""
         mean, logvar = self.forward(self._normalise(state_action_BX).unsqueeze(0))
         return mean, logvar.mul_(0.5).exp_()
 
-    def predict_one_each(self, state_action_BX: Tensor, member_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation `(B, D)`, row b by ensemble member `member_B[b]`: only what is drawn is
-        computed."""
+    def predict_drawn(self, state_action_BX: Tensor, member_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation `(B, D)` for raw inputs `(B, S + A)`, row b by the elite `member_B[b]`.
+
+        On a CPU only what is drawn is computed. To sort rows by member the host would have to know how many each has,
+        so elsewhere all elites predict all rows.
+        """
+        if self.device.type == "cpu":
+            mean, logvar = self._drawn_by_groups(state_action_BX, member_B)
+        else:
+            mean, logvar = self._drawn_of_all(state_action_BX, member_B)
+        return mean, logvar.mul_(0.5).exp_()
+
+    def _drawn_by_groups(self, state_action_BX: Tensor, member_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the drawn members, each of which computes its own rows."""
         order = member_B.argsort(stable=True)
         counts = torch.bincount(member_B, minlength=self.size).tolist()
         groups = self._normalise(state_action_BX[order]).split(counts)
@@ -122,7 +154,23 @@ class Ensemble:
             outs.append(x)
         mean, logvar = self._bounded(torch.cat(outs))
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return mean[back], logvar.mul_(0.5).exp_()[back]
+        return mean[back], logvar[back]
+
+    def _drawn_of_all(self, state_action_BX: Tensor, member_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The same without a look at the members: every elite computes every row."""
+        weights, position_E = self._elite_weights
+        x_KBX = self._normalise(state_action_BX).expand(len(self.elites), -1, -1)
+        out_KBD = _outputs(x_KBX, weights)
+        at_1BD = position_E.index_select(0, member_B).view(1, -1, 1).expand(-1, -1, out_KBD.shape[-1])
+        return self._bounded(out_KBD.gather(0, at_1BD).squeeze(0))
+
+    @cached_property
+    def _elite_weights(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Every layer's weights and biases of the elites, and where among them each member is, `(E,)`."""
+        elites = torch.tensor(self.elites, device=self.device)
+        position_E = torch.tensor([sum(k < e for k in self.elites) for e in range(self.size)], device=self.device)
+        layers = [(self.tensors[f"W{i}"], self.tensors[f"b{i}"]) for i in range(self.num_layers)]
+        return [(w.index_select(0, elites), b.index_select(0, elites)) for w, b in layers], position_E
 
     def to(self, device: torch.device | str) -> Ensemble:
         return Ensemble({k: v.to(device) for k, v in self.tensors.items()}, self.elites, self.observation_dim)
@@ -133,6 +181,15 @@ class Ensemble:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Ensemble:
         return cls(state["tensors"], list(state["elites"]), int(state["observation_dim"]))
+
+
+def _outputs(x_EBX: Tensor, weights: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The outputs `(E, B, 2 D)` of networks given by each layer's weights and biases."""
+    for layer, (weight, bias) in enumerate(weights):
+        x_EBX = torch.baddbmm(bias, x_EBX, weight)
+        if layer < len(weights) - 1:
+            x_EBX = torch.nn.functional.silu(x_EBX, inplace=not x_EBX.requires_grad)
+    return x_EBX
 
 
 @dataclass(frozen=True)
@@ -157,141 +214,454 @@ def train_ensemble(
 
     Args:
         observations, actions, rewards, next_observations: `(N, S)`, `(N, A)`, `(N,)`, `(N, S)`, on the device to train
-        on.
+            on.
         on_epoch: called after every epoch.
 
     Returns:
         The ensemble with each member's best weights and the elites chosen on the holdout.
+
+    Raises:
+        UserError: too few transitions, or the training diverged.
     """
-    trainer = EnsembleTrainer(observations, actions, rewards, next_observations, config)
-    for report in trainer.epochs():
+
+    def report(_: int, epoch: EpochReport) -> None:
         if on_epoch is not None:
-            on_epoch(report)
+            on_epoch(epoch)
+
+    (trained,) = train_ensembles(observations, actions, rewards, next_observations, [config], report)
+    if isinstance(trained, UserError):
+        raise trained
+    return trained
+
+
+def train_ensembles(
+    observations: Tensor,
+    actions: Tensor,
+    rewards: Tensor,
+    next_observations: Tensor,
+    configs: Sequence[DynamicsConfig],
+    on_epoch: Callable[[int, EpochReport], None] | None = None,
+) -> list[Ensemble | UserError]:
+    """Fit several ensembles to the same data in one batch, each as `train_ensemble` would (up to rounding).
+
+    Each has its own holdout, resamples, order, best weights and end. One that ends leaves the batch; the others go on
+    as if it had not been there.
+
+    Args:
+        observations, actions, rewards, next_observations: as in `train_ensemble`.
+        configs: one per ensemble; they may differ in the fields of `TOGETHER`.
+        on_epoch: called with an ensemble's place in `configs` after each of its epochs.
+
+    Returns:
+        The ensembles in the order of `configs`; for one whose training diverged, the error that says so.
+
+    Raises:
+        UserError: too few transitions.
+        ValueError: the configs differ in another field.
+    """
+    trainer = EnsembleTrainer(observations, actions, rewards, next_observations, configs)
+    for reports in trainer.epochs():
+        for place, report in reports.items():
+            if on_epoch is not None:
+                on_epoch(place, report)
     return trainer.finish()
 
 
+class _Networks:
+    """The networks of G members: each member's parameters are one row, so that an ensemble is a block of rows, and what
+    happens to a member (its best weights, leaving the batch) happens to a row.
+
+    A layer's biases are the last row of its weights, and its inputs end in a column of ones: so they cost neither a
+    copy in the forward pass nor a sum for their gradient.
+
+    Args:
+        sizes: input width, hidden widths, output width.
+        rows_GF: parameters, `F = _Networks.num_parameters(sizes)`.
+    """
+
+    _ALIGNED = 16  # floats: layers and activations begin at a cache line
+
+    def __init__(self, sizes: Sequence[int], rows_GF: Tensor) -> None:
+        self.sizes = tuple(sizes)
+        self.rows_GF, self.grad_GF = rows_GF, torch.zeros_like(rows_GF)
+        # views are made once: a small step is bound by the number of calls
+        self._layers, self._grads = self.layers(sizes, rows_GF), self.layers(sizes, self.grad_GF)
+        self._transposed = [layer[:, :-1].mT for layer in self._layers]
+        self._mean_layer = self._layers[-1][..., : self.sizes[-1] // 2]
+        self._activations: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    @classmethod
+    def _aligned(cls, n: int) -> int:
+        return -(-n // cls._ALIGNED) * cls._ALIGNED
+
+    @classmethod
+    def num_parameters(cls, sizes: Sequence[int]) -> int:
+        """Length of a row, with its gaps."""
+        return sum(cls._aligned((n_in + 1) * n_out) for n_in, n_out in pairwise(sizes))
+
+    @classmethod
+    def layers(cls, sizes: Sequence[int], rows_GF: Tensor) -> list[Tensor]:
+        """Views of rows as layers `(G, in + 1, out)`, the biases last."""
+        layers, offset = [], 0
+        for n_in, n_out in pairwise(sizes):
+            layers.append(rows_GF[:, offset : offset + (n_in + 1) * n_out].view(-1, n_in + 1, n_out))
+            offset += cls._aligned((n_in + 1) * n_out)
+        return layers
+
+    def _hidden(self, batch: int) -> list[tuple[Tensor, Tensor]]:
+        """Room for what a hidden layer leaves, `(G, B, H)`, and for the same with its column of ones."""
+        if batch not in self._activations:
+            rooms = []
+            for width in self.sizes[1:-1]:
+                room = torch.ones(len(self.rows_GF), batch, self._aligned(width + 1), device=self.rows_GF.device)
+                rooms.append((room[..., :width], room[..., : width + 1]))
+            self._activations[batch] = rooms
+        return self._activations[batch]
+
+    def forward(self, x_GBX: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Outputs `(G, B, 2 D)` for inputs that end in a one, the inputs of every layer, and the hidden layers' values
+        before the SiLU. What is returned is good until the next call."""
+        inputs, before = [x_GBX], []
+        for layer, (activation, with_one) in zip(self._layers, self._hidden(x_GBX.shape[1]), strict=False):
+            before.append(torch.bmm(inputs[-1], layer))
+            torch.ops.aten.silu.out(before[-1], out=activation)
+            inputs.append(with_one)
+        return torch.bmm(inputs[-1], self._layers[-1]), inputs, before
+
+    def mean(self, x_GBX: Tensor) -> Tensor:
+        """The first half of the outputs, `(G, B, D)`."""
+        for layer, (activation, with_one) in zip(self._layers, self._hidden(x_GBX.shape[1]), strict=False):
+            torch.ops.aten.silu.out(torch.bmm(x_GBX, layer), out=activation)
+            x_GBX = with_one
+        return torch.bmm(x_GBX, self._mean_layer)
+
+    def write_gradients(self, inputs: list[Tensor], before: list[Tensor], grad_out: Tensor) -> None:
+        """Fill `grad_GF` from what `forward` left and the gradient of its outputs."""
+        delta = grad_out
+        for layer in range(len(self._layers) - 1, -1, -1):
+            torch.bmm(inputs[layer].mT, delta, out=self._grads[layer])
+            if layer:
+                delta = torch.bmm(delta, self._transposed[layer])
+                torch.ops.aten.silu_backward.grad_input(delta, before[layer - 1], grad_input=delta)
+
+
+def _nll(
+    out_GBD2: Tensor, y_GBD: Tensor, upper_G1D: Tensor, lower_G1D: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The negative log-likelihood of the module docstring and its gradients.
+
+    Returns:
+        `mean_{b,d} [...]` of every member `(G,)`; its gradient with respect to the outputs `(G, B, 2 D)`, and to the
+        bounds of the log-variance `(G, D)` each, the regularisation of the bounds left out.
+    """
+    mean, raw = out_GBD2.chunk(2, dim=-1)
+    below_upper = upper_G1D - raw
+    bounded = upper_G1D - softplus(below_upper)
+    above_lower = bounded - lower_G1D
+    logvar = lower_G1D + softplus(above_lower)
+    precision = torch.exp(-logvar)
+    error = mean - y_GBD
+    weighted = error * precision
+    squares = weighted * error
+    count = y_GBD.shape[1] * y_GBD.shape[2]
+    loss_G = (logvar + squares).sum((1, 2)).div_(count)
+    grad_logvar = squares.neg_().add_(1.0).div_(count)
+    grad_bounded = grad_logvar * torch.sigmoid(above_lower)
+    grad_raw = grad_bounded * torch.sigmoid(below_upper)
+    grad_out = torch.cat((weighted.mul_(2.0 / count), grad_raw), dim=-1)
+    return loss_G, grad_out, (grad_bounded - grad_raw).sum(1), (grad_logvar - grad_bounded).sum(1)
+
+
+@dataclass
+class _Course:
+    """How far the training of one ensemble has come."""
+
+    place: int  # in the configs
+    config: DynamicsConfig
+    learning_rate: float
+    waited: int = 0  # epochs without improvement
+    lowered: bool = False  # the learning rate, at a plateau
+
+    def ends(self, epoch: int, improved: bool) -> bool:
+        """Whether the training ends with this epoch; a plateau that comes too early lowers the learning rate once."""
+        self.waited = 0 if improved else self.waited + 1
+        if self.waited < self.config.patience:
+            return False
+        if epoch >= self.config.min_epochs:
+            return True
+        if not self.lowered:
+            self.learning_rate *= self.config.plateau_lr_factor
+            self.lowered, self.waited = True, 0
+        return False
+
+
 class EnsembleTrainer:
-    """Training in steps, so that a benchmark can time an epoch."""
+    """What `train_ensembles` does, in steps, so that a benchmark can time an epoch.
+
+    A step is a function of tensors with fixed shapes and addresses, so on a GPU it is captured as a CUDA graph; what
+    the host needs to know is read once an epoch.
+    """
 
     def __init__(
-        self, observations: Tensor, actions: Tensor, rewards: Tensor, next_observations: Tensor, config: DynamicsConfig
+        self,
+        observations: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        next_observations: Tensor,
+        configs: Sequence[DynamicsConfig],
     ) -> None:
-        self.config = config
+        self.config = configs[0]  # for what is equal in all of them
+        for config in configs[1:]:
+            if together_settings(config) != together_settings(self.config):
+                raise ValueError(f"ensembles trained together may differ in {', '.join(TOGETHER)} only")
         self.device = observations.device
-        n = len(observations)
-        num_holdout = min(int(n * config.holdout_fraction), config.max_holdout)
+        n, size = len(observations), self.config.ensemble_size
+        num_holdout = min(int(n * self.config.holdout_fraction), self.config.max_holdout)
         if num_holdout < 1 or n - num_holdout < 1:
-            raise UserError(f"{n} transitions are too few to hold out {config.holdout_fraction:.0%} of them")
-        split = torch.randperm(n, generator=generator(config.seed, "holdout")).to(self.device)
-        held, kept = split[:num_holdout], split[num_holdout:]
-        self.num_train = len(kept)
+            raise UserError(f"{n} transitions are too few to hold out {self.config.holdout_fraction:.0%} of them")
+        self.num_train = n - num_holdout
+        self._observation_dim = observations.shape[1]
         inputs = torch.cat((observations, actions), dim=-1)
         targets = torch.cat((next_observations - observations, rewards.unsqueeze(-1)), dim=-1)
         mean, std = inputs.mean(0), inputs.std(0)
-        std = torch.where(std < 1e-12, torch.ones_like(std), std)
-        self.ensemble = self._initial(mean, std, observations.shape[1], actions.shape[1])
-        self._inputs, self._targets = self.ensemble._normalise(inputs[kept]), targets[kept]
-        self._held_inputs, self._held_targets = self.ensemble._normalise(inputs[held]), targets[held]
-        e = config.ensemble_size
-        bootstrap = torch.randint(self.num_train, (e, self.num_train), generator=generator(config.seed, "bootstrap"))
-        self._bootstrap_EN = bootstrap.to(self.device)
-        self._trained = [name for name in self.ensemble.tensors if name not in ("mean", "std")]
-        self._first = {k: torch.zeros_like(self.ensemble.tensors[k]) for k in self._trained}
-        self._second = {k: torch.zeros_like(self.ensemble.tensors[k]) for k in self._trained}
-        self._steps = {k: torch.zeros((), device=self.device) for k in self._trained}
-        self._decayed = [([f"W{i}"], decay) for i, decay in enumerate(config.weight_decay)]
-        self._decayed.append(([k for k in self._trained if not k.startswith("W")], 0.0))
-        self.learning_rate = config.learning_rate
-        self._best_mse_E = torch.full((e,), float("inf"), device=self.device)
-        self._best = {k: v.clone() for k, v in self.ensemble.tensors.items()}
+        self._statistics = {"mean": mean, "std": torch.where(std < 1e-12, torch.ones_like(std), std)}
+        # inputs, the ones that biases are multiplied with, and targets side by side: a minibatch is one gather
+        ones = torch.ones(n, 1, device=self.device)
+        self._table = torch.cat((_normalised(inputs, **self._statistics), ones, targets), dim=-1)
+        self._sizes = (inputs.shape[1], *self.config.hidden, 2 * targets.shape[1])
 
-    def _initial(self, mean: Tensor, std: Tensor, observation_dim: int, action_dim: int) -> Ensemble:
-        """Truncated normal weights, std 1 / (2 sqrt(fan_in)), cut at two standard deviations; zero biases."""
-        cfg, outputs = self.config, observation_dim + 1
-        sizes = [observation_dim + action_dim, *cfg.hidden, 2 * outputs]
-        draw = generator(cfg.seed, "init dynamics")
-        tensors: dict[str, Tensor] = {}
-        for layer, (n_in, n_out) in enumerate(pairwise(sizes)):
-            bound = 1.0 / (2.0 * math.sqrt(n_in))
-            weight = torch.empty(cfg.ensemble_size, n_in, n_out)
-            torch.nn.init.trunc_normal_(weight, 0.0, bound, -2 * bound, 2 * bound, generator=draw)
-            tensors[f"W{layer}"] = weight.to(self.device)
-            tensors[f"b{layer}"] = torch.zeros(cfg.ensemble_size, 1, n_out, device=self.device)
-        tensors["max_logvar"] = torch.full((outputs,), 0.5, device=self.device)
-        tensors["min_logvar"] = torch.full((outputs,), -10.0, device=self.device)
-        return Ensemble({**tensors, "mean": mean, "std": std}, list(range(cfg.num_elites)), observation_dim)
+        splits, resamples = [], []
+        for config in configs:
+            splits.append(torch.randperm(n, generator=self._draw(config, "holdout"), device=self.device))
+            resample_EN = torch.randint(
+                self.num_train, (size, self.num_train), generator=self._draw(config, "bootstrap"), device=self.device
+            )
+            resamples.append(splits[-1][num_holdout:][resample_EN])
+        self._held_PH = torch.stack([split[:num_holdout] for split in splits])
+        self._bootstrap_PEN = torch.stack(resamples)  # rows of the table
 
-    def loss(self, x_EBX: Tensor, y_EBD: Tensor) -> Tensor:
-        """The loss of the module docstring, without the L2 terms (they enter through Adam)."""
-        mean, logvar = self.ensemble.forward(x_EBX)
-        nll = (logvar + (y_EBD - mean).square() * torch.exp(-logvar)).mean((1, 2)).sum()
-        bounds = self.ensemble.tensors["max_logvar"].sum() - self.ensemble.tensors["min_logvar"].sum()
-        return nll + 0.01 * bounds
+        self._courses = [_Course(place, config, config.learning_rate) for place, config in enumerate(configs)]
+        self._results: dict[int, Ensemble | UserError] = {}
+        self._rows_GF = torch.cat([self._initial(config) for config in configs])
+        bounds_2D = torch.tensor([[0.5], [-10.0]], device=self.device).expand(2, targets.shape[1])
+        self._bounds_P2D = bounds_2D.repeat(len(configs), 1, 1)  # max_logvar, min_logvar
+        self._bounds_coef_21 = torch.tensor([[0.01], [-0.01]], device=self.device)
+        # Adam's moments
+        self._first_GF, self._second_GF = torch.zeros_like(self._rows_GF), torch.zeros_like(self._rows_GF)
+        self._first_P2D, self._second_P2D = torch.zeros_like(self._bounds_P2D), torch.zeros_like(self._bounds_P2D)
+        self._updates = torch.zeros((), device=self.device)
+        self._best_GF, self._best_bounds_P2D = self._rows_GF.clone(), self._bounds_P2D.clone()
+        self._best_mse_PE = torch.full((len(configs), size), float("inf"))  # on the host
+        self._bind()
 
-    def step(self, rows_EB: Tensor) -> Tensor:
-        """One Adam step of all members on their rows; returns the loss."""
-        tensors = self.ensemble.tensors
-        for k in self._trained:
-            tensors[k].requires_grad_(True)
-        loss = self.loss(self._inputs[rows_EB], self._targets[rows_EB])
-        grads = dict(zip(self._trained, torch.autograd.grad(loss, [tensors[k] for k in self._trained]), strict=True))
-        for k in self._trained:
-            tensors[k].requires_grad_(False)
-        for names, decay in self._decayed:
-            adam(
-                [tensors[k] for k in names], [grads[k] for k in names], [self._first[k] for k in names],
-                [self._second[k] for k in names], [], [self._steps[k] for k in names], fused=True, foreach=False,
-                amsgrad=False, beta1=0.9, beta2=0.999, lr=self.learning_rate, weight_decay=decay, eps=1e-8,
-                maximize=False,
+    # ---- set up -------------------------------------------------------------------------------------------------
+
+    def _draw(self, config: DynamicsConfig, purpose: str, *counters: int) -> torch.Generator:
+        return generator(config.seed, purpose, *counters, device=self.device)
+
+    def _initial(self, config: DynamicsConfig) -> Tensor:
+        """Truncated normal weights, std 1 / (2 sqrt(fan_in)), cut at two standard deviations; zero biases `(E, F)`."""
+        draw = generator(config.seed, "init dynamics")
+        rows_EF = torch.zeros(config.ensemble_size, _Networks.num_parameters(self._sizes))
+        for layer in _Networks.layers(self._sizes, rows_EF):
+            weight = layer[:, :-1]
+            bound = 1.0 / (2.0 * math.sqrt(weight.shape[1]))
+            drawn = torch.empty(weight.shape)
+            weight.copy_(torch.nn.init.trunc_normal_(drawn, 0.0, bound, -2 * bound, 2 * bound, generator=draw))
+        return rows_EF.to(self.device)
+
+    def _bind(self) -> None:
+        """Make what a step works with from the parameters and moments."""
+        self._networks = _Networks(self._sizes, self._rows_GF)
+        self._grad_bounds_P2D = torch.zeros_like(self._bounds_P2D)
+        self._learning_rates_P = torch.tensor([c.learning_rate for c in self._courses], device=self.device)
+        of_members = (self._rows_GF, self._networks.grad_GF, self._first_GF, self._second_GF)
+        of_bounds = (self._bounds_P2D, self._grad_bounds_P2D, self._first_P2D, self._second_P2D)
+        # one call of Adam's kernel for all that has the same learning rate and L2 coefficient
+        self._adam: list[tuple[list[list[Tensor]], Tensor, float]] = []
+        for p, course in enumerate(self._courses):
+            learning_rate = self._learning_rates_P[p]
+            layers = [_Networks.layers(self._sizes, self._by_ensemble(vector)[p]) for vector in of_members]
+            for i, decay in enumerate(course.config.weight_decay):
+                weights = [[member[:-1] for member in of_vector[i]] for of_vector in layers]
+                self._adam.append((weights, learning_rate, decay))
+            biases = [[member[-1] for layer in of_vector for member in layer] for of_vector in layers]
+            bounds = [[vector[p]] for vector in of_bounds]
+            self._adam.append(([b + c for b, c in zip(biases, bounds, strict=True)], learning_rate, 0.0))
+        self._captured: dict[int, _CapturedStep] = {}
+
+    def _by_ensemble(self, rows_GF: Tensor) -> Tensor:
+        return rows_GF.view(len(self._courses), self.config.ensemble_size, -1)
+
+    # ---- training -----------------------------------------------------------------------------------------------
+
+    def _gather(self, rows_GB: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs with a one at the end `(G, B, X + 1)` and targets `(G, B, D)` of rows of the table."""
+        joined = self._table.index_select(0, rows_GB.reshape(-1)).view(*rows_GB.shape, -1)
+        num_inputs = self._sizes[0] + 1
+        return joined[..., :num_inputs], joined[..., num_inputs:]
+
+    def step(self, rows_GB: Tensor) -> Tensor:
+        """One Adam step of all members on their rows of the table; returns the loss before it, `(P,)`."""
+        num, size = len(self._courses), self.config.ensemble_size
+        x_GBX, y_GBD = self._gather(rows_GB)
+        bounds_G2D = self._bounds_P2D.unsqueeze(1).expand(-1, size, -1, -1).flatten(0, 1)
+        out, inputs, before = self._networks.forward(x_GBX)
+        loss_G, grad_out, grad_upper_GD, grad_lower_GD = _nll(out, y_GBD, bounds_G2D[:, :1], bounds_G2D[:, 1:])
+        self._networks.write_gradients(inputs, before, grad_out)
+        grad_bounds_PE2D = torch.stack((grad_upper_GD, grad_lower_GD), dim=1).view(num, size, 2, -1)
+        torch.add(grad_bounds_PE2D.sum(1), self._bounds_coef_21, out=self._grad_bounds_P2D)
+        loss_P = loss_G.view(num, size).sum(1) + (self._bounds_P2D * self._bounds_coef_21).sum((1, 2))
+        self._updates.add_(1.0)
+        for (params, grads, first, second), learning_rate, decay in self._adam:
+            _fused_adam(
+                params, grads, first, second, [], [self._updates] * len(params), amsgrad=False, lr=learning_rate,
+                beta1=0.9, beta2=0.999, weight_decay=decay, eps=1e-8, maximize=False,
             )  # fmt: skip
-        return loss.detach()
+        return loss_P
 
-    def train_epoch(self, epoch: int) -> float:
-        """One pass over every member's resample, in a new order; returns the mean loss."""
-        draw = generator(self.config.seed, "order", epoch)
-        order = torch.stack([torch.randperm(self.num_train, generator=draw) for _ in range(self.config.ensemble_size)])
-        rows = self._bootstrap_EN.gather(1, order.to(self.device))
-        return float(torch.stack([self.step(batch) for batch in rows.split(self.config.batch_size, dim=1)]).mean())
+    def train_epoch(self, epoch: int) -> Tensor:
+        """One pass over every member's resample, in a new order; returns the mean loss `(P,)`."""
+        size = self.config.ensemble_size
+        orders = []
+        for course in self._courses:
+            draw = self._draw(course.config, "order", epoch)
+            orders += [torch.randperm(self.num_train, generator=draw, device=self.device) for _ in range(size)]
+        rows_GN = self._bootstrap_PEN.flatten(0, 1).gather(1, torch.stack(orders))
+        return torch.stack([self._run(rows) for rows in rows_GN.split(self.config.batch_size, dim=1)]).mean(0)
+
+    def _run(self, rows_GB: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return self.step(rows_GB)
+        batch = rows_GB.shape[1]
+        if batch not in self._captured:
+            self._captured[batch] = _CapturedStep(self.step)
+        return self._captured[batch](rows_GB)
 
     def holdout_mse(self) -> Tensor:
-        """Mean squared error of every member's mean over rows and outputs, `(E,)`."""
-        total = torch.zeros(self.config.ensemble_size, device=self.device)
-        for x, y in zip(self._held_inputs.split(4096), self._held_targets.split(4096), strict=True):
-            total += (self.ensemble.forward(x.unsqueeze(0))[0] - y).square().sum((1, 2))
-        return total / self._held_targets.numel()
+        """Mean squared error of every member's mean over rows and outputs, `(P, E)`."""
+        size = self.config.ensemble_size
+        total_G = torch.zeros(len(self._rows_GF), device=self.device)
+        # on a CPU as many as a step takes: a layer's activations stay in the cache
+        batch = _GPU_HOLDOUT_ROWS if self.device.type == "cuda" else self.config.batch_size
+        for rows_PB in self._held_PH.split(batch, dim=1):
+            x_GBX, y_GBD = self._gather(rows_PB.unsqueeze(1).expand(-1, size, -1).flatten(0, 1))
+            total_G += (self._networks.mean(x_GBX) - y_GBD).square_().sum((1, 2))
+        return total_G.view(-1, size) / (self._held_PH.shape[1] * y_GBD.shape[2])
 
-    def _keep_best(self) -> bool:
-        """Snapshot the members that improved by more than `improvement`; whether any did."""
-        mse = self.holdout_mse()
-        if not bool(torch.isfinite(mse).all()):
-            raise UserError("dynamics training diverged: the holdout error is not finite; lower dynamics.learning_rate")
-        better = (self._best_mse_E - mse) / self._best_mse_E > self.config.improvement
-        better |= torch.isinf(self._best_mse_E)
-        self._best_mse_E = torch.where(better, mse, self._best_mse_E)
-        for k in self._trained:
-            if k.endswith("logvar"):  # shared by the ensemble
-                if bool(better.any()):
-                    self._best[k].copy_(self.ensemble.tensors[k])
-            else:
-                self._best[k][better] = self.ensemble.tensors[k][better]
-        return bool(better.any())
+    # ---- what is kept, and when it ends ---------------------------------------------------------------------------
 
-    def epochs(self) -> Iterator[EpochReport]:
-        """Train until the stopping rule holds."""
-        cfg, waited, lowered = self.config, 0, False
-        for epoch in range(cfg.max_epochs):
-            loss = self.train_epoch(epoch)
-            waited = 0 if self._keep_best() else waited + 1
-            yield EpochReport(epoch, loss, self._best_mse_E.tolist(), self.learning_rate)
-            if waited < cfg.patience:
-                continue
-            if epoch >= cfg.min_epochs:
+    def epochs(self) -> Iterator[dict[int, EpochReport]]:
+        """Train until every ensemble has ended; after each epoch a report of each that took part and did not diverge,
+        by its place in the configs."""
+        for epoch in range(self.config.max_epochs):
+            if not self._courses:
                 return
-            if not lowered:
-                self.learning_rate *= cfg.plateau_lr_factor
-                lowered, waited = True, 0
+            loss_P = self.train_epoch(epoch)
+            # the only time in an epoch that the host waits for the device
+            read = torch.cat((loss_P.unsqueeze(1), self.holdout_mse()), dim=1).cpu()
+            loss_P, mse_PE = read[:, 0], read[:, 1:]
+            improved = self._keep_best(mse_PE).any(1).tolist()
+            reports, going_on = {}, []
+            for p, course in enumerate(self._courses):
+                if not bool(torch.isfinite(mse_PE[p]).all()):
+                    self._results[course.place] = UserError(
+                        "dynamics training diverged: the holdout error is not finite; lower dynamics.learning_rate"
+                    )
+                    continue
+                best = self._best_mse_PE[p].tolist()
+                reports[course.place] = EpochReport(epoch, float(loss_P[p]), best, course.learning_rate)
+                if course.ends(epoch, improved[p]):
+                    self._results[course.place] = self._best(p)
+                else:
+                    going_on.append(p)
+            self._go_on(going_on)
+            yield reports
 
-    def finish(self) -> Ensemble:
+    def _keep_best(self, mse_PE: Tensor) -> Tensor:
+        """Keep the members that improved by more than `improvement`; which did, `(P, E)`, on the host."""
+        better_PE = (self._best_mse_PE - mse_PE) / self._best_mse_PE > self.config.improvement
+        better_PE |= torch.isinf(self._best_mse_PE)
+        self._best_mse_PE = torch.where(better_PE, mse_PE, self._best_mse_PE)
+        mask_PE = better_PE.to(self.device)
+        torch.where(mask_PE.view(-1, 1), self._rows_GF, self._best_GF, out=self._best_GF)
+        # the bounds are shared by the ensemble
+        any_P11 = mask_PE.any(1).view(-1, 1, 1)
+        torch.where(any_P11, self._bounds_P2D, self._best_bounds_P2D, out=self._best_bounds_P2D)
+        return better_PE
+
+    def _go_on(self, kept: list[int]) -> None:
+        """Leave the ensembles that have ended out of the batch, and take over the learning rates of the others."""
+        if len(kept) == len(self._courses):
+            self._learning_rates_P.copy_(torch.tensor([c.learning_rate for c in self._courses]))
+            return
+        index = torch.tensor(kept, dtype=torch.long)
+
+        def members(rows_GF: Tensor) -> Tensor:
+            return self._by_ensemble(rows_GF).index_select(0, index.to(self.device)).flatten(0, 1)
+
+        def ensembles(tensor: Tensor) -> Tensor:
+            return tensor.index_select(0, index.to(tensor.device))
+
+        self._rows_GF, self._best_GF = members(self._rows_GF), members(self._best_GF)
+        self._first_GF, self._second_GF = members(self._first_GF), members(self._second_GF)
+        self._bounds_P2D, self._best_bounds_P2D = ensembles(self._bounds_P2D), ensembles(self._best_bounds_P2D)
+        self._first_P2D, self._second_P2D = ensembles(self._first_P2D), ensembles(self._second_P2D)
+        self._best_mse_PE = ensembles(self._best_mse_PE)
+        self._held_PH, self._bootstrap_PEN = ensembles(self._held_PH), ensembles(self._bootstrap_PEN)
+        self._courses = [self._courses[p] for p in kept]
+        if kept:
+            self._bind()
+
+    @property
+    def ensembles(self) -> list[Ensemble]:
+        """The ensembles still in training as they are now; they share the trainer's memory."""
+        rows, elites = self._by_ensemble(self._rows_GF), list(range(self.config.num_elites))
+        return [self._ensemble(r, b, elites) for r, b in zip(rows, self._bounds_P2D, strict=True)]
+
+    def _ensemble(self, rows_EF: Tensor, bounds_2D: Tensor, elites: list[int]) -> Ensemble:
+        tensors: dict[str, Tensor] = {}
+        for i, layer in enumerate(_Networks.layers(self._sizes, rows_EF)):
+            tensors |= {f"W{i}": layer[:, :-1], f"b{i}": layer[:, -1:]}
+        tensors |= {"max_logvar": bounds_2D[0], "min_logvar": bounds_2D[1], **self._statistics}
+        return Ensemble(tensors, elites, self._observation_dim)
+
+    def _best(self, p: int) -> Ensemble:
         """The best weights of every member, elites ranked by holdout error."""
-        elites = self._best_mse_E.argsort(stable=True)[: self.config.num_elites].tolist()
-        return Ensemble(self._best, sorted(elites), self.ensemble.observation_dim)
+        elites = self._best_mse_PE[p].argsort(stable=True)[: self.config.num_elites].tolist()
+        best = self._ensemble(self._by_ensemble(self._best_GF)[p], self._best_bounds_P2D[p], sorted(elites))
+        copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in best.tensors.items()}
+        return Ensemble(copies, best.elites, best.observation_dim)
+
+    def finish(self) -> list[Ensemble | UserError]:
+        """Every ensemble with its members' best weights, or the error that ended it, in the order of the configs."""
+        unfinished = {course.place: self._best(p) for p, course in enumerate(self._courses)}
+        results = {**self._results, **unfinished}
+        return [results[place] for place in sorted(results)]
+
+
+class _CapturedStep:
+    """A step as a CUDA graph. The first call runs it as it is, so that the libraries set themselves up; the second
+    captures it."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
+        self._step = step
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._rows_GB: Tensor | None = None
+
+    def __call__(self, rows_GB: Tensor) -> Tensor:
+        if self._rows_GB is None:
+            self._rows_GB = rows_GB.clone(memory_format=torch.contiguous_format)
+            return self._step(self._rows_GB)
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._loss_P = self._step(self._rows_GB)
+        self._rows_GB.copy_(rows_GB)
+        self._graph.replay()
+        return self._loss_P.clone()
+
+
+def together_settings(config: DynamicsConfig) -> dict[str, Any]:
+    """The settings in which ensembles must agree to train together."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in TOGETHER}

@@ -120,6 +120,18 @@ class TrainingData:
 
 
 @dataclass(frozen=True)
+class BuildTogether:
+    """How stages of one kind whose `key` is the same are built in one go, each as it would be alone."""
+
+    key: Mapping[str, Any]
+    build: Callable[
+        [Sequence[Mapping[str, Any]], TrainingData, Callable[[int, int, Mapping[str, float]], None]],
+        list[dict[str, Any] | UserError],
+    ]
+    # settings of each stage, data, report(which of them, step, metrics) -> what is stored, or why one cannot be built
+
+
+@dataclass(frozen=True)
 class Stage:
     """A step that produces a reusable artifact, built once per content key and shared by every run that needs it.
 
@@ -131,6 +143,13 @@ class Stage:
     settings: Mapping[str, Any]
     build: Callable[[TrainingData, Callable[[int, Mapping[str, float]], None]], dict[str, Any]]
     # data, report(step, metrics) -> what is stored (tensors and plain values)
+    together: BuildTogether | None = None
+
+    def can_be_built_with(self, other: Stage) -> bool:
+        """Whether both can be built in one go."""
+        if self.together is None or other.together is None:
+            return False
+        return (self.kind, self.together.key) == (other.kind, other.together.key)
 
 
 @dataclass(frozen=True)

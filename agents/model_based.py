@@ -21,8 +21,15 @@ from torch import Tensor
 
 from agents.chunk import ChunkRunner, default_capture, draw_chunk
 from agents.config import SACConfig, actor_lr_scale, check_positive, make_sac
-from agents.dynamics import DynamicsConfig, Ensemble, EpochReport, train_ensemble
-from agents.method import RolloutJob, RolloutResult, Stage, TrainingData
+from agents.dynamics import (
+    DynamicsConfig,
+    Ensemble,
+    EpochReport,
+    together_settings,
+    train_ensemble,
+    train_ensembles,
+)
+from agents.method import BuildTogether, RolloutJob, RolloutResult, Stage, TrainingData
 from agents.networks import StackedMLP
 from agents.policies import squashed_arrays
 from agents.randomness import generator
@@ -49,20 +56,39 @@ class ModelBasedConfig(SACConfig):
 
 
 def ensemble_stage(config: DynamicsConfig) -> Stage:
-    """The dynamics ensemble as a stage."""
+    """The dynamics ensemble as a stage; ensembles that differ in `agents.dynamics.TOGETHER` only train in one batch."""
 
     def build(data: TrainingData, report: Callable[[int, Mapping[str, float]], None]) -> dict[str, Any]:
         def on_epoch(epoch: EpochReport) -> None:
-            errors = epoch.holdout_mse
-            report(epoch.epoch, {
-                "train_loss": epoch.train_loss, "holdout_mse_best": min(errors),
-                "holdout_mse_mean": sum(errors) / len(errors), "learning_rate": epoch.learning_rate,
-            })  # fmt: skip
+            report(epoch.epoch, _epoch_metrics(epoch))
 
-        columns = (data.observations, data.actions, data.rewards, data.next_observations)
-        return train_ensemble(*columns, config, on_epoch).state_dict()
+        return train_ensemble(*_columns(data), config, on_epoch).state_dict()
 
-    return Stage("dynamics_ensemble", asdict(config), build)
+    def build_together(
+        settings: Sequence[Mapping[str, Any]],
+        data: TrainingData,
+        report: Callable[[int, int, Mapping[str, float]], None],
+    ) -> list[dict[str, Any] | UserError]:
+        def on_epoch(which: int, epoch: EpochReport) -> None:
+            report(which, epoch.epoch, _epoch_metrics(epoch))
+
+        trained = train_ensembles(*_columns(data), [DynamicsConfig(**one) for one in settings], on_epoch)
+        return [one if isinstance(one, UserError) else one.state_dict() for one in trained]
+
+    together = BuildTogether(together_settings(config), build_together)
+    return Stage("dynamics_ensemble", asdict(config), build, together)
+
+
+def _columns(data: TrainingData) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return data.observations, data.actions, data.rewards, data.next_observations
+
+
+def _epoch_metrics(epoch: EpochReport) -> dict[str, float]:
+    errors = epoch.holdout_mse
+    return {
+        "train_loss": epoch.train_loss, "holdout_mse_best": min(errors), "holdout_mse_mean": sum(errors) / len(errors),
+        "learning_rate": epoch.learning_rate,
+    }  # fmt: skip
 
 
 class ModelBasedSAC:

@@ -202,7 +202,7 @@ class Rollout:
     def _predict(self, state_action_BX: Tensor, elite_B: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Mean and standard deviation (B, D) of the drawn elites, and the penalty (B,)."""
         if self.penalty is None:
-            return *self.ensemble.predict_one_each(state_action_BX, elite_B), None
+            return *self.ensemble.predict_drawn(state_action_BX, elite_B), None
         mean, std = self.ensemble.predict_all(state_action_BX)
         row = torch.arange(len(elite_B), device=elite_B.device)
         return mean[elite_B, row], std[elite_B, row], self.penalty(std)

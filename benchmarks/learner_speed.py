@@ -173,13 +173,14 @@ def rollout_method(case: str, num_starts: int) -> ModelBasedSAC:
     obs = 0.05 * obs
     obs[:, 0] += 1.25  # Hopper's height when it stands
     data = TrainingData("Hopper-v4", obs, action, reward, obs, done)
-    trainer = EnsembleTrainer(obs[:100], action[:100], reward[:100], obs[:100], DynamicsConfig())
-    trainer.ensemble.tensors["max_logvar"].fill_(-8.0)  # standard deviations below 0.02
+    trainer = EnsembleTrainer(obs[:100], action[:100], reward[:100], obs[:100], [DynamicsConfig()])
+    (ensemble,) = trainer.ensembles()
+    ensemble.tensors["max_logvar"].fill_(-8.0)  # standard deviations below 0.02
     method, config_of = ROLLOUT_CASES[case]
     config = config_of(
         hidden=[256, 256, 256], rollout_batch=num_starts, rollout_length=ROLLOUT_LENGTH, rollout_epochs_retained=1
     )
-    return method([config], [0], data, {"dynamics": trainer.ensemble.state_dict()})
+    return method([config], [0], data, {"dynamics": ensemble.state_dict()})
 
 
 def rollout_work(method: ModelBasedSAC) -> tuple[Callable[[], object], list[float]]:
@@ -221,7 +222,7 @@ def measure(case: str, pack: int, threads: int, blocks: int, seconds: float, com
         }  # fmt: skip
     elif case == "dynamics_epoch":
         config = DynamicsConfig()
-        trainer = EnsembleTrainer(obs, action, reward, next_obs, config)
+        trainer = EnsembleTrainer(obs, action, reward, next_obs, [config])
         epochs = iter(range(1_000_000))
 
         def epoch() -> None:
@@ -262,8 +263,8 @@ def measure(case: str, pack: int, threads: int, blocks: int, seconds: float, com
         BENCHMARK, case, value, unit, reference, threads, command, pack=pack, reference_is=what,
         per_wall_second=statistics.median(per_call * rate.per_wall for rate in rates),
         **{f"flops_per_{counted}": flops}, matrix_gflops=gflops, share_of_matrix_rate=value / bound,
-        **spread("value", per_cpu), **spread("ratio", paired), **spread("matrix_gflops", matrix.of_best()), matrix_rates=matrix.medians(),
-        **sizes, blocks=blocks, calls_per_block=block.calls, load_average=os.getloadavg()[0],
+        **spread("value", per_cpu), **spread("ratio", paired), **spread("matrix_gflops", matrix.of_best()),
+        matrix_rates=matrix.medians(), **sizes, blocks=blocks, calls_per_block=block.calls, load_average=os.getloadavg()[0],
     )  # fmt: skip
 
 

@@ -6,8 +6,10 @@ and study with that key under the same work folder shares it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 
 from agents.method import Stage
+from envs.errors import UserError
 from envs.files import locked, write_atomically
 from orchestrator.config import digest
 
@@ -55,6 +58,14 @@ def stage_key(stage: Stage, dataset_hash: str) -> str:
     return digest([stage.kind, dict(stage.settings), dataset_hash])
 
 
+@dataclass(frozen=True)
+class Built:
+    """A stage's content, and what is said about it."""
+
+    content: Mapping[str, Any]
+    description: Mapping[str, Any]
+
+
 class ArtifactStore:
     """Stages under `<workdir>/artifacts/<kind>/<key>/`."""
 
@@ -76,15 +87,34 @@ class ArtifactStore:
         content: dict[str, Any] = json.loads((self.folder(kind, key) / DESCRIPTION).read_text())
         return content
 
-    def get_or_build(
-        self, stage: Stage, key: str, build: Callable[[], dict[str, Any]], description: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """The stage's content; built here if nobody has. Two processes that need it at once build it once."""
-        folder = self.folder(stage.kind, key)
-        if not self.exists(stage.kind, key):
-            with locked(folder.with_name(f".{key}.lock")):
+    def build_missing(
+        self,
+        stages: Mapping[str, Stage],
+        build: Callable[[list[Stage]], list[Built | UserError]],
+    ) -> dict[str, UserError]:
+        """Build what nobody has built. Two processes that need a stage at once build it once.
+
+        Args:
+            stages: by content key.
+            build: called with those that are missing; what comes of each, in their order.
+
+        Returns:
+            Why a stage could not be built, by its key.
+        """
+        failures: dict[str, UserError] = {}
+        with contextlib.ExitStack() as locks:
+            # always in the same order, so that no two processes wait for each other
+            for key, stage in sorted(stages.items(), key=lambda item: item[0]):
                 if not self.exists(stage.kind, key):
-                    content = build()
-                    save_json(folder / DESCRIPTION, {"kind": stage.kind, "settings": stage.settings, **description})
-                    save_tensors(folder / CONTENT, content)
-        return self.load(stage.kind, key)
+                    locks.enter_context(locked(self.folder(stage.kind, key).with_name(f".{key}.lock")))
+            missing = {key: stage for key, stage in stages.items() if not self.exists(stage.kind, key)}
+            results = build(list(missing.values())) if missing else []
+            for (key, stage), result in zip(missing.items(), results, strict=True):
+                if isinstance(result, UserError):
+                    failures[key] = result
+                    continue
+                folder = self.folder(stage.kind, key)
+                description = {"kind": stage.kind, "settings": stage.settings, **result.description}
+                save_json(folder / DESCRIPTION, description)
+                save_tensors(folder / CONTENT, result.content)
+        return failures

@@ -10,13 +10,14 @@ from typing import Any, Protocol
 from envs.dataset import Dataset
 from orchestrator.config import ComputeConfig
 from orchestrator.connection import check_room, cluster_address, connected
-from orchestrator.learner import LearnerProcess
+from orchestrator.learner import LearnerProcess, resolve_device
 
 
 class Slots(Protocol):
     """Where learners run. A slot has at most one call under way."""
 
     size: int
+    on_gpu: bool  # whether learners compute on a GPU
 
     def submit(self, slot: int, method: str, *args: Any) -> None:
         """Begin a call of `LearnerProcess`."""
@@ -32,6 +33,7 @@ class InlineSlots:
 
     def __init__(self, compute: ComputeConfig, dataset: Dataset) -> None:
         self._process, self._dataset = LearnerProcess(compute), dataset
+        self.on_gpu = resolve_device(compute.device).type == "cuda"
         self._call: tuple[str, tuple[Any, ...]] | None = None
 
     def submit(self, slot: int, method: str, *args: Any) -> None:
@@ -53,7 +55,7 @@ class RaySlots:
     def __init__(self, compute: ComputeConfig, dataset: Dataset, size: int, gpus_each: float) -> None:
         import ray
 
-        self.size = size
+        self.size, self.on_gpu = size, gpus_each > 0
         self._dataset = ray.put(dataset)  # copied once; each node fetches it once, and its actors map the same pages
         options = {"num_cpus": 1, "num_gpus": gpus_each, "max_restarts": -1, "max_task_retries": 0}
         actor = ray.remote(LearnerProcess).options(**options)

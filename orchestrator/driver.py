@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agents.method import load_method
+from agents.method import Stage, load_method
 from envs.dataset import Dataset
 from envs.errors import UserError
 from envs.scores import reference_scores
@@ -27,6 +27,17 @@ from orchestrator.spool import RunSpool, read_records
 from sweeps.study import Study, TrialRecord, TrialTicket
 
 MAX_DEATHS = 10  # of a learner's process while the same pack makes no progress
+MAX_TOGETHER = 16  # stages built in one go, whose memory adds up
+
+
+@dataclass(frozen=True)
+class MissingStage:
+    """A stage that has to be built before a pack can start."""
+
+    name: str  # in the method
+    key: str
+    stage: Stage
+    config: dict[str, Any]  # of a run that needs it
 
 
 @dataclass
@@ -110,7 +121,7 @@ class Driver:
         self.spool = spool
         self.progress = Progress(config, study, {}, time.monotonic())
         self._queue: deque[PackSpec] = deque()
-        self._busy: dict[int, PackSpec | str] = {}  # slot -> pack, or key of the stage being built
+        self._busy: dict[int, PackSpec | tuple[str, ...]] = {}  # slot -> pack, or keys of the stages being built
         self._dropped: set[str] = set()  # runs that are no longer wanted
         self._deaths: dict[str, int] = {}
         self._store = ArtifactStore(Path(config.workdir) / "artifacts")
@@ -184,13 +195,42 @@ class Driver:
         if missing is None:
             self._advance(slot, pack)
             return True
-        name, key = missing
-        self._waiting.setdefault(key, []).append(pack)
-        if key not in self._busy.values():
-            self._busy[slot] = key
-            self.progress.stage = name
-            self.slots.submit(slot, "build_stage", pack.runs[0].config, name)
+        self._waiting.setdefault(missing.key, []).append(pack)
+        if not self._is_being_built(missing.key):
+            together = {missing.key: missing, **self._to_build_with(missing)}
+            self._busy[slot] = tuple(together)
+            self.progress.stage = missing.name
+            self.slots.submit(slot, "build_stages", [one.config for one in together.values()], missing.name)
         return True
+
+    def _is_being_built(self, key: str) -> bool:
+        return any(isinstance(job, tuple) and key in job for job in self._busy.values())
+
+    def _to_build_with(self, first: MissingStage) -> dict[str, MissingStage]:
+        """Stages that queued packs miss and that can be built in one go with another, by key; the packs then wait.
+
+        On a GPU only, which a single stage leaves mostly idle; on CPUs every slot builds its own.
+        """
+        together: dict[str, MissingStage] = {}
+        if not self.slots.on_gpu:
+            return together
+        queue, self._queue = self._queue, deque()
+        for pack in queue:
+            missing = self._missing_stage(pack)
+            fits = (
+                missing is not None
+                and missing.name == first.name
+                and missing.stage.can_be_built_with(first.stage)
+                and not self._is_being_built(missing.key)
+                and (missing.key in (first.key, *together) or len(together) + 1 < MAX_TOGETHER)
+            )
+            if missing is None or not fits:
+                self._queue.append(pack)
+                continue
+            self._waiting.setdefault(missing.key, []).append(pack)
+            if missing.key != first.key:
+                together[missing.key] = missing
+        return together
 
     def _ask(self) -> list[TrialTicket]:
         """As many trials as fill a pack."""
@@ -244,15 +284,16 @@ class Driver:
         judged = max(sorted(self.study.trials()[ticket.number].intermediate)[:-1], default=-1)
         self.progress.running[ticket.number] = TrialProgress(ticket.number, dict(ticket.active), keys, judged=judged)
 
-    def _missing_stage(self, pack: PackSpec) -> tuple[str, str] | None:
-        """Name and key of a stage that has to be built before the pack can start."""
-        run = load_config([pack.runs[0].config], [])
+    def _missing_stage(self, pack: PackSpec) -> MissingStage | None:
+        """The first stage that has to be built before the pack can start."""
+        config = pack.runs[0].config
+        run = load_config([config], [])
         for name, stage in load_method(run.method_name).stages(run.method).items():
             key = stage_key(stage, self.dataset.content_hash)
             if key in self._ready_stages:
                 continue
             if not self._store.exists(stage.kind, key):
-                return name, key
+                return MissingStage(name, key, stage, config)
             self._ready_stages.add(key)
             history = self._store.description(stage.kind, key).get("history", [])
             label = name if key == self._base_keys.get(name) else f"{name}-{key[:6]}"
@@ -269,8 +310,8 @@ class Driver:
 
     def _handle(self, slot: int, result: Any) -> None:
         job = self._busy.pop(slot)
-        if isinstance(job, str):
-            self._stage_ended(job, result)
+        if isinstance(job, tuple):
+            self._stages_ended(job, result)
         elif isinstance(result, PackReport):
             self._failures_in_a_row = 0
             self._deaths.pop(job.pack_id, None)
@@ -285,20 +326,34 @@ class Driver:
         else:
             self._pack_failed(job, result)
 
-    def _stage_ended(self, key: str, result: Any) -> None:
-        if not any(isinstance(job, str) for job in self._busy.values()):
+    def _stages_ended(self, keys: tuple[str, ...], result: Any) -> None:
+        """Queue the packs that waited for stages, or end their trials.
+
+        Args:
+            result: for each stage why it could not be built, or None; or what the whole call raised.
+        """
+        if not any(isinstance(job, tuple) for job in self._busy.values()):
             self.progress.stage = None
-        if _process_died(result) and self._deaths.get(key, 0) < MAX_DEATHS:
-            self._deaths[key] = self._deaths.get(key, 0) + 1
-        elif isinstance(result, UserError) and key not in self._base_keys.values():
-            # with the settings of some trials only: as if their runs had diverged
-            for number in {run.trial for pack in self._waiting.pop(key, []) for run in pack.runs}:
-                self.study.set_attr(number, "failure", str(result))
-                self.study.tell_diverged(number, self._bad_value())
-                self._end(self.progress.running[number])
+        failures: Sequence[UserError | None] = [None] * len(keys)
+        if _process_died(result) and self._deaths.get(keys[0], 0) < MAX_DEATHS:
+            self._deaths[keys[0]] = self._deaths.get(keys[0], 0) + 1
+        elif isinstance(result, UserError):
+            failures = [result] * len(keys)
         elif isinstance(result, BaseException):
             raise result
-        self._queue.extendleft(reversed(self._waiting.pop(key, [])))
+        else:
+            failures = result
+        for key, failure in reversed(list(zip(keys, failures, strict=True))):
+            packs = self._waiting.pop(key, [])
+            if failure is None:
+                self._queue.extendleft(reversed(packs))
+            elif key in self._base_keys.values():
+                raise failure
+            else:  # with the settings of some trials only: as if their runs had diverged
+                for number in {run.trial for pack in packs for run in pack.runs} & set(self.progress.running):
+                    self.study.set_attr(number, "failure", str(failure))
+                    self.study.tell_diverged(number, self._bad_value())
+                    self._end(self.progress.running[number])
 
     def _take(self, report: PackReport) -> None:
         """Tell the study what a pack reported; decide what goes on."""

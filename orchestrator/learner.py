@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from agents.cpu import configure_cpu
-from agents.method import TrainingData, load_method
+from agents.method import Stage, TrainingData, load_method
 from agents.policies import in_environment
 from envs.dataset import Dataset
 from envs.episodes import make_env
@@ -27,6 +28,7 @@ from envs.errors import UserError
 from envs.scores import normalized_score, reference_scores
 from orchestrator.artifacts import (
     ArtifactStore,
+    Built,
     load_tensors,
     save_json,
     save_tensors,
@@ -374,18 +376,50 @@ class LearnerProcess:
             self._learner = None
         return report
 
-    def build_stage(self, config: dict[str, Any], name: str, dataset: Dataset) -> None:
-        """Build one stage of a run's method if it is missing."""
-        resolved = load_config([config], [])
-        stage = load_method(resolved.method_name).stages(resolved.method)[name]
-        key = stage_key(stage, dataset.content_hash)
-        history: list[tuple[int, dict[str, float]]] = []
+    def build_stages(self, configs: Sequence[dict[str, Any]], name: str, dataset: Dataset) -> list[UserError | None]:
+        """Build a stage of some runs' methods where it is missing.
 
-        def build() -> dict[str, Any]:
+        Args:
+            configs: of the runs; several are built in one go, so their stages must allow it.
+            name: of the stage in each run's method.
+
+        Returns:
+            For each config why its stage could not be built, or None.
+        """
+        resolved = [load_config([config], []) for config in configs]
+        stages = [load_method(config.method_name).stages(config.method)[name] for config in resolved]
+        keys = [stage_key(stage, dataset.content_hash) for stage in stages]
+
+        def build(missing: list[Stage]) -> list[Built | UserError]:
+            histories: list[list[tuple[int, dict[str, float]]]] = [[] for _ in missing]
+
+            def report(which: int, step: int, metrics: Mapping[str, float]) -> None:
+                histories[which].append((step, dict(metrics)))
+
             data = training_data(dataset, resolve_device(self.compute.device))
-            return stage.build(data, lambda step, metrics: history.append((step, dict(metrics))))
+            results = _build(missing, data, report)
+            # the history is kept with the stage: whoever uses it can show it
+            about = {"dataset": dataset.name, "dataset_hash": dataset.content_hash}
+            return [
+                result if isinstance(result, UserError) else Built(result, {**about, "history": history})
+                for result, history in zip(results, histories, strict=True)
+            ]
 
-        store = ArtifactStore(Path(resolved.workdir) / "artifacts")
-        # the history is kept with the stage: whoever uses it can show it
-        description = {"dataset": dataset.name, "dataset_hash": dataset.content_hash, "history": history}
-        store.get_or_build(stage, key, build, description)
+        store = ArtifactStore(Path(resolved[0].workdir) / "artifacts")
+        failures = store.build_missing(dict(zip(keys, stages, strict=True)), build)
+        return [failures.get(key) for key in keys]
+
+
+def _build(
+    stages: Sequence[Stage], data: TrainingData, report: Callable[[int, int, Mapping[str, float]], None]
+) -> list[dict[str, Any] | UserError]:
+    """What comes of each stage; several are built in one go."""
+    first = stages[0]
+    if len(stages) > 1:
+        if first.together is None or not all(first.can_be_built_with(stage) for stage in stages):
+            raise ValueError(f"these stages of kind {first.kind} cannot be built in one go")
+        return first.together.build([stage.settings for stage in stages], data, report)
+    try:
+        return [first.build(data, partial(report, 0))]
+    except UserError as error:
+        return [error]

@@ -43,7 +43,7 @@ def test_the_counted_arithmetic_of_an_update_is_what_the_update_does(name, pack)
 def test_the_counted_arithmetic_of_an_ensemble_epoch_is_what_the_epoch_does():
     obs, action, reward, _, next_obs = learner_speed.hopper_shaped(1000)
     config = DynamicsConfig(ensemble_size=3, num_elites=2)
-    trainer = EnsembleTrainer(obs, action, reward, next_obs, config)
+    trainer = EnsembleTrainer(obs, action, reward, next_obs, [config])
 
     def epoch():
         trainer.train_epoch(0)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from agents.dynamics import DynamicsConfig, Ensemble, EnsembleTrainer, EpochReport, train_ensemble
+from agents import dynamics
+from agents.dynamics import DynamicsConfig, Ensemble, EnsembleTrainer, EpochReport, train_ensemble, train_ensembles
 from envs.errors import UserError
 
 OBS, ACT = 2, 1
@@ -41,9 +44,8 @@ def config(**changes: Any) -> DynamicsConfig:
 def random_ensemble(hidden: list[int] | None = None, size: int = 4) -> Ensemble:
     hidden = [8, 8] if hidden is None else hidden
     decay = [0.0] * (len(hidden) + 1)
-    ensemble = EnsembleTrainer(
-        *system(50), config(ensemble_size=size, hidden=hidden, weight_decay=decay, seed=3)
-    ).ensemble
+    settings = config(ensemble_size=size, hidden=hidden, weight_decay=decay, seed=3)
+    (ensemble,) = EnsembleTrainer(*system(50), [settings]).ensembles
     for i in range(len(hidden) + 1):
         ensemble.tensors[f"b{i}"].normal_(generator=torch.Generator().manual_seed(i))
     return ensemble
@@ -75,41 +77,126 @@ def by_hand(ensemble: Ensemble, member: int, x: list[float]) -> list[tuple[float
     return result
 
 
+def minibatch(trainer: EnsembleTrainer, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalised inputs and targets of rows of the data."""
+    joined = trainer._table[rows]
+    return joined[..., : OBS + ACT], joined[..., OBS + ACT + 1 :]
+
+
+def recorded_loss(ensemble: Ensemble, x: Tensor, y: Tensor) -> Tensor:
+    """The loss as autograd can differentiate it."""
+    mean, logvar = ensemble.forward(x)
+    nll = (logvar + (y - mean).square() * torch.exp(-logvar)).mean((1, 2)).sum()
+    return nll + 0.01 * (ensemble.tensors["max_logvar"].sum() - ensemble.tensors["min_logvar"].sum())
+
+
 def test_loss_by_hand() -> None:
-    trainer = EnsembleTrainer(*system(50), config())
-    trainer.ensemble.tensors["max_logvar"] = torch.tensor([0.5, 0.1, -0.3])
-    trainer.ensemble.tensors["min_logvar"] = torch.tensor([-4.0, -1.0, -2.0])
-    g = torch.Generator().manual_seed(0)
-    x, y = torch.randn(3, 4, OBS + ACT, generator=g), torch.randn(3, 4, OBS + 1, generator=g)
+    trainer = EnsembleTrainer(*system(50), [config()])
+    (ensemble,) = trainer.ensembles
+    ensemble.tensors["max_logvar"].copy_(torch.tensor([0.5, 0.1, -0.3]))
+    ensemble.tensors["min_logvar"].copy_(torch.tensor([-4.0, -1.0, -2.0]))
+    rows = torch.tensor([[0, 1, 2, 3], [9, 8, 7, 6], [3, 3, 20, 40]])
+    x, y = minibatch(trainer, rows)
     expected = 0.01 * (0.5 + 0.1 - 0.3) - 0.01 * (-4.0 - 1.0 - 2.0)
     for member in range(3):  # summed over members, a mean over rows and outputs
         for row in range(4):
-            for d, (mean, logvar) in enumerate(by_hand(trainer.ensemble, member, x[member, row].tolist())):
+            for d, (mean, logvar) in enumerate(by_hand(ensemble, member, x[member, row].tolist())):
                 expected += (logvar + (y[member, row, d].item() - mean) ** 2 * math.exp(-logvar)) / (4 * 3)
-    assert float(trainer.loss(x, y)) == pytest.approx(expected, rel=1e-5)
+    assert float(recorded_loss(ensemble, x, y)) == pytest.approx(expected, rel=1e-5)
+    assert float(trainer.step(rows)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [[], [8], [8, 5, 8]])
+def test_gradients_are_those_of_autograd(hidden: list[int]) -> None:
+    trainer = EnsembleTrainer(*system(50), [config(hidden=hidden, weight_decay=[0.0] * (len(hidden) + 1))])
+    (ensemble,) = trainer.ensembles
+    ensemble.tensors["max_logvar"].copy_(torch.tensor([0.5, 0.1, -0.3]))  # near enough to count
+    ensemble.tensors["min_logvar"].copy_(torch.tensor([-1.0, -0.5, -2.0]))
+    reference = Ensemble(copies(ensemble), ensemble.elites, OBS)
+    trained = [k for k in reference.tensors if k not in ("mean", "std")]
+    rows = torch.randint(50, (3, 16), generator=torch.Generator().manual_seed(0))
+    for k in trained:
+        reference.tensors[k].requires_grad_()
+    loss = recorded_loss(reference, *minibatch(trainer, rows))
+    grads = dict(zip(trained, torch.autograd.grad(loss, [reference.tensors[k] for k in trained]), strict=True))
+    trainer.step(rows)
+    written = trainer._ensemble(trainer._networks.grad_GF, trainer._grad_bounds_P2D[0], []).tensors
+    for k in trained:
+        assert grads[k].abs().max() > 1e-4, k
+        torch.testing.assert_close(written[k], grads[k], rtol=1e-4, atol=1e-6)
 
 
 def test_steps_are_adams_with_l2_on_the_weights_of_each_layer() -> None:
     decay = [0.3, 0.1]
-    trainer = EnsembleTrainer(*system(50), config(weight_decay=decay, learning_rate=0.01))
-    mine, reference = trainer.ensemble, copies(trainer.ensemble)
-    trained = [k for k in reference if k not in ("mean", "std")]
+    trainer = EnsembleTrainer(*system(50), [config(weight_decay=decay, learning_rate=0.01)])
+    (mine,) = trainer.ensembles
+    reference = Ensemble(copies(mine), mine.elites, OBS)
+    trained = [k for k in reference.tensors if k not in ("mean", "std")]
     for k in trained:
-        reference[k].requires_grad_()
-    groups = [{"params": [reference[f"W{i}"]], "weight_decay": d} for i, d in enumerate(decay)]
-    groups.append({"params": [reference[k] for k in trained if not k.startswith("W")]})
+        reference.tensors[k].requires_grad_()
+    groups = [{"params": [reference.tensors[f"W{i}"]], "weight_decay": d} for i, d in enumerate(decay)]
+    groups.append({"params": [reference.tensors[k] for k in trained if not k.startswith("W")]})
     optim = torch.optim.Adam(groups, lr=0.01)
-    replica = EnsembleTrainer(*system(50), trainer.config)
-    replica.ensemble.tensors = reference
     for step in range(3):
-        rows = torch.randint(40, (3, 16), generator=torch.Generator().manual_seed(step))
+        rows = torch.randint(50, (3, 16), generator=torch.Generator().manual_seed(step))
         optim.zero_grad()
-        loss = replica.loss(replica._inputs[rows], replica._targets[rows])
+        loss = recorded_loss(reference, *minibatch(trainer, rows))
         loss.backward()
         optim.step()
         assert float(trainer.step(rows)) == pytest.approx(loss.item(), rel=1e-5)
     for k in trained:
-        torch.testing.assert_close(mine.tensors[k], reference[k].detach(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(mine.tensors[k], reference.tensors[k].detach(), rtol=1e-4, atol=1e-6)
+
+
+def view_of(tensor: Tensor, key: Any) -> Tensor:
+    """`tensor[key]` for slices and numbers; indexing itself needs a torch that was built for CUDA."""
+    keys = key if isinstance(key, tuple) else (key,)
+    if Ellipsis in keys:
+        at = keys.index(Ellipsis)
+        keys = (*keys[:at], *[slice(None)] * (tensor.ndim - len(keys) + 1), *keys[at + 1 :])
+    axis = 0
+    for k in keys:
+        if isinstance(k, slice):
+            start, stop, _ = k.indices(tensor.shape[axis])
+            tensor = tensor.narrow(axis, start, stop - start)
+            axis += 1
+        else:
+            tensor = tensor.select(axis, operator.index(k))
+    return tensor
+
+
+def copied(tensor: Tensor, other: Tensor) -> Tensor:
+    """`tensor.copy_(other)` of fake tensors, for the same reason."""
+    assert (tensor.device, tensor.shape) == (other.device, other.shape)
+    return tensor
+
+
+def test_a_step_can_be_captured_as_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake CUDA tensors refuse what asks the device for a value, and what mixes in tensors of the host."""
+    updated: list[int] = []
+
+    def adam(params: list[Tensor], grads: list[Tensor], *_: Any, lr: Tensor, **__: Any) -> None:
+        assert {t.device.type for t in (*params, *grads, lr)} == {"cuda"}
+        updated.append(sum(p.numel() for p in params))
+
+    monkeypatch.setattr(dynamics, "_fused_adam", adam)  # has no fake form with a learning rate as a tensor
+    trainer = EnsembleTrainer(*system(50), [config(seed=0), config(seed=1)])
+    monkeypatch.setattr(Tensor, "__getitem__", view_of)
+    monkeypatch.setattr(Tensor, "copy_", copied, raising=False)
+    with FakeTensorMode():
+        for name, value in vars(trainer).items():
+            if isinstance(value, Tensor) and name != "_best_mse_PE":
+                setattr(trainer, name, torch.empty(value.shape, dtype=value.dtype, device="cuda"))
+        trainer.device = torch.device("cuda")
+        trainer._bind()
+        rows = torch.empty(6, 16, dtype=torch.long, device="cuda")
+        before = dict(vars(trainer))
+        loss = trainer.step(rows)
+        # a tensor that is bound anew would not be seen by the next replay
+        assert all(vars(trainer)[name] is value for name, value in before.items())
+        error = trainer.holdout_mse()
+    assert (loss.device.type, loss.shape, error.shape) == ("cuda", (2,), (2, 3))
+    assert sum(updated) == 2 * (3 * ((3 + 1) * 8 + (8 + 1) * 6) + 6)
 
 
 def test_the_fit_recovers_mean_and_noise_of_a_linear_system() -> None:
@@ -170,16 +257,32 @@ def test_a_constant_column_does_no_harm() -> None:
 
 
 @pytest.mark.parametrize("hidden", [[], [8], [8, 8, 8]])
-def test_one_each_predicts_what_all_predict(hidden: list[int]) -> None:
+def test_the_drawn_member_predicts_as_among_all(hidden: list[int]) -> None:
     ensemble = random_ensemble(hidden)
     x = torch.randn(30, OBS + ACT, generator=torch.Generator().manual_seed(0)) * 3
     member = torch.tensor([3, 0, 0, 1, 3, 3] * 5)  # member 2 is never drawn
     mean_all, std_all = ensemble.predict_all(x)
-    mean, std = ensemble.predict_one_each(x, member)
+    mean, std = ensemble.predict_drawn(x, member)
     rows = torch.arange(30)
     torch.testing.assert_close(mean, mean_all[member, rows])
     torch.testing.assert_close(std, std_all[member, rows])
     assert (mean_all[3] - mean_all[0]).abs().max() > 0.1  # the members do differ
+    # the form of a GPU, where all elites compute every row
+    ensemble.elites = [0, 1, 3]
+    dense = ensemble._drawn_of_all(x, member)
+    torch.testing.assert_close(dense[0], mean_all[member, rows])
+    torch.testing.assert_close(dense[1].mul(0.5).exp(), std_all[member, rows])
+
+
+def test_a_prediction_can_be_captured_as_a_cuda_graph() -> None:
+    ensemble = random_ensemble()
+    with FakeTensorMode():
+        tensors = {k: torch.empty(v.shape, device="cuda") for k, v in ensemble.tensors.items()}
+        on_gpu = Ensemble(tensors, [0, 2], OBS)
+        x, member = torch.empty(30, OBS + ACT, device="cuda"), torch.empty(30, dtype=torch.long, device="cuda")
+        for mean, std in (on_gpu.predict_drawn(x, member), on_gpu.predict_all(x)):
+            assert (mean.device.type, std.device.type) == ("cuda", "cuda")
+            assert mean.shape[-2:] == std.shape[-2:] == (30, OBS + 1)
 
 
 def test_a_saved_ensemble_predicts_the_same() -> None:
@@ -197,11 +300,11 @@ def test_a_saved_ensemble_predicts_the_same() -> None:
 def trained_on(rewards: Tensor, **changes: Any) -> tuple[dict[str, Tensor], Tensor]:
     """Weights after two epochs, and the holdout error before them."""
     obs, action, _, next_obs = system(30)
-    trainer = EnsembleTrainer(obs, action, rewards, next_obs, config(batch_size=8, ensemble_size=7, **changes))
+    trainer = EnsembleTrainer(obs, action, rewards, next_obs, [config(batch_size=8, ensemble_size=7, **changes)])
     error = trainer.holdout_mse()
     for epoch in range(2):
         trainer.train_epoch(epoch)
-    return copies(trainer.ensemble), error
+    return copies(trainer.ensembles[0]), error
 
 
 @pytest.mark.parametrize(("changes", "num_held"), [({}, 6), ({"max_holdout": 3}, 3)])
@@ -226,16 +329,19 @@ def test_held_out_rows_are_never_trained_on(changes: dict[str, Any], num_held: i
 
 
 def test_holdout_error_is_the_mean_squared_error_of_the_mean() -> None:
-    trainer = EnsembleTrainer(*system(50), config())
-    mean, _ = trainer.ensemble.forward(trainer._held_inputs.unsqueeze(0))
-    assert len(trainer._held_targets) == 10
-    torch.testing.assert_close(trainer.holdout_mse(), (mean - trainer._held_targets).square().mean((1, 2)))
+    trainer = EnsembleTrainer(*system(50), [config(batch_size=4)])
+    (ensemble,) = trainer.ensembles
+    (held,) = trainer._held_PH
+    assert len(held) == 10
+    x, y = minibatch(trainer, held)
+    mean, _ = ensemble.forward(x.unsqueeze(0))
+    torch.testing.assert_close(trainer.holdout_mse(), (mean - y).square().mean((1, 2)).unsqueeze(0))
 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_too_few_rows_is_one_sentence(n: int) -> None:
     with pytest.raises(UserError, match=f"^{n} transitions are too few to hold out 20% of them$"):
-        EnsembleTrainer(*system(n), config())
+        EnsembleTrainer(*system(n), [config()])
 
 
 # ---- stopping, best weights, elites ---------------------------------------------------------------------------------
@@ -245,16 +351,21 @@ class Scripted(EnsembleTrainer):
     """Real training whose holdout errors are told beforehand, one row of E numbers per epoch."""
 
     def __init__(self, script: list[list[float]], settings: DynamicsConfig) -> None:
-        super().__init__(*system(60), settings)
+        super().__init__(*system(60), [settings])
         self.script = iter(script)
         self.history: list[dict[str, Tensor]] = []
 
     def holdout_mse(self) -> Tensor:
-        self.history.append(copies(self.ensemble))
-        return torch.tensor(next(self.script))
+        self.history.append(copies(self.ensembles[0]))
+        return torch.tensor([next(self.script)])
 
     def run(self) -> list[EpochReport]:
-        return list(self.epochs())
+        return [reports[0] for reports in self.epochs()]
+
+    def result(self) -> Ensemble:
+        (ensemble,) = self.finish()
+        assert isinstance(ensemble, Ensemble)
+        return ensemble
 
 
 def test_training_stops_after_epochs_without_improvement_in_a_row() -> None:
@@ -304,7 +415,7 @@ def test_each_member_ends_with_its_best_weights_and_the_best_are_elites() -> Non
     errors = [[5.0, 3.0, 9.0], [4.0, 2.0, 8.0], [4.5, 1.0, 7.0], [4.5, 6.0, 3.0], [4.2, 6.0, 4.0]]
     trainer = Scripted(errors, config(num_elites=2, max_epochs=5))
     reports = trainer.run()
-    ensemble = trainer.finish()
+    ensemble = trainer.result()
     for member, best_epoch in enumerate([1, 2, 3]):
         for name in ("W0", "b0", "W1", "b1"):
             assert torch.equal(ensemble.tensors[name][member], trainer.history[best_epoch][name][member])
@@ -315,22 +426,78 @@ def test_each_member_ends_with_its_best_weights_and_the_best_are_elites() -> Non
 
 def test_the_returned_ensemble_has_the_reported_errors() -> None:
     """With a learning rate far too high the last epoch is not the best one."""
-    trainer = EnsembleTrainer(
-        *system(300), config(learning_rate=0.1, max_epochs=12, patience=50, batch_size=32, improvement=0.0)
-    )
-    reports = list(trainer.epochs())
-    last = trainer.holdout_mse()
-    trainer.ensemble = trainer.finish()
-    torch.testing.assert_close(trainer.holdout_mse(), torch.tensor(reports[-1].holdout_mse))
-    assert (trainer.holdout_mse() <= last).all()
-    assert (trainer.holdout_mse() < last).any()
+    settings = config(learning_rate=0.1, max_epochs=12, patience=50, batch_size=32, improvement=0.0)
+    trainer = EnsembleTrainer(*system(300), [settings])
+    reports = [of_all[0] for of_all in trainer.epochs()]
+    (last,) = trainer.holdout_mse()
+    (ensemble,) = trainer.finish()
+    assert isinstance(ensemble, Ensemble)
+    x, y = minibatch(trainer, trainer._held_PH[0])
+    errors = (ensemble.forward(x.unsqueeze(0))[0] - y).square().mean((1, 2))
+    torch.testing.assert_close(errors, torch.tensor(reports[-1].holdout_mse))
+    assert (errors <= last + 1e-6).all()
+    assert (errors < last - 1e-3).any()
     ranked = sorted(range(3), key=lambda m: reports[-1].holdout_mse[m])
-    assert trainer.ensemble.elites == sorted(ranked[:2])
+    assert ensemble.elites == sorted(ranked[:2])
 
 
 def test_a_diverged_training_is_one_sentence() -> None:
+    rewards = torch.full((60,), 1e38) * torch.tensor([1.0, -1.0]).repeat(30)
+    obs, action, _, next_obs = system(60)
     with pytest.raises(UserError, match=r"dynamics training diverged.*lower dynamics\.learning_rate"):
-        Scripted([[9.0, float("nan"), 1.0]], config()).run()
+        train_ensemble(obs, action, rewards, next_obs, config())
+
+
+# ---- several at once ------------------------------------------------------------------------------------------------
+
+
+def differing() -> list[DynamicsConfig]:
+    """Settings that end at different epochs, the second one first."""
+    shared: dict[str, Any] = {"batch_size": 16, "max_epochs": 40, "patience": 2, "min_epochs": 12, "improvement": 0.2}
+    return [
+        config(seed=1, learning_rate=2e-2, weight_decay=[1e-2, 1e-3], **shared),
+        config(seed=0, learning_rate=3e-3, **shared),
+        config(seed=2, learning_rate=1e-2, **shared),
+    ]
+
+
+def test_an_ensemble_trained_with_others_is_the_one_trained_alone() -> None:
+    configs, columns = differing(), system(200)
+    together: dict[int, list[EpochReport]] = {0: [], 1: [], 2: []}
+    ensembles = train_ensembles(*columns, configs, lambda place, report: together[place].append(report))
+    lengths = [len(reports) for reports in together.values()]
+    assert len(set(lengths)) == 3, lengths  # one by one they leave the batch
+    assert lengths[0] != min(lengths)
+    for place, one in enumerate(configs):
+        alone: list[EpochReport] = []
+        expected, ensemble = train_ensemble(*columns, one, alone.append), ensembles[place]
+        assert isinstance(ensemble, Ensemble)
+        assert ensemble.elites == expected.elites
+        for name, tensor in expected.tensors.items():
+            torch.testing.assert_close(ensemble.tensors[name], tensor, rtol=1e-3, atol=1e-5, msg=f"{place} {name}")
+        assert [r.epoch for r in together[place]] == [r.epoch for r in alone]
+        assert [r.learning_rate for r in together[place]] == [r.learning_rate for r in alone]
+        for mine, other in zip(together[place], alone, strict=True):
+            assert mine.train_loss == pytest.approx(other.train_loss, rel=1e-3)
+            assert mine.holdout_mse == pytest.approx(other.holdout_mse, rel=1e-3)
+    # a plateau before the least number of epochs lowered one's learning rate alone
+    assert [len({r.learning_rate for r in reports}) for reports in together.values()] == [1, 2, 1]
+
+
+def test_one_that_diverges_does_not_disturb_the_others() -> None:
+    configs = [config(learning_rate=1e30, seed=4), config(seed=5)]
+    diverged, trained = train_ensembles(*system(100), configs)
+    assert isinstance(diverged, UserError)
+    assert "dynamics training diverged" in str(diverged)
+    assert isinstance(trained, Ensemble)
+    alone = train_ensemble(*system(100), configs[1])
+    for name, tensor in alone.tensors.items():
+        torch.testing.assert_close(trained.tensors[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_what_changes_the_computation_cannot_train_together() -> None:
+    with pytest.raises(ValueError, match="may differ in seed, learning_rate, weight_decay only"):
+        train_ensembles(*system(100), [config(), config(patience=2)])
 
 
 # ---- seeds and settings ---------------------------------------------------------------------------------------------
@@ -349,11 +516,11 @@ def test_the_seed_decides_every_bit() -> None:
 
 
 def test_members_and_seeds_start_apart() -> None:
-    first, other = (EnsembleTrainer(*system(50), config(seed=s)).ensemble.tensors for s in (0, 1))
+    first, other = (EnsembleTrainer(*system(50), [config(seed=s)]).ensembles[0].tensors for s in (0, 1))
     for name in ("W0", "W1"):
         assert not torch.equal(first[name], other[name])
         assert not torch.equal(first[name][0], first[name][1])
-    wide = EnsembleTrainer(*system(50), config(hidden=[300], ensemble_size=7)).ensemble.tensors
+    wide = EnsembleTrainer(*system(50), [config(hidden=[300], ensemble_size=7)]).ensembles[0].tensors
     for name, n_in in (("W0", 3), ("W1", 300)):
         std = 1 / (2 * math.sqrt(n_in))  # truncated at two of these
         assert wide[name].abs().max() <= 2 * std

@@ -329,7 +329,7 @@ def test_on_a_gpu_only_the_totals_are_read(penalty: Penalty | None, monkeypatch:
     value or mixes devices. Theirs is "meta": without a GPU torch does not index what lies on "cuda"."""
     width = 2 * OBS + ACT + 2
     monkeypatch.setattr("agents.rollout.generator", lambda *_, device: None)  # there is none for this device
-    monkeypatch.setattr(Ensemble, "predict_one_each", dense)
+    monkeypatch.setattr(Ensemble, "predict_drawn", dense)
     reads: list[Tensor] = []
 
     def read(totals: Tensor) -> list[list[float]]:

@@ -19,7 +19,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare(folder)
     config = load_config([SETTINGS, {"workdir": str(folder)}], [])
     dataset = load_dataset(config.dataset, folder)
-    LearnerProcess(ComputeConfig(device="cpu")).build_stage(to_dict(config), "dynamics", dataset)
+    LearnerProcess(ComputeConfig(device="cpu")).build_stages([to_dict(config)], "dynamics", dataset)
     return folder
 
 

@@ -15,8 +15,9 @@ from rich.console import Console
 from agents.method import load_method
 from benchmarks.kill_tests import SETTINGS
 from envs.dataset import Dataset
+from envs.errors import UserError
 from envs.registry import load_dataset
-from orchestrator.artifacts import ArtifactStore, stage_key
+from orchestrator.artifacts import ArtifactStore, Built, stage_key
 from orchestrator.config import ComputeConfig, Config, load_config, run_config, to_dict
 from orchestrator.driver import Driver
 from orchestrator.learner import Evaluation, Learner, PackReport, PackSpec, RunSpec
@@ -106,18 +107,22 @@ class ScriptedSlots:
         config: of the study.
         script: what every evaluation gives.
         size: number of slots; calls are answered last in, first out, so that packs overtake each other.
+        on_gpu: what the slots say of themselves.
     """
 
-    def __init__(self, config: Config, script: Script, size: int = 1) -> None:
-        self.config, self.script, self.size = config, script, size
+    def __init__(self, config: Config, script: Script, size: int = 1, on_gpu: bool = False) -> None:
+        self.config, self.script, self.size, self.on_gpu = config, script, size, on_gpu
         self.calls: list[tuple[str, Any]] = []
         self.dropped: list[set[str]] = []
+        self.built: list[int] = []  # stages of each call that built some
         self._under_way: list[tuple[int, str, tuple[Any, ...]]] = []
         self._epochs: dict[str, int] = {}
         self._reports: dict[str, PackReport] = {}
 
     def submit(self, slot: int, method: str, *args: Any) -> None:
         self._under_way.append((slot, method, args))
+        if method == "build_stages":
+            self.built.append(len(args[0]))
         self.calls.append((method, args[0].pack_id if method == "advance" else args[1]))
 
     def wait(self, timeout: float) -> list[tuple[int, Any]]:
@@ -127,14 +132,16 @@ class ScriptedSlots:
         except Exception as error:
             return [(slot, error)]
 
-    def build_stage(self, config: dict[str, Any], name: str) -> None:
-        resolved = load_config([config], [])
-        dataset = dataset_of(resolved)
-        stage = load_method(resolved.method_name).stages(resolved.method)[name]
-        store = ArtifactStore(Path(resolved.workdir) / "artifacts")
+    def build_stages(self, configs: Sequence[dict[str, Any]], name: str) -> list[UserError | None]:
+        resolved = [load_config([config], []) for config in configs]
+        dataset = dataset_of(resolved[0])
+        stages = [load_method(config.method_name).stages(config.method)[name] for config in resolved]
+        store = ArtifactStore(Path(resolved[0].workdir) / "artifacts")
+        keys = [stage_key(stage, dataset.content_hash) for stage in stages]
         history = [[step, {"train_loss": float(step)}] for step in range(3)]
-        key = stage_key(stage, dataset.content_hash)
-        store.get_or_build(stage, key, lambda: {"w": torch.zeros(1)}, {"history": history})
+        built = Built({"w": torch.zeros(1)}, {"history": history})
+        failures = store.build_missing(dict(zip(keys, stages, strict=True)), lambda missing: [built for _ in missing])
+        return [failures.get(key) for key in keys]
 
     def advance(self, pack: PackSpec, dropped: Sequence[str]) -> PackReport:
         self.dropped.append(set(dropped))

@@ -7,6 +7,7 @@ import io
 import shutil
 import sqlite3
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,15 @@ def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     shutil.rmtree(workdir / "artifacts")
     done = Finished(workdir, "whole")
     with pytest.MonkeyPatch.context() as patch:
-        build = LearnerProcess.build_stage
+        build = LearnerProcess.build_stages
 
-        def counted(self: LearnerProcess, config: dict[str, Any], name: str, dataset: Dataset) -> None:
-            done.stages_built += 1
-            build(self, config, name, dataset)
+        def counted(
+            self: LearnerProcess, configs: Sequence[dict[str, Any]], name: str, dataset: Dataset
+        ) -> list[UserError | None]:
+            done.stages_built += len(configs)
+            return build(self, configs, name, dataset)
 
-        patch.setattr(LearnerProcess, "build_stage", counted)
+        patch.setattr(LearnerProcess, "build_stages", counted)
         launch.start(configured(workdir, name="whole"), Console(file=done.text, width=200))
     return done
 
@@ -253,17 +256,47 @@ def test_a_stage_that_diverges_with_one_trials_settings_ends_that_trial_alone(wo
     enqueue = [{"method.dynamics.learning_rate": rate} for rate in (2e-3, 1e3, 1e-3)]
     config = scripted(workdir, space=space, num_trials=3, enqueue=enqueue)
     slots = ScriptedSlots(config, lambda trial, seed, updates: 5.0)
-    build = slots.build_stage
-
-    def diverging(run: dict[str, Any], name: str) -> None:
-        if run["method"]["dynamics"]["learning_rate"] == 1e3:
-            raise UserError("dynamics training diverged")
-        build(run, name)
-
-    slots.build_stage = diverging  # type: ignore[method-assign, assignment]
+    with_divergence(slots, 1e3)
     trials = drive(config, slots).trials()
     assert [t.diverged for t in trials] == [False, True, False]
     assert trials[1].attrs["failure"] == "dynamics training diverged"
+    assert slots.built == [1, 1]  # on CPUs one by one
+
+
+def test_on_a_gpu_the_stages_that_waiting_packs_miss_are_built_together(workdir: Path):
+    """One of them diverges: its trial ends, the others go on."""
+    space = {
+        "method.dynamics.learning_rate": {"type": "categorical", "choices": [2e-3, 3e-3, 1e3]},
+        "method.dynamics.patience": {"type": "categorical", "choices": [1, 2]},
+        "method.rollout_length": {"type": "categorical", "choices": [1, 2]},  # keeps runs in packs of their own
+    }
+    # the first two share a stage
+    chosen = [(2e-3, 1, 1), (2e-3, 1, 2), (1e3, 1, 1), (3e-3, 2, 1), (3e-3, 1, 1)]
+    enqueue = [dict(zip(space, values, strict=True)) for values in chosen]
+    config = scripted(workdir, "compute.runs_per_pack=10", space=space, num_trials=5, enqueue=enqueue)
+    slots = ScriptedSlots(config, lambda trial, seed, updates: 5.0, on_gpu=True)
+    with_divergence(slots, 1e3)
+    study = drive(config, slots)
+    assert [t.diverged for t in study.trials()] == [False, False, True, False, False]
+    # the learning rates differ in one batch, another patience is another schedule
+    assert slots.built == [3, 1]
+    # each stage has its own history
+    labels = {name for r in records(study.folder, "study") for name in r.get("values", {}) if "train_loss" in name}
+    assert len(labels) == 3
+
+
+def with_divergence(slots: ScriptedSlots, rate: float) -> None:
+    """Let no ensemble of this learning rate be built."""
+    build = slots.build_stages
+
+    def diverging(configs: Sequence[dict[str, Any]], name: str) -> list[UserError | None]:
+        bad = [config["method"]["dynamics"]["learning_rate"] == rate for config in configs]
+        good = [config for config, is_bad in zip(configs, bad, strict=True) if not is_bad]
+        if good:
+            build(good, name)
+        return [UserError("dynamics training diverged") if is_bad else None for is_bad in bad]
+
+    slots.build_stages = diverging  # type: ignore[method-assign]
 
 
 def test_a_failing_pack_fails_its_trial_alone(workdir: Path):
@@ -322,7 +355,7 @@ def test_stages_of_a_searched_dynamics_setting_do_not_mix(workdir: Path):
         {"method.dynamics.learning_rate": 0.002}, {"method.dynamics.learning_rate": 0.003}])  # fmt: skip
     slots = ScriptedSlots(config, lambda trial, seed, updates: 1.0, size=2)
     study = drive(config, slots)
-    assert [call for call in slots.calls if call[0] == "build_stage"] == [("build_stage", "dynamics")] * 2
+    assert [call for call in slots.calls if call[0] == "build_stages"] == [("build_stages", "dynamics")] * 2
     steps: dict[str, list[int]] = {}
     for record in records(study.folder, "study"):
         for name in record.get("values", {}):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from agents.method import load_method
 from benchmarks.kill_tests import policy_digest
@@ -218,18 +220,47 @@ def test_a_pack_survives_json(workdir: Path):
 def test_a_stage_is_built_once_and_keeps_its_history(workdir: Path):
     config = configured(workdir, "method.dynamics.seed=7")
     process = LearnerProcess(IN_PROCESS)
-    process.build_stage(to_dict(config), "dynamics", dataset_of(config))
+    assert process.build_stages([to_dict(config)], "dynamics", dataset_of(config)) == [None]
     store = ArtifactStore(workdir / "artifacts")
     dataset_hash = dataset_of(config).content_hash
     stage = load_method("ravl").stages(config.method)["dynamics"]  # type: ignore[attr-defined]
     key = stage_key(stage, dataset_hash)
     content = store.folder(stage.kind, key) / "content.pt"
     before = content.stat().st_mtime_ns
-    process.build_stage(to_dict(config), "dynamics", dataset_of(config))
+    assert process.build_stages([to_dict(config)], "dynamics", dataset_of(config)) == [None]
     assert content.stat().st_mtime_ns == before
     history = store.description(stage.kind, key)["history"]
     assert [step for step, _ in history] == sorted({step for step, _ in history})
     assert history[0][1]["train_loss"] > 0
+
+
+def test_stages_built_together_are_those_built_alone(workdir: Path):
+    names = ("method.dynamics.seed=7", "method.dynamics.learning_rate=0.002", "method.dynamics.learning_rate=1e30")
+    configs = [configured(workdir, name) for name in names]
+    dataset = dataset_of(configs[0])
+    stages = [load_method("ravl").stages(config.method)["dynamics"] for config in configs]  # type: ignore[attr-defined]
+    keys = [stage_key(stage, dataset.content_hash) for stage in stages]
+    store, process = ArtifactStore(workdir / "artifacts"), LearnerProcess(IN_PROCESS)
+    failures = process.build_stages([to_dict(config) for config in configs], "dynamics", dataset)
+    assert failures[:2] == [None, None]
+    assert "diverged" in str(failures[2])
+    together = [(store.load("dynamics_ensemble", k), store.description("dynamics_ensemble", k)) for k in keys[:2]]
+    assert not store.exists("dynamics_ensemble", keys[2])
+    for config, key, (content, description) in zip(configs, keys, together, strict=False):
+        shutil.rmtree(store.folder("dynamics_ensemble", key))
+        assert process.build_stages([to_dict(config)], "dynamics", dataset) == [None]
+        alone = store.load("dynamics_ensemble", key)
+        for name, tensor in alone["tensors"].items():
+            torch.testing.assert_close(content["tensors"][name], tensor, rtol=1e-3, atol=1e-5)
+        expected = store.description("dynamics_ensemble", key)
+        assert description["settings"] == expected["settings"]
+        assert [step for step, _ in description["history"]] == [step for step, _ in expected["history"]]
+
+
+def test_stages_that_do_not_fit_together_are_refused(workdir: Path):
+    configs = [configured(workdir, f"method.dynamics.patience={n}", "method.dynamics.seed=9") for n in (1, 2)]
+    with pytest.raises(ValueError, match="cannot be built in one go"):
+        LearnerProcess(IN_PROCESS).build_stages([to_dict(c) for c in configs], "dynamics", dataset_of(configs[0]))
 
 
 def test_a_stage_whose_data_cannot_be_learned_leaves_nothing(workdir: Path):
@@ -244,6 +275,6 @@ def test_a_stage_whose_data_cannot_be_learned_leaves_nothing(workdir: Path):
     write_hdf5(dataclasses.replace(tiny, name="huge", rewards=rewards), workdir / "datasets" / "huge.hdf5")
     config = configured(workdir, "dataset=huge")
     before = set((workdir / "artifacts").rglob("content.pt"))
-    with pytest.raises(UserError, match="diverged"):
-        LearnerProcess(IN_PROCESS).build_stage(to_dict(config), "dynamics", dataset_of(config))
+    (failure,) = LearnerProcess(IN_PROCESS).build_stages([to_dict(config)], "dynamics", dataset_of(config))
+    assert "diverged" in str(failure)
     assert set((workdir / "artifacts").rglob("content.pt")) == before
