@@ -76,7 +76,7 @@ class SACConfig(ScheduleConfig):
     """Soft actor-critic (see `agents.sac`). Fields marked per member may differ inside a pack."""
 
     num_critics: int = 2  # N; targets and policy use the minimum over all
-    initialisation: str = "torch"  # torch | edac | edac-fan-in
+    initialisation: str = "torch"  # torch | edac | edac-fan-in | orthogonal
     eta: float = per_member(0.0)  # weight of the diversity term; 0 leaves it out
     actor_lr: float = per_member(3e-4)
     critic_lr: float = per_member(3e-4)

@@ -6,6 +6,8 @@ Cases, all with Hopper's widths (11 observations, 3 actions) and batches of 256 
     ravl_n10        the same with RAVL's diversity term, eta = 1
     mopo            2 critics and an actor of 2 x 256
     small_net       2 critics and an actor of 2 x 64, the networks of the demo
+    td3_bc          TD3+BC: 2 critics and an actor of 2 x 256, the actor every second update
+    iql             IQL: 2 critics, a value and an actor of 2 x 256
     dynamics_epoch  7 Gaussian models of 4 x 200 on 100,000 rows, 20 % of them held out; the pass over the rest and the
                     error on the holdout
     ravl_rollout    model rollouts of one run: 50,000 starts, 5 steps, an actor of 3 x 256, one of 5 elites of 4 x 200
@@ -33,14 +35,17 @@ from typing import Any
 
 import torch
 
+from agents.chunk import Updater
 from agents.cpu import configure_cpu
 from agents.dynamics import DynamicsConfig, EnsembleTrainer
+from agents.iql import IQLConfig, IQLUpdater
 from agents.method import TrainingData
 from agents.model_based import ModelBasedConfig, ModelBasedSAC
 from agents.mopo import MOPO, MOPOConfig
 from agents.ravl import RAVL, RAVLConfig
 from agents.replay import Replay, transition_rows
 from agents.sac import SAC, SACHyperparameters, SACSettings, rows_pay
+from agents.td3_bc import TD3BCConfig, TD3BCUpdater
 from benchmarks.common import ROOT, Block, MatrixRate, print_line, record, spread
 
 BENCHMARK = "learner_speed"
@@ -50,33 +55,30 @@ DRAWN = 256  # minibatches whose row numbers and noise are drawn beforehand and 
 
 
 @dataclass(frozen=True)
-class SACCase:
-    """A soft actor-critic whose actor and critics have the same hidden widths."""
+class Case:
+    """A learner whose networks all have the same hidden widths."""
 
-    hidden: tuple[int, ...]
-    num_critics: int
-    eta: float
-
-
-SAC_CASES = {
-    "sac_n10": SACCase((256, 256, 256), 10, 0.0),
-    "ravl_n10": SACCase((256, 256, 256), 10, 1.0),
-    "mopo": SACCase((256, 256), 2, 0.0),
-    "small_net": SACCase((64, 64), 2, 0.0),
-}
-ROLLOUT_CASES: dict[str, tuple[type[ModelBasedSAC], type[ModelBasedConfig]]] = {
-    "ravl_rollout": (RAVL, RAVLConfig),
-    "mopo_rollout": (MOPO, MOPOConfig),
-}
-NUM_STARTS, ROLLOUT_LENGTH = 50_000, 5
-CASES = (*SAC_CASES, "dynamics_epoch", *ROLLOUT_CASES)
+    make: Callable[[int], Updater]  # the learner of a pack of so many runs
+    flops: int  # of the matrix products of one update of one run
+    sizes: dict[str, Any]  # for the line of results
 
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
 
 
-def sac_flops(observation_dim: int, action_dim: int, batch: int, case: SACCase) -> int:
-    """Floating-point operations of the matrix products of one update of one run, two per multiply-add.
+def products(layers: Sequence[tuple[int, int]], batch: int = BATCH) -> int:
+    """One matrix product per layer, two operations per multiply-add."""
+    return sum(2 * batch * n_in * n_out for n_in, n_out in layers)
+
+
+def widths(hidden: Sequence[int]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Layers (in, out) from observations to the last hidden one, and likewise from observations and actions."""
+    s, a = OBSERVATION_DIM, ACTION_DIM
+    return list(pairwise((s, *hidden))), list(pairwise((s + a, *hidden)))
+
+
+def sac_flops(hidden: Sequence[int], num_critics: int, eta: float) -> int:
+    """Floating-point operations of the matrix products of one update of one run with Hopper's widths.
 
     Counted are the products that the update in `agents.sac` does; elementwise work (activations, the outer products
     with a critic's last layer, Adam, Polyak averages) and sums are not. With f one forward pass, h the passage of the
@@ -89,28 +91,55 @@ def sac_flops(observation_dim: int, action_dim: int, batch: int, case: SACCase) 
         eta > 0    i for the critics' own unit gradients; a forward pass of the tangent, which enters by the action
                    columns; bias gradients as products with one row
     """
-    s, a = observation_dim, action_dim
-    actor = list(pairwise((s, *case.hidden, 2 * a)))
-    critic = list(pairwise((s + a, *case.hidden, 1)))
-
-    def products(layers: Sequence[tuple[int, int]]) -> int:
-        return sum(2 * batch * n_in * n_out for n_in, n_out in layers)
-
-    action_columns = products([(case.hidden[0], a)])
-    middle = critic[1:-1]  # back through the last layer is an outer product, elementwise here
-    of_actor = 3 * products(actor) + products(actor[1:])
-    of_critic = 3 * products(critic)  # forward: targets, for the actor, for the critics
-    of_critic += products(middle)  # for the critics
-    if case.eta == 0:
-        of_critic += products(critic)
+    of_state, of_action = widths(hidden)
+    actor, critic = [*of_state, (hidden[-1], 2 * ACTION_DIM)], [*of_action, (hidden[-1], 1)]
+    action_columns = products([(hidden[0], ACTION_DIM)])
+    middle = products(critic[1:-1])  # back through the last layer is an outer product, elementwise here
+    per_critic = 3 * products(critic)  # forward: targets, for the actor, for the critics
+    per_critic += middle  # for the critics
+    if eta == 0:
+        per_critic += products(critic)
     else:
-        of_critic += products(critic[:-1])  # the last layer's weight gradient is a sum here
-        of_critic += action_columns + action_columns + products(middle)
-        of_critic += sum(2 * batch * width for width in case.hidden)
+        per_critic += products(critic[:-1])  # the last layer's weight gradient is a sum here
+        per_critic += action_columns + action_columns + middle
+        per_critic += sum(2 * BATCH * width for width in hidden)
     # for the actor: of all critics, or of the rows that chose them
-    back_to_actor = products(middle) + action_columns
-    passes = 1 if rows_pay(case.num_critics, case.hidden) else case.num_critics
-    return of_actor + passes * back_to_actor + case.num_critics * of_critic
+    passes = 1 if rows_pay(num_critics, hidden) else num_critics
+    of_actor = 3 * products(actor) + products(actor[1:]) + passes * (middle + action_columns)
+    return of_actor + num_critics * per_critic
+
+
+def td3_bc_flops(hidden: Sequence[int], policy_freq: int) -> int:
+    """Likewise for an update of `agents.td3_bc`, the mean over `policy_freq` of them, in the terms of `sac_flops`:
+
+    every update    actor f on s' (target); both critics f on (s', a~') (targets) and f, h, w on (s, a)
+    the last one    actor f, h, w on s; one critic f, h, i on (s, pi(s))
+    """
+    of_state, of_action = widths(hidden)
+    actor, critic = [*of_state, (hidden[-1], ACTION_DIM)], [*of_action, (hidden[-1], 1)]
+    middle = products(critic[1:-1])
+    every = products(actor) + 2 * (3 * products(critic) + middle)
+    last = 2 * products(actor) + products(actor[1:])
+    last += products(critic) + middle + products([(hidden[0], ACTION_DIM)])
+    return every + last // policy_freq
+
+
+def iql_flops(hidden: Sequence[int]) -> int:
+    """Likewise for an update of `agents.iql`:
+
+    value       f, h, w on s; f on s and s' after the step
+    critics     f on (s, a) by the targets; f, h, w on (s, a)
+    actor       f, h, w on s
+    """
+    of_state, of_action = widths(hidden)
+    actor, value, critic = (
+        [*of_state, (hidden[-1], ACTION_DIM)],
+        [*of_state, (hidden[-1], 1)],
+        [*of_action, (hidden[-1], 1)],
+    )
+    of_value = 4 * products(value) + products(value[1:-1])
+    of_critics = 2 * (3 * products(critic) + products(critic[1:-1]))
+    return of_value + of_critics + 2 * products(actor) + products(actor[1:])
 
 
 def dynamics_flops(observation_dim: int, action_dim: int, rows: int, held_out: int, config: DynamicsConfig) -> int:
@@ -145,26 +174,26 @@ def hopper_shaped(num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return obs, action, reward, done, next_obs
 
 
-def sac_learner(case: SACCase, pack: int) -> SAC:
-    settings = SACSettings(num_critics=case.num_critics, actor_hidden=case.hidden, critic_hidden=case.hidden)
-    hyperparameters = [SACHyperparameters(eta=case.eta)] * pack
-    return SAC(range(pack), hyperparameters, settings, OBSERVATION_DIM, ACTION_DIM)
-
-
-def sac_work(sac: SAC, replay: Replay) -> Callable[[], object]:
+def work_of(updater: Updater, replay: Replay) -> Callable[[], object]:
     """One update with its gather; row numbers and noise are drawn beforehand, as in an epoch of training."""
-    pack = sac.num_members
-    draw = torch.Generator().manual_seed(1)
+    pack, draw = replay.num_members, torch.Generator().manual_seed(1)
     indices = torch.randint(replay.num_real, (DRAWN, pack, BATCH), generator=draw)
-    noise = torch.randn((DRAWN, 2, pack, BATCH, ACTION_DIM), generator=draw)
-    turn = 0
+    noise = torch.randn((DRAWN, updater.num_noises, pack, BATCH, ACTION_DIM), generator=draw)
+    number = 0
 
     def work() -> None:
-        nonlocal turn
-        i, turn = turn % DRAWN, turn + 1
-        sac.update(replay.gather(indices[i]), noise[i])
+        nonlocal number
+        i, turn, number = number % DRAWN, number % updater.period, number + 1
+        updater.update(replay.gather(indices[i]), noise[i], turn)
 
     return work
+
+
+ROLLOUT_CASES: dict[str, tuple[type[ModelBasedSAC], type[ModelBasedConfig]]] = {
+    "ravl_rollout": (RAVL, RAVLConfig),
+    "mopo_rollout": (MOPO, MOPOConfig),
+}
+NUM_STARTS, ROLLOUT_LENGTH = 50_000, 5
 
 
 def rollout_method(case: str, num_starts: int) -> ModelBasedSAC:
@@ -174,7 +203,7 @@ def rollout_method(case: str, num_starts: int) -> ModelBasedSAC:
     obs[:, 0] += 1.25  # Hopper's height when it stands
     data = TrainingData("Hopper-v4", obs, action, reward, obs, done)
     trainer = EnsembleTrainer(obs[:100], action[:100], reward[:100], obs[:100], [DynamicsConfig()])
-    (ensemble,) = trainer.ensembles()
+    (ensemble,) = trainer.ensembles
     ensemble.tensors["max_logvar"].fill_(-8.0)  # standard deviations below 0.02
     method, config_of = ROLLOUT_CASES[case]
     config = config_of(
@@ -192,6 +221,42 @@ def rollout_work(method: ModelBasedSAC) -> tuple[Callable[[], object], list[floa
         made.append(method.add_rollouts(results)[0]["rollout/transitions"])
 
     return work, made
+
+
+def sac_case(hidden: Sequence[int], num_critics: int, eta: float) -> Case:
+    def make(pack: int) -> Updater:
+        settings = SACSettings(num_critics=num_critics, actor_hidden=tuple(hidden), critic_hidden=tuple(hidden))
+        hyperparameters = [SACHyperparameters(eta=eta)] * pack
+        return SAC(range(pack), hyperparameters, settings, OBSERVATION_DIM, ACTION_DIM)
+
+    sizes = {"num_critics": num_critics, "hidden": hidden, "eta": eta, "batch": BATCH}
+    return Case(make, sac_flops(hidden, num_critics, eta), sizes)
+
+
+def td3_bc_case(config: TD3BCConfig) -> Case:
+    def make(pack: int) -> Updater:
+        return TD3BCUpdater([config] * pack, range(pack), OBSERVATION_DIM, ACTION_DIM)
+
+    sizes = {"hidden": config.hidden, "policy_freq": config.policy_freq, "batch": BATCH}
+    return Case(make, td3_bc_flops(config.hidden, config.policy_freq), sizes)
+
+
+def iql_case(config: IQLConfig) -> Case:
+    def make(pack: int) -> Updater:
+        return IQLUpdater([config] * pack, range(pack), OBSERVATION_DIM, ACTION_DIM)
+
+    return Case(make, iql_flops(config.hidden), {"hidden": config.hidden, "batch": BATCH})
+
+
+UPDATES = {
+    "sac_n10": sac_case([256, 256, 256], 10, 0.0),
+    "ravl_n10": sac_case([256, 256, 256], 10, 1.0),
+    "mopo": sac_case([256, 256], 2, 0.0),
+    "small_net": sac_case([64, 64], 2, 0.0),
+    "td3_bc": td3_bc_case(TD3BCConfig()),
+    "iql": iql_case(IQLConfig()),
+}
+CASES = (*UPDATES, "dynamics_epoch", *ROLLOUT_CASES)
 
 
 def measure(case: str, pack: int, threads: int, blocks: int, seconds: float, command: str) -> dict[str, Any]:
@@ -234,14 +299,14 @@ def measure(case: str, pack: int, threads: int, blocks: int, seconds: float, com
         unit, block = "epochs per CPU-second", Block.warmed_up(epoch, seconds)
         sizes |= {"members": config.ensemble_size, "hidden": config.hidden, "batch": config.batch_size}
     else:
-        settings = SAC_CASES[case]
+        chosen = UPDATES[case]
         replay = Replay(transition_rows(obs, action, reward, done, next_obs), pack, 0)
-        sac = sac_learner(settings, pack)
-        flops = sac_flops(OBSERVATION_DIM, ACTION_DIM, BATCH, settings)
-        unit, block = "run-updates per CPU-second", Block.warmed_up(sac_work(sac, replay), seconds)
+        flops = chosen.flops
+        unit, block = "run-updates per CPU-second", Block.warmed_up(work_of(chosen.make(pack), replay), seconds)
         if pack > 1:
-            single = Block.warmed_up(sac_work(sac_learner(settings, 1), replay), seconds)
-        sizes |= {"num_critics": settings.num_critics, "hidden": settings.hidden, "eta": settings.eta, "batch": BATCH}
+            alone = Replay(transition_rows(obs, action, reward, done, next_obs), 1, 0)
+            single = Block.warmed_up(work_of(chosen.make(1), alone), seconds)
+        sizes |= chosen.sizes
     matrix = MatrixRate(seconds)
     rates, of_single = [], []
     for _ in range(blocks):
@@ -264,7 +329,8 @@ def measure(case: str, pack: int, threads: int, blocks: int, seconds: float, com
         per_wall_second=statistics.median(per_call * rate.per_wall for rate in rates),
         **{f"flops_per_{counted}": flops}, matrix_gflops=gflops, share_of_matrix_rate=value / bound,
         **spread("value", per_cpu), **spread("ratio", paired), **spread("matrix_gflops", matrix.of_best()),
-        matrix_rates=matrix.medians(), **sizes, blocks=blocks, calls_per_block=block.calls, load_average=os.getloadavg()[0],
+        matrix_rates=matrix.medians(), **sizes, blocks=blocks, calls_per_block=block.calls,
+        load_average=os.getloadavg()[0],
     )  # fmt: skip
 
 
@@ -299,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (case, pack, threads)
         for case in args.cases
         for threads in args.threads
-        for pack in (args.packs if case in SAC_CASES else [1])
+        for pack in (args.packs if case in UPDATES else [1])
     ]
     if args.in_process:
         if len(chosen) != 1:

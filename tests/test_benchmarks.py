@@ -27,17 +27,16 @@ def count_flops(work):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", learner_speed.SAC_CASES)
+@pytest.mark.parametrize("name", learner_speed.UPDATES)
 @pytest.mark.parametrize("pack", [1, 3])
 def test_the_counted_arithmetic_of_an_update_is_what_the_update_does(name, pack):
-    """Otherwise the share of the machine's rate in the results is wrong: mend `sac_flops` with the update."""
-    case = learner_speed.SAC_CASES[name]
+    """Otherwise the share of the machine's rate in the results is wrong: mend `sac_flops` (or its like) too."""
+    case = learner_speed.UPDATES[name]
     replay = Replay(transition_rows(*learner_speed.hopper_shaped(1000)), pack, 0)
-    work = learner_speed.sac_work(learner_speed.sac_learner(case, pack), replay)
-    work()
-    widths = (learner_speed.OBSERVATION_DIM, learner_speed.ACTION_DIM)
-    counted = learner_speed.sac_flops(*widths, learner_speed.BATCH, case)
-    assert count_flops(work) / pack == pytest.approx(counted, rel=0.03)
+    updater = case.make(pack)
+    work = learner_speed.work_of(updater, replay)
+    flops = [count_flops(work) for _ in range(2 * updater.period)]
+    assert sum(flops) / len(flops) / pack == pytest.approx(case.flops, rel=0.01)
 
 
 def test_the_counted_arithmetic_of_an_ensemble_epoch_is_what_the_epoch_does():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents.networks import INITIALISATIONS, StackedMLP, StackedScalar, gather_members, initialise
+from agents.networks import INITIALISATIONS, StackedMLP, StackedScalar, StackedVector, gather_members, initialise
 from agents.randomness import generator
 
 LEAD, BATCH = (2, 3), 8
@@ -112,6 +112,23 @@ def test_scalars_have_one_value_per_member() -> None:
     assert tuple(scalar.blocks(scalar.flat)[0].shape) == (3, 1)
 
 
+def test_vectors_belong_to_members() -> None:
+    vector = StackedVector(3, 2, 0.5)
+    vector.flat[2:4] = torch.tensor([7.0, 8.0])
+    assert vector.select([1, 2]).flat.tolist() == [7.0, 8.0, 0.5, 0.5]
+    assert tuple(vector.blocks(vector.flat)[0].shape) == (3, 2)
+
+
+def test_one_network_of_each_member_shares_its_storage() -> None:
+    network = StackedMLP((3, 2), (5, 8, 1))
+    network.flat.normal_(generator=torch.Generator().manual_seed(0))
+    second, x = network.of_each_member(1), torch.randn(3, 4, 5)
+    both = network.forward(x.repeat_interleave(2, dim=0))[0].view(3, 2, 4, 1)
+    torch.testing.assert_close(second.forward(x)[0], both[:, 1])
+    network.flat.zero_()
+    assert (second.forward(x)[0] == 0).all()
+
+
 def test_a_network_needs_a_hidden_layer() -> None:
     with pytest.raises(ValueError, match="at least one hidden layer"):
         StackedMLP((1,), (5, 2))
@@ -147,6 +164,15 @@ def test_weights_are_uniform_within_the_bounds_of_the_scheme(scheme: str, bounds
             assert 0.9 * bound < bias.abs().max() <= bound
         else:
             assert (bias == 0.1).all()
+
+
+def test_orthogonal_weights_keep_lengths_times_the_square_root_of_two() -> None:
+    network = drawn([0], "orthogonal")
+    for weight in network.weights:  # (in, out): rows or columns, whichever are fewer
+        short = weight if weight.shape[1] <= weight.shape[2] else weight.mT
+        expected = 2 * torch.eye(short.shape[1]).expand(50, -1, -1)
+        torch.testing.assert_close(short @ short.mT, expected, atol=1e-4, rtol=1e-4)
+    assert all((bias == 0).all() for bias in network.biases)
 
 
 @pytest.mark.parametrize("scheme", INITIALISATIONS)

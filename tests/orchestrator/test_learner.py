@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from agents.method import load_method
-from benchmarks.kill_tests import policy_digest
+from benchmarks.kill_tests import DATASET, policy_digest
 from envs.errors import UserError
+from envs.policies import load_policy
+from envs.registry import load_dataset
 from orchestrator.artifacts import ArtifactStore, load_tensors, stage_key
-from orchestrator.config import ComputeConfig, load_config, to_dict
-from orchestrator.learner import Learner, LearnerProcess, PackSpec
+from orchestrator.config import ComputeConfig, load_config, run_config, to_dict
+from orchestrator.learner import Learner, LearnerProcess, PackSpec, RunSpec
 from tests.orchestrator.studies import (
     IN_PROCESS,
     configured,
@@ -90,6 +92,40 @@ def test_a_learner_stopped_in_any_epoch_ends_like_an_undisturbed_one(
     steps = {key: {s for k, s in points(stopped.study_folder, "t0000-s0") if k == key} for key in ("eval/score",)}
     assert steps == {"eval/score": {100, 200}}
     assert {s for k, s in points(stopped.study_folder, "t0000-s0") if k.startswith("train/")} == {50, 100, 150, 200}
+
+
+def model_free_pack(workdir: Path, method: str, name: str) -> PackSpec:
+    """Two runs; an odd number of updates an epoch, so that TD3+BC's policy moves at other places in every epoch."""
+    settings = {
+        "method": {"name": method, "hidden": [16, 16], "batch_size": 32, "num_updates": 100, "updates_per_epoch": 25},
+        "dataset": DATASET, "workdir": str(workdir), "evaluation": {"every_epochs": 2, "episodes": 2},
+    }  # fmt: skip
+    runs = []
+    for trial, lr in enumerate((1e-3, 3e-3)):
+        config = run_config(load_config([settings], []), {"method.actor_lr": lr}, seed=trial)
+        runs.append(RunSpec(f"t{trial:04d}-s{trial}", trial, trial, to_dict(config), {"study": name}))
+    return PackSpec("pack", str(workdir / "studies" / name), tuple(runs))
+
+
+@pytest.mark.parametrize("method", ["td3_bc", "iql", "edac"])
+def test_a_method_without_a_model_is_resumed_and_leaves_policies_of_the_environment(workdir: Path, method: str):
+    straight, stopped = (model_free_pack(workdir, method, name) for name in ("straight", "stopped"))
+    train(straight)
+    learner = make_learner(stopped, IN_PROCESS)
+    stop_in_epoch(learner, 3)
+    with pytest.raises(Stop):
+        advance_to_the_end(learner)
+    assert train(stopped).updates == 100
+    assert_same_end(straight, stopped)
+
+    policy = load_policy(Path(straight.study_folder) / "runs" / "t0001-s1" / "policy.npz")
+    kind = {"td3_bc": "tanh", "iql": "tanh", "edac": "squashed"}[method]
+    assert (policy.kind, policy.observation_dim, policy.action_dim) == (kind, 3, 1)
+    obs = load_dataset(DATASET, workdir).observations
+    assert np.abs(policy.act(obs, np.random.default_rng(0))).max() <= 2.0  # Pendulum's torque
+    data = make_learner(straight, IN_PROCESS).method.data  # type: ignore[attr-defined]
+    standardised = data.observations.mean(0).abs().max() < 1e-3
+    assert bool(standardised) == (method == "td3_bc")
 
 
 def test_a_learner_stopped_after_its_last_epoch_finishes(workdir: Path, undisturbed: PackSpec):
