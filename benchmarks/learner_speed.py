@@ -256,8 +256,9 @@ def measure(case: str, pack: int, threads: int, blocks: int, seconds: float, com
     return record(
         BENCHMARK, case, value, unit, reference, threads, command, pack=pack, reference_is=what,
         per_wall_second=statistics.median(per_call * rate.per_wall for rate in rates),
-        **{f"flops_per_{counted}": flops}, matrix_gflops=gflops, share_of_matrix_rate=value / bound, **spread("value", per_cpu),
-        **spread("ratio", paired), **spread("matrix_gflops", matrix.of_best()), matrix_rates=matrix.medians(),
+        **{f"flops_per_{counted}": flops}, matrix_gflops=gflops, share_of_matrix_rate=value / bound,
+        **spread("value", per_cpu), **spread("ratio", paired), **spread("matrix_gflops", matrix.of_best()),
+        matrix_rates=matrix.medians(),
         **sizes, blocks=blocks, calls_per_block=block.calls, load_average=os.getloadavg()[0],
     )  # fmt: skip
 
