@@ -136,14 +136,14 @@ class ModelBasedSAC:
             return []
         length = self.shared.rollout_length
         size, rows = shard_size(self.device, self.sac.actor, self.ensemble, length)
-        jobs = []
+        termination, jobs = self.data.termination, []
         for members in (range(m, min(m + size, self.num_members)) for m in range(0, self.num_members, size)):
             seeds, actor = tuple(self.seeds[m] for m in members), self.sac.actor.select(members)
             coef = torch.tensor([self.penalty_coef(self.configs[m]) for m in members], device=self.device)
             starts_MB = torch.stack([self._draw_starts(seed, epoch) for seed in seeds])
             for shard, index_MB in enumerate(starts_MB.split(rows, dim=1)):
                 jobs.append(RolloutJob(
-                    tuple(members), seeds, epoch, shard, self.data.termination, actor,
+                    tuple(members), seeds, epoch, shard, termination, actor,
                     self.data.observations[index_MB], length, type(self).penalty, coef,
                 ))  # fmt: skip
         return jobs

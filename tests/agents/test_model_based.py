@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from agents.dynamics import DynamicsConfig, Ensemble
 from agents.method import RolloutResult, TrainingData
@@ -272,6 +273,33 @@ def test_on_a_gpu_a_job_has_several_members(monkeypatch: pytest.MonkeyPatch) -> 
         own = method.add_rollouts(run_jobs(method, 1))
         torch.testing.assert_close(pack.replay.member_rows(m), method.replay.member_rows(0))
         assert metrics[m] == pytest.approx(own[0], rel=1e-5)
+
+
+def test_a_rollout_phase_on_a_gpu_reads_one_thing_per_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the draw of the starts to the rings; fake tensors refuse whatever else needs a value (device "meta": see
+    test_rollout.py)."""
+    there, reads = artifacts()["dynamics"], []
+
+    def read(totals: Tensor) -> list[list[float]]:
+        reads.append(tuple(totals.shape))
+        return [[50.0 + m, 3.0, 2.0, 1.0, 4.0] for m in range(len(totals))]
+
+    monkeypatch.setattr("agents.rollout._read", read)
+    for module in ("rollout", "model_based"):  # there is no generator for this device
+        monkeypatch.setattr(f"agents.{module}.generator", lambda *_, device: None)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        columns = [torch.empty(x.shape, device="meta") for x in list(vars(data()).values())[1:6]]
+        tensors = {k: torch.empty(v.shape, device="meta") for k, v in there["tensors"].items()}
+        moments = [torch.empty(OBS), torch.empty(OBS)]  # on the CPU, as they are read
+        method = MOPO(
+            mopo_configs(), SEEDS, TrainingData("Hopper-v4", *columns, *moments),
+            {"dynamics": {**there, "tensors": tensors}}, "meta",
+        )  # fmt: skip
+        for epoch in range(8):  # the rings wrap
+            metrics = method.add_rollouts([job.run(method.ensemble) for job in method.rollout_jobs(epoch)])
+    assert reads == [(4, 5)] * 8
+    assert [m["rollout/transitions"] for m in metrics] == [50.0, 51.0, 52.0, 53.0]
+    assert method.replay.sizes == [2 * 60 * 3] * 4
 
 
 @pytest.mark.parametrize("configs", [ravl_configs(), mopo_configs()], ids=["ravl", "mopo"])
