@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from agents.dynamics import DynamicsConfig, Ensemble, EpochReport, train_ensemble
 from agents.method import RolloutJob, RolloutResult, Stage, TrainingData, per_member
@@ -226,6 +227,7 @@ class ModelBasedSAC:
         table = {k: (v / looks).tolist() for k, v in sums.items()}  # one transfer per chunk
         return [{f"train/{k}": v[m] for k, v in table.items()} for m in range(self.num_members)]
 
+    @record_function("batch drawing")
     def _draw_chunk(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Row numbers `(U, M, B)` and noise `(U, 2, M, B, A)` of an epoch, one generator per member."""
         cfg = self.shared
