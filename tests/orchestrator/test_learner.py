@@ -70,7 +70,7 @@ def spoil_member_in_epoch(learner: Learner, epoch: int) -> None:
             del learner.method.train_epoch  # the method that goes on with the other member has its own
         return metrics
 
-    learner.method.train_epoch = spoiling  # type: ignore[method-assign]
+    learner.method.train_epoch = spoiling  # type: ignore[method-assign, assignment]
 
 
 def assert_same_end(one: PackSpec, other: PackSpec) -> None:
