@@ -153,9 +153,10 @@ def _show_profiles(console: Console, folder: Path) -> None:
     """Say where the profiles of a study's packs are."""
     tables = sorted(folder.glob(f"*/profile/{TABLE}"))
     for table in tables[:3]:
-        console.print(f"profile: {table} (and {TRACE} beside it, for https://ui.perfetto.dev)", highlight=False)
+        text = f"profile: {table} (and {TRACE} beside it, for https://ui.perfetto.dev)"
+        console.print(text, highlight=False, soft_wrap=True)
     if len(tables) > 3:
-        console.print(f"profiles of all {len(tables)} packs: {folder}/*/profile/", highlight=False)
+        console.print(f"profiles of all {len(tables)} packs: {folder}/*/profile/", highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator import launch
 from orchestrator.config import ComputeConfig
 from orchestrator.profiling import EPOCH, PHASES, Share, Span, self_times, table_lines
-from tests.orchestrator.studies import IN_PROCESS, make_learner, make_pack, records, train
+from tests.orchestrator.studies import IN_PROCESS, make_learner, make_pack, quiet, records, train
 from tests.orchestrator.test_learner import TWO, assert_same_end
 
 CPU, OTHER, GPU = ("cpu", 1), ("cpu", 2), ("device", 0)
@@ -108,6 +109,21 @@ def test_a_pack_is_profiled_once_and_not_while_it_warms_up(workdir: Path):
     while not again.advance().finished:
         pass
     assert table.stat().st_mtime_ns == written
+
+
+def test_a_study_says_where_its_profiles_are(tmp_path: Path):
+    for i in range(4):
+        (tmp_path / f"pack{i}" / "profile").mkdir(parents=True)
+    console = quiet()
+    launch._show_profiles(console, tmp_path)
+    assert console.file.getvalue() == ""  # type: ignore[attr-defined]
+    for i in range(4):
+        (tmp_path / f"pack{i}" / "profile" / "table.txt").touch()
+    launch._show_profiles(console, tmp_path)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(lines) == 4
+    assert str(tmp_path / "pack0" / "profile" / "table.txt") in lines[0]
+    assert lines[3] == f"profiles of all 4 packs: {tmp_path}/*/profile/"
 
 
 def test_a_pack_of_one_epoch_is_profiled_in_it(workdir: Path):
