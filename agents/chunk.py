@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from agents.randomness import generator
 from agents.replay import Replay
@@ -58,6 +59,7 @@ class Updater(Protocol):
         """
 
 
+@record_function("batch drawing")
 def draw_chunk(
     updater: Updater, replay: Replay, seeds: Sequence[int], epoch: int, num_updates: int, num_real: int,
     num_model: int, action_dim: int,

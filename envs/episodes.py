@@ -25,6 +25,10 @@ class EpisodeError(UserError):
     """An environment cannot be made, or a policy cannot act in it."""
 
 
+class NonFiniteActionError(EpisodeError):
+    """A policy returned an action that is not finite."""
+
+
 @dataclass(frozen=True, eq=False)
 class Episodes:
     """Outcome of n episodes, in the order of their seeds."""
@@ -209,7 +213,8 @@ def _lockstep(
             )
         actions = np.clip(actions, low, high)
         if not np.isfinite(actions).all():
-            raise EpisodeError(f"the policy returned an action that is not finite in '{env_id}' at step {t}.")
+            message = f"the policy returned an action that is not finite in '{env_id}' at step {t}."
+            raise NonFiniteActionError(message)
         if recorder is not None:
             recorder.actions[alive, t] = actions
         ended = False

@@ -41,14 +41,20 @@ def build_parser() -> argparse.ArgumentParser:
     def add_overrides(sub: argparse.ArgumentParser, text: str) -> None:
         sub.add_argument("overrides", nargs="*", metavar="key=value", help=text)
 
+    def add_profile(sub: argparse.ArgumentParser) -> None:
+        text = "trace one epoch of every pack and tabulate where its time goes; the same as compute.profile=true"
+        sub.add_argument("--profile", action="store_true", help=text)
+
     train = add("train", "Train one setting, with one or more seeds.")
     train.add_argument("--config", type=Path, help="a YAML file, such as the config.yaml of an earlier run")
+    add_profile(train)
     add_workdir(train)
     add_overrides(train, "method=NAME, dataset=NAME, seed=0, num_seeds=1, method.*, evaluation.*, compute.*")
 
     sweep = add("sweep", "Search hyperparameters: run the study that a YAML file describes.")
     sweep.add_argument("study", type=Path, help="the study's YAML file")
     sweep.add_argument("--resume", action="store_true", help="continue the study of that name")
+    add_profile(sweep)
     add_workdir(sweep)
     add_overrides(sweep, "anything in the file, and study.num_trials, study.sampler.name, ...")
 
@@ -201,7 +207,8 @@ def _dispatch(args: argparse.Namespace) -> int:
     elif args.command == "demo":
         files = [Path(__file__).parent.parent / "sweeps" / "studies" / "demo.yaml"]
     option = [{"workdir": str(given)}] if given else []
-    config = load_config([{"workdir": str(default)}, *files, *option], args.overrides)
+    profile = ["compute.profile=true"] if getattr(args, "profile", False) else []
+    config = load_config([{"workdir": str(default)}, *files, *option], [*args.overrides, *profile])
     workdir = Path(config.workdir)
     if args.command in ("sweep", "demo") and not config.study.name:
         config.study.name = files[0].stem

@@ -54,12 +54,13 @@ class ComputeConfig:
 
     num_learners: int | None = None  # packs trained at once; None: one per GPU, else per core; 0: in the driver
     num_rollout_workers: int = 0  # per learner on a CPU; a learner on a GPU makes its rollouts there
-    num_evaluators: int = 0  # per learner
+    num_evaluators: int = 0  # per learner; they run episodes while it trains on. 0: it stops to run them itself
     runs_per_pack: int | None = None  # None: the seeds of one trial
     threads: int = 1  # of torch, per process
     device: str = "auto"  # auto | cpu | cuda
     address: str | None = None  # of a running Ray cluster; None: $RAY_ADDRESS, else one of our own on this machine
     checkpoint_minutes: float = 5.0  # 0: every epoch; always when a run ends
+    profile: bool = False  # trace one epoch of every pack and say where its time goes, in packs/<pack>/profile/
 
 
 @dataclass

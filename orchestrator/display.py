@@ -78,7 +78,8 @@ class Display:
         for trial in progress.running.values():
             steps = trial.common_steps()
             value = f"{trial.value_at(steps[-1]):.1f}" if steps else "-"
-            updates = f"{steps[-1] if steps else 0}/{progress.config.method.num_updates}"
+            done = min((trial.updates.get(key, 0) for key in trial.run_keys), default=0)
+            updates = f"{done}/{progress.config.method.num_updates}"
             table.add_row(str(trial.number), updates, value, show_params(trial.active))
         parts: list[RenderableType] = [bar, table]
         if progress.stage:

@@ -49,6 +49,7 @@ class TrialProgress:
     run_keys: list[str]
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
     diverged: dict[str, int] = field(default_factory=dict)
+    updates: dict[str, int] = field(default_factory=dict)  # run key -> done, as reported last
     finished: set[str] = field(default_factory=set)  # runs whose pack has ended
     judged: int = -1  # step up to which the pruner has been asked
     started: float = field(default_factory=time.monotonic)
@@ -84,10 +85,7 @@ class Progress:
         """Run-updates done or no longer needed."""
         total = self.config.method.num_updates * self.config.num_seeds
         ended = self.study.num_finished * total
-        partial = sum(
-            max((e[-1].updates for e in t.evaluations.values() if e), default=0) for t in self.running.values()
-        )
-        return ended + partial * self.config.num_seeds
+        return ended + sum(sum(trial.updates.values()) for trial in self.running.values())
 
     def updates_planned(self) -> float:
         return self.study.spec.num_trials * self.config.method.num_updates * self.config.num_seeds
@@ -361,6 +359,7 @@ class Driver:
             trial = self._trial_of(key)
             if trial is not None:
                 trial.evaluations[key] = evaluations
+                trial.updates[key] = report.updates
         for key, updates in report.diverged.items():
             trial = self._trial_of(key)
             if trial is not None:
@@ -374,29 +373,32 @@ class Driver:
 
     def _judge(self, trial: TrialProgress) -> None:
         number = trial.number
-        if trial.diverged:
-            self._keep(trial)
-            self.study.tell_diverged(number, self._bad_value())
-            self._end(trial)
-            return
         for step in trial.common_steps():
             if step <= trial.judged:
                 continue
             trial.judged = step
             self.study.report(number, step, trial.value_at(step))
             if step < self.config.method.num_updates and self.study.should_prune(number):
-                self._keep(trial)
+                # what evaluators have found out beyond this step would not be known without them
+                self._keep(trial, until=step)
                 self.study.tell_pruned(number)
                 self._end(trial)
                 return
+        # every common step comes before a run diverged, so it is judged first, however late its evaluation came in
+        if trial.diverged:
+            self._keep(trial)
+            self.study.tell_diverged(number, self._bad_value())
+            self._end(trial)
+            return
         if trial.finished == set(trial.run_keys):
             self._keep(trial)
             self.study.tell(number, trial.final_value(self.config.study.objective_evaluations))
             self._end(trial)
 
-    def _keep(self, trial: TrialProgress) -> None:
-        """Each run's last evaluation, kept with the trial."""
-        last = {key: evals[-1] for key, evals in trial.evaluations.items() if evals}
+    def _keep(self, trial: TrialProgress, until: float = math.inf) -> None:
+        """Each run's last evaluation, at no more than so many updates, kept with the trial."""
+        known = {key: [e for e in evals if e.updates <= until] for key, evals in trial.evaluations.items()}
+        last = {key: evals[-1] for key, evals in known.items() if evals}
         self.study.set_attr(trial.number, "run_values", {key: e.value for key, e in last.items()})
         self.study.set_attr(
             trial.number, "run_returns", {key: sum(e.returns) / len(e.returns) for key, e in last.items()}

@@ -27,6 +27,8 @@ KNOBS: dict[str, str] = {
     # process is using are many times slower than one, because they spin while they wait for each other.
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "passive",
+    # PyTorch's profiler would print a line when it starts and one when it stops.
+    "KINETO_LOG_LEVEL": "6",
     # Ray: no usage reports; and a driver started by `uv run` must not start its workers by `uv run`, each in
     # a new environment.
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -28,6 +28,7 @@ from orchestrator.connection import cluster_address
 from orchestrator.display import Display, print_summary, score_label, show_params, value_unit
 from orchestrator.driver import Driver
 from orchestrator.learner import dataset_record, evaluation_env, flatten, resolve_device
+from orchestrator.profiling import TABLE, TRACE
 from orchestrator.progress import shown
 from orchestrator.spool import RunInfo, RunSpool, check_run_key
 from orchestrator.tracking import Tracker, check_reachable, default_tracking_uri
@@ -143,7 +144,19 @@ def _run(config: Config, study: Study, dataset: Dataset, console: Console) -> Ou
             Driver(config, study, dataset, slots, tags, spool, display).run()
         _conclude(spool, study, value_unit(config, dataset))
     print_summary(console, study, config, dataset, tracker.tracking_uri)
+    if config.compute.profile:
+        _show_profiles(console, study.folder / "packs")
     return Outcome(study, dataset, study.spec.name)
+
+
+def _show_profiles(console: Console, folder: Path) -> None:
+    """Say where the profiles of a study's packs are."""
+    tables = sorted(folder.glob(f"*/profile/{TABLE}"))
+    for table in tables[:3]:
+        text = f"profile: {table} (and {TRACE} beside it, for https://ui.perfetto.dev)"
+        console.print(text, highlight=False, soft_wrap=True)
+    if len(tables) > 3:
+        console.print(f"profiles of all {len(tables)} packs: {folder}/*/profile/", highlight=False, soft_wrap=True)
 
 
 @contextmanager

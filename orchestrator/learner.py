@@ -3,6 +3,10 @@
 Everything it knows is in its checkpoint, written atomically at epoch boundaries. All randomness follows from seeds and
 epoch numbers, so a learner that continues from a checkpoint repeats the epochs after it bit for bit, and what it logs
 again is recognised by its step.
+
+Where there are evaluators, training goes on while they run episodes. When an evaluation is taken in depends on nothing
+but its number (`MAX_PENDING`), so that what follows from it, such as a run that is pruned and leaves its pack, happens
+at the same update every time.
 """
 
 from __future__ import annotations
@@ -10,7 +14,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import record_function
 
 from agents.cpu import configure_cpu
 from agents.method import Stage, TrainingData, load_method
@@ -37,10 +43,12 @@ from orchestrator.artifacts import (
     write_text,
 )
 from orchestrator.config import ComputeConfig, Config, digest, identity, load_config, to_dict, to_yaml
+from orchestrator.profiling import TABLE, EpochProfile
 from orchestrator.spool import DatasetRecord, RunInfo, RunSpool
 from orchestrator.workers import Workers
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
+MAX_PENDING = 2  # evaluations of a pack under way in evaluators while it trains
 
 
 @dataclass(frozen=True)
@@ -86,13 +94,25 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class PackReport:
-    """How a pack stands after `Learner.advance`."""
+    """How a pack stands after `Learner.advance`.
+
+    With evaluators the last `MAX_PENDING` evaluations may be missing until the pack has finished.
+    """
 
     pack_id: str
     updates: int
     finished: bool
-    evaluations: dict[str, list[Evaluation]]  # run key -> all so far
+    evaluations: dict[str, list[Evaluation]]  # run key -> all that have been taken in, in the order of updates
     diverged: dict[str, int] = field(default_factory=dict)  # run key -> updates
+
+
+@dataclass(frozen=True)
+class PendingEvaluation:
+    """An evaluation whose returns have not been taken in yet."""
+
+    updates: int  # at which the policies were taken
+    policies: dict[str, dict[str, np.ndarray]]  # run key -> arrays of a policy file
+    collect: Callable[[], list[np.ndarray]]  # waits for the returns of every policy
 
 
 def evaluation_env(config: Config, dataset: Dataset) -> str:
@@ -125,7 +145,7 @@ class Learner:
 
     Args:
         pack: what to train; if its folder holds a checkpoint, training goes on from there.
-        compute: threads, device and checkpoint interval.
+        compute: threads, device, checkpoint interval and whether an epoch is profiled.
         workers: where rollouts and evaluations are computed.
         dataset: what the runs learn from.
     """
@@ -152,8 +172,12 @@ class Learner:
         self.evaluations: dict[str, list[Evaluation]] = {run.run_key: [] for run in pack.runs}
         self.diverged: dict[str, int] = {}
         self.num_epochs = config.method.num_epochs
+        self._pending: list[PendingEvaluation] = []
         self._saved_at = time.monotonic()
+        self._seconds_waited = self._seconds_saving = 0.0  # since they were logged last
         self._restore()
+        self._first_epoch = self.epoch
+        self._profiles = compute.profile and not (self.profile_folder / TABLE).exists()
         folder = Path(pack.study_folder)
         self._spools = {run.run_key: RunSpool(folder / "spool", run.run_key) for run in pack.runs}
         for run, run_config in zip(pack.runs, self.configs, strict=True):
@@ -168,6 +192,10 @@ class Learner:
     def checkpoint_path(self) -> Path:
         return self.pack.folder / "checkpoint.pt"
 
+    @property
+    def profile_folder(self) -> Path:
+        return self.pack.folder / "profile"
+
     def run_folder(self, run_key: str) -> Path:
         return Path(self.pack.study_folder) / "runs" / run_key
 
@@ -176,71 +204,123 @@ class Learner:
     def advance(self, dropped: Sequence[str] = ()) -> PackReport:
         """Train until the next evaluation or the end.
 
+        Without evaluators the report includes that evaluation. With them it includes those up to the one
+        `MAX_PENDING` before it, for which the learner waits here if it must; the last report is complete.
+
         Args:
-            dropped: keys of runs that are no longer wanted (all so far; those already gone are ignored).
+            dropped: keys of runs that are no longer wanted (all so far; those already gone are ignored). Their pending
+                evaluations are not taken in.
         """
         self._drop([key for key in self.alive if key in dropped], "KILLED", "pruned")
         every = self.configs[0].evaluation.every_epochs
         while self.alive and self.epoch < self.num_epochs:
-            self._train_epoch()
-            last = self.epoch == self.num_epochs
-            if self.alive and (last or self.epoch % every == 0):
-                self._evaluate()
-                self._save(force=last)
-                if not last:
-                    break
-            else:
-                self._save()
+            last = self.epoch + 1 == self.num_epochs
+            due = last or (self.epoch + 1) % every == 0
+            with self._profiled(due) as profiled:
+                self._train_epoch()
+                if due and self.alive:
+                    self._evaluate(MAX_PENDING if self.workers.evaluates_elsewhere else 0)
+                # a checkpoint belongs to what a profile shows
+                self._save(force=last or profiled)
+            if due and not last:
+                self._log_waiting()
+                break
         finished = not self.alive or self.epoch == self.num_epochs
+        if finished:
+            self._take_evaluations(0)
         if finished and self.alive:
+            self._log_waiting()
             self._finish()
         return PackReport(self.pack.pack_id, self.updates, finished, dict(self.evaluations), dict(self.diverged))
 
     def _train_epoch(self) -> None:
         started = time.perf_counter()
-        jobs = self.method.rollout_jobs(self.epoch)
-        results = self.workers.rollouts(jobs, self.method.ensemble) if jobs else []
-        metrics = dict(zip(self.alive, self.method.add_rollouts(results), strict=True))
+        with record_function("rollouts"):
+            jobs = self.method.rollout_jobs(self.epoch)
+            results = self.workers.rollouts(jobs, self.method.ensemble) if jobs else []
+            metrics = dict(zip(self.alive, self.method.add_rollouts(results), strict=True))
         rolled_out = time.perf_counter()
         # where no model row could be kept there is nothing to learn from
         self._log_and_diverge(metrics, only_diverged=True)
         if not self.alive:
             return
-        trained = dict(zip(self.alive, self.method.train_epoch(self.epoch), strict=True))
-        seconds = time.perf_counter() - rolled_out
+        updating = time.perf_counter()
+        with record_function("updates"):
+            trained = dict(zip(self.alive, self.method.train_epoch(self.epoch), strict=True))
+        seconds = time.perf_counter() - updating
         self.epoch += 1
-        rate = self.configs[0].method.updates_per_epoch / seconds
-        timing = {"time/updates_per_second": rate, "time/rollout_seconds": rolled_out - started}
+        timing = {
+            "time/updates_per_second": self.configs[0].method.updates_per_epoch / seconds,
+            "time/update_seconds": seconds,
+            "time/rollout_seconds": rolled_out - started,
+            "time/checkpoint_seconds": self._seconds_saving,  # of the epochs before
+        }
+        self._seconds_saving = 0.0
         self._log_and_diverge({key: {**metrics[key], **values, **timing} for key, values in trained.items()})
 
     def _log_and_diverge(self, metrics: Mapping[str, Mapping[str, float]], only_diverged: bool = False) -> None:
         """Log each run's metrics at the current number of updates; stop the runs with one that is not finite."""
         diverged = [key for key, values in metrics.items() if not all(map(math.isfinite, values.values()))]
-        for key in diverged if only_diverged else metrics:
-            self._spools[key].metrics(self.updates, metrics[key])
-        self._diverge(diverged)
+        with record_function("logging"):
+            for key in diverged if only_diverged else metrics:
+                self._spools[key].metrics(self.updates, metrics[key])
+        self._diverge_now(diverged)
 
-    def _evaluate(self) -> None:
+    # ---- evaluation ---------------------------------------------------------------------------------------------
+
+    def _evaluate(self, left: int) -> None:
+        """Begin to evaluate the policies as they are; take evaluations in until no more than `left` are pending."""
+        with record_function("evaluation"):
+            policies = {key: self._policy(m) for m, key in enumerate(self.alive)}
+        # the last update of an epoch can spoil a policy behind the last look at its statistics
+        self._diverge_now([key for key, policy in policies.items() if not _finite(policy)])
+        with record_function("evaluation"):
+            self._start_evaluation(self.updates, {key: policies[key] for key in self.alive})
+        self._take_evaluations(left)
+
+    def _start_evaluation(self, updates: int, policies: dict[str, dict[str, np.ndarray]]) -> None:
         evaluation = self.configs[0].evaluation
         seeds = range(evaluation.first_seed, evaluation.first_seed + evaluation.episodes)
-        policies = {key: self._policy(m) for m, key in enumerate(self.alive)}
-        # the last update of an epoch can spoil a policy behind the last look at its statistics
-        self._diverge([key for key, policy in policies.items() if not _finite(policy)])
+        if policies:
+            collect = self.workers.start_evaluation(list(policies.values()), self.env_id, seeds)
+            self._pending.append(PendingEvaluation(updates, policies, collect))
+
+    def _take_evaluations(self, left: int) -> None:
+        """Take pending evaluations in, oldest first, waiting for them if need be, until no more than `left` are."""
+        while len(self._pending) > left:
+            pending = self._pending[0]
+            if any(key in self.alive for key in pending.policies):
+                started = time.perf_counter()
+                with record_function("evaluation"):
+                    returns_of_all = pending.collect()
+                self._seconds_waited += time.perf_counter() - started
+                self._take(pending.updates, dict(zip(pending.policies, returns_of_all, strict=True)))
+            self._pending.pop(0)
+
+    def _take(self, updates: int, returns_of_all: Mapping[str, np.ndarray]) -> None:
         diverged = []
-        returns_of_all = self.workers.evaluate([policies[key] for key in self.alive], self.env_id, seeds)
-        for key, returns in zip(self.alive, returns_of_all, strict=True):
+        for key, returns in returns_of_all.items():
+            if key not in self.alive:  # dropped since
+                continue
             mean = float(returns.mean())
             metrics = {"eval/return_mean": mean, "eval/return_std": float(returns.std())}
             value = mean
             if self.reference is not None:
                 value = float(normalized_score(mean, self.reference))
                 metrics["eval/score"] = value
-            self._spools[key].metrics(self.updates, metrics)
+            with record_function("logging"):
+                self._spools[key].metrics(updates, metrics)
             if math.isfinite(value):
-                self.evaluations[key].append(Evaluation(self.updates, value, returns.tolist()))
+                self.evaluations[key].append(Evaluation(updates, value, returns.tolist()))
             else:
                 diverged.append(key)
-        self._diverge(diverged)
+        self._diverge(diverged, updates)
+
+    def _log_waiting(self) -> None:
+        """How long evaluations have kept the learner since the evaluation before."""
+        for key in self.alive:
+            self._spools[key].metrics(self.updates, {"time/evaluation_wait_seconds": self._seconds_waited})
+        self._seconds_waited = 0.0
 
     def _policy(self, member: int) -> dict[str, np.ndarray]:
         scaling = self.dataset.scaling
@@ -249,8 +329,14 @@ class Learner:
             scaling.observation_mean, scaling.observation_std,
         )  # fmt: skip
 
-    def _diverge(self, keys: Sequence[str]) -> None:
-        self.diverged |= dict.fromkeys(keys, self.updates)
+    def _diverge_now(self, keys: Sequence[str]) -> None:
+        """Stop runs that have diverged at the current number of updates, unless an earlier evaluation shows it."""
+        if keys:
+            self._take_evaluations(0)
+            self._diverge([key for key in keys if key in self.alive], self.updates)
+
+    def _diverge(self, keys: Sequence[str], updates: int) -> None:
+        self.diverged |= dict.fromkeys(keys, updates)
         self._drop(keys, "FAILED", "diverged")
 
     def _drop(self, keys: Sequence[str], status: Any, reason: str) -> None:
@@ -301,12 +387,20 @@ class Learner:
     def _save(self, force: bool = False) -> None:
         if not force and time.monotonic() - self._saved_at < 60 * self.compute.checkpoint_minutes:
             return
-        save_tensors(self.checkpoint_path, {
-            "version": CHECKPOINT_VERSION, "runs": [run.run_key for run in self.pack.runs], "alive": self.alive,
-            "epoch": self.epoch, "diverged": self.diverged, "method": self.method.state_dict(),
-            "evaluations": {key: [asdict(e) for e in done] for key, done in self.evaluations.items()},
-        })  # fmt: skip
+        started = time.perf_counter()
+        pending = [
+            [p.updates, {key: _as_tensors(policy) for key, policy in p.policies.items() if key in self.alive}]
+            for p in self._pending
+        ]
+        with record_function("checkpoint"):
+            save_tensors(self.checkpoint_path, {
+                "version": CHECKPOINT_VERSION, "runs": [run.run_key for run in self.pack.runs], "alive": self.alive,
+                "epoch": self.epoch, "diverged": self.diverged, "method": self.method.state_dict(),
+                "evaluations": {key: [asdict(e) for e in done] for key, done in self.evaluations.items()},
+                "pending": pending,
+            })  # fmt: skip
         self._saved_at = time.monotonic()
+        self._seconds_saving += time.perf_counter() - started
 
     def _restore(self) -> None:
         if not self.checkpoint_path.exists():
@@ -322,10 +416,50 @@ class Learner:
             self.method.load_state_dict(state["method"])
         self.alive, self.epoch, self.diverged = state["alive"], state["epoch"], state["diverged"]
         self.evaluations = {key: [Evaluation(**e) for e in done] for key, done in state["evaluations"].items()}
+        for updates, policies in state["pending"]:
+            self._start_evaluation(updates, {key: _as_arrays(policy) for key, policy in policies.items()})
+
+    # ---- profile ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _profiled(self, evaluates: bool) -> Iterator[bool]:
+        """Profile the epoch that is run inside, if it is the one to be: whether it is.
+
+        It is the first epoch that ends with an evaluation, so that every phase is seen, but not the first epoch of
+        this process, which warms up, unless there is no other.
+        """
+        warm = self.epoch > self._first_epoch or self.epoch + 1 == self.num_epochs
+        if not (self._profiles and evaluates and warm):
+            yield False
+            return
+        self._profiles = False
+        epoch, runs = self.epoch + 1, len(self.alive)
+        with EpochProfile(self.device) as profile:
+            yield True
+        every, minutes = self.configs[0].evaluation.every_epochs, self.compute.checkpoint_minutes
+        paths = profile.write(self.profile_folder, [
+            f"Epoch {epoch} of {self.num_epochs} of pack {self.pack.pack_id}: {runs} runs, "
+            f"{self.configs[0].method.updates_per_epoch} updates, on {self.device}.",
+            "The profiler slows operators down, small ones most: MLflow's time/* say how long other epochs take.",
+            f"This epoch has an evaluation and a checkpoint; else they are made every {every} epochs and every "
+            f"{minutes:g} minutes.",
+        ])  # fmt: skip
+        for path in paths if self.alive else []:
+            self._spools[self.alive[0]].artifact(path, "profile")
 
 
 def _finite(arrays: Mapping[str, np.ndarray]) -> bool:
     return all(np.isfinite(a).all() for a in arrays.values() if a.dtype.kind == "f")
+
+
+def _as_tensors(policy: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor | str]:
+    """A policy file's arrays as a checkpoint can hold them."""
+    return {k: str(a) if a.dtype.kind == "U" else torch.from_numpy(np.array(a)) for k, a in policy.items()}
+
+
+def _as_arrays(policy: Mapping[str, torch.Tensor | str]) -> dict[str, np.ndarray]:
+    """The inverse of `_as_tensors`."""
+    return {k: np.array(a) if isinstance(a, str) else a.cpu().numpy() for k, a in policy.items()}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -371,9 +505,10 @@ class LearnerProcess:
     def advance(self, pack: PackSpec, dropped: Sequence[str], dataset: Dataset) -> PackReport:
         if self._learner is None or self._learner.pack.pack_id != pack.pack_id:
             self._learner = Learner(pack, self.compute, self.workers, dataset)
-        report = self._learner.advance(dropped)
-        if report.finished:
-            self._learner = None
+        learner, self._learner = self._learner, None  # one that fails in mid-epoch is not to be gone on with
+        report = learner.advance(dropped)
+        if not report.finished:
+            self._learner = learner
         return report
 
     def build_stages(self, configs: Sequence[dict[str, Any]], name: str, dataset: Dataset) -> list[UserError | None]:

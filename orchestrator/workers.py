@@ -20,18 +20,34 @@ from numpy.typing import NDArray
 from agents.cpu import configure_cpu
 from agents.dynamics import Ensemble
 from agents.method import RolloutJob, RolloutResult
-from envs.episodes import run_episodes
+from envs.episodes import NonFiniteActionError, run_episodes
 from envs.policies import NetworkPolicy
 
 PolicyArrays = Mapping[str, NDArray[Any]]
+# Episodes stepped together. Evaluators share an evaluation by such groups, and episodes depend in their last bits on
+# which others are stepped with them, so it must not depend on the number of evaluators. Measured on MuJoCo's
+# robots, groups of 10 take 3 % less time than groups of 5, and single episodes 25 % more.
+GROUP_EPISODES = 5
 MAX_TRIES = 20  # of one call whose actor keeps dying
 RETRY_SECONDS = 0.5
 
 
 def evaluate(policy: PolicyArrays, env_id: str, seeds: Sequence[int]) -> NDArray[np.float64]:
-    """Returns `(episodes,)` of the deterministic policy, one whole episode per seed."""
+    """Returns `(episodes,)` of the deterministic policy, one whole episode per seed, stepped in lockstep.
+
+    They are not a number where the policy's action is not: a policy of finite, huge weights can overflow.
+    """
     network = NetworkPolicy(policy, "learner", "")
-    return run_episodes(env_id, lambda observations: network.act(observations, None), seeds).returns
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return run_episodes(env_id, lambda observations: network.act(observations, None), seeds).returns
+    except NonFiniteActionError:
+        return np.full(len(seeds), np.nan)
+
+
+def groups(seeds: Sequence[int]) -> list[list[int]]:
+    """The seeds of an evaluation as they are stepped together, wherever that is."""
+    return [list(seeds[i : i + GROUP_EPISODES]) for i in range(0, len(seeds), GROUP_EPISODES)]
 
 
 class RolloutWorker:
@@ -60,8 +76,11 @@ class Evaluator:
     def __init__(self, threads: int = 1) -> None:
         configure_cpu(threads)
 
-    def run(self, policy: PolicyArrays, env_id: str, seeds: Sequence[int]) -> NDArray[np.float64]:
-        return evaluate(policy, env_id, seeds)
+    def run(
+        self, policies: Sequence[PolicyArrays], member: int, env_id: str, seeds: Sequence[int]
+    ) -> NDArray[np.float64]:
+        """Returns of one of a pack's policies, which lie in the object store together."""
+        return evaluate(policies[member], env_id, seeds)
 
 
 class Workers:
@@ -75,6 +94,7 @@ class Workers:
     def __init__(self, num_rollout_workers: int = 0, num_evaluators: int = 0, threads: int = 1) -> None:
         self._rollout_workers = [_actor(RolloutWorker, threads) for _ in range(num_rollout_workers)]
         self._evaluators = [_actor(Evaluator, threads) for _ in range(num_evaluators)]
+        self._turns = itertools.cycle(self._evaluators)
         self._shipped: tuple[Ensemble, str, Any] | None = None
 
     def pids(self) -> dict[str, list[int]]:
@@ -106,15 +126,40 @@ class Workers:
                 results[job_index] = RolloutResult(jobs[job_index].members, received, statistics)
         return [r for r in results if r is not None]
 
-    def evaluate(
+    @property
+    def evaluates_elsewhere(self) -> bool:
+        """Whether evaluations run beside the caller."""
+        return bool(self._evaluators)
+
+    def start_evaluation(
         self, policies: Sequence[PolicyArrays], env_id: str, seeds: Sequence[int]
-    ) -> list[NDArray[np.float64]]:
-        """Episode returns of every policy."""
+    ) -> Callable[[], list[NDArray[np.float64]]]:
+        """Begin to evaluate some policies.
+
+        Evaluators are sent the policies once and take turns at groups of episodes; an evaluator that has died is asked
+        again when its answer is wanted. Without evaluators nothing happens before the call of what is returned.
+
+        Returns:
+            A function that waits for the episode returns `(episodes,)` of every policy.
+        """
+        shares = groups(seeds)
         if not self._evaluators:
-            return [evaluate(policy, env_id, seeds) for policy in policies]
-        actors = itertools.cycle(self._evaluators)
-        calls = [partial(next(actors).run.remote, dict(policy), env_id, list(seeds)) for policy in policies]
-        return _call_all(calls)
+            return lambda: [np.concatenate([evaluate(p, env_id, share) for share in shares]) for p in policies]
+        import ray
+
+        reference = ray.put([dict(policy) for policy in policies])
+        calls = [
+            partial(next(self._turns).run.remote, reference, member, env_id, share)
+            for member in range(len(policies))
+            for share in shares
+        ]
+        answers = _start_all(calls)
+
+        def collect() -> list[NDArray[np.float64]]:
+            parts, n = answers(), len(shares)
+            return [np.concatenate(parts[i : i + n]) for i in range(0, len(parts), n)]
+
+        return collect
 
     def _ship(self, ensemble: Ensemble) -> tuple[str, Any]:
         """Put the ensemble into the object store, once."""
@@ -143,19 +188,34 @@ def _actor(cls: type, threads: int) -> Any:
 
 def _call_all(calls: Sequence[Callable[[], Any]]) -> list[Any]:
     """Make all calls at once; repeat the ones whose actor died."""
+    return _start_all(calls)()
+
+
+def _start_all(calls: Sequence[Callable[[], Any]]) -> Callable[[], list[Any]]:
+    """Make all calls at once; what is returned waits for their answers and repeats the ones whose actor died."""
     import ray
     from ray.exceptions import RayActorError
 
     references = [call() for call in calls]
-    answers = []
-    for call, reference in zip(calls, references, strict=True):
+    answers: dict[int, Any] = {}
+
+    def collect() -> list[Any]:
         for attempt in range(MAX_TRIES):
-            try:
-                answers.append(ray.get(reference))
+            died = []
+            for i, reference in enumerate(references):
+                if i in answers:
+                    continue
+                try:
+                    answers[i] = ray.get(reference)
+                except RayActorError:
+                    if attempt + 1 == MAX_TRIES:
+                        raise
+                    died.append(i)
+            if not died:
                 break
-            except RayActorError:
-                if attempt + 1 == MAX_TRIES:
-                    raise
-                time.sleep(RETRY_SECONDS)
-                reference = call()
-    return answers
+            time.sleep(RETRY_SECONDS)
+            for i in died:
+                references[i] = calls[i]()
+        return [answers[i] for i in range(len(calls))]
+
+    return collect

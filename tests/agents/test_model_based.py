@@ -288,11 +288,13 @@ def test_a_rollout_phase_on_a_gpu_reads_one_thing_per_job(monkeypatch: pytest.Mo
     for module in ("rollout", "model_based"):  # there is no generator for this device
         monkeypatch.setattr(f"agents.{module}.generator", lambda *_, device: None)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        columns = [torch.empty(x.shape, device="meta") for x in list(vars(data()).values())[1:6]]
+        obs, action, reward, next_obs, done = (
+            torch.empty(x.shape, device="meta") for x in list(vars(data()).values())[1:6]
+        )
         tensors = {k: torch.empty(v.shape, device="meta") for k, v in there["tensors"].items()}
-        moments = [torch.empty(OBS), torch.empty(OBS)]  # on the CPU, as they are read
+        mean, std = torch.empty(OBS), torch.empty(OBS)  # on the CPU, as they are read
         method = MOPO(
-            mopo_configs(), SEEDS, TrainingData("Hopper-v4", *columns, *moments),
+            mopo_configs(), SEEDS, TrainingData("Hopper-v4", obs, action, reward, next_obs, done, mean, std),
             {"dynamics": {**there, "tensors": tensors}}, "meta",
         )  # fmt: skip
         for epoch in range(8):  # the rings wrap

@@ -188,6 +188,12 @@ def test_overrides_may_stand_before_and_behind_options(tmp_path: Path, started: 
     assert (config.seed, config.num_seeds, config.method.tau, config.workdir) == (3, 4, 0.5, str(tmp_path))
 
 
+def test_a_profile_is_asked_for_by_an_option(tmp_path: Path, started: list[Any]):
+    assert main([*TRAIN, "--workdir", str(tmp_path)]) == 0
+    assert main(["train", "--profile", *TRAIN[1:], "--workdir", str(tmp_path)]) == 0
+    assert [config.compute.profile for config in started] == [False, True]
+
+
 def test_the_work_folder_comes_from_the_environment(
     tmp_path: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
 ):

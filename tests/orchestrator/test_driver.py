@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import shutil
 import sqlite3
@@ -21,7 +22,7 @@ from orchestrator import launch
 from orchestrator.artifacts import load_tensors
 from orchestrator.cluster import InlineSlots, RaySlots
 from orchestrator.config import Config, digest, identity, load_config
-from orchestrator.learner import LearnerProcess
+from orchestrator.learner import LearnerProcess, PackReport, PackSpec
 from orchestrator.spool import RunInfo, RunSpool
 from sweeps.study import Study
 from tests.orchestrator.studies import ScriptedSlots, configured, copied, dataset_of, drive, points, records
@@ -226,6 +227,37 @@ def test_a_bad_trial_is_pruned_and_its_runs_are_dropped(workdir: Path):
     assert [t.value for t in trials[:3]] == [10.5] * 3
     assert slots.dropped[-1] == {"t0003-s0", "t0003-s1"}
     assert slots.calls.count(slots.calls[-1]) == 2  # one evaluation, and the call that drops them
+
+
+class LateSlots(ScriptedSlots):
+    """Reports hold nothing of what evaluations found before the pack has finished."""
+
+    def advance(self, pack: PackSpec, dropped: Sequence[str]) -> PackReport:
+        report = super().advance(pack, dropped)
+        if report.finished:
+            return report
+        return dataclasses.replace(report, evaluations={key: [] for key in report.evaluations}, diverged={})
+
+
+def test_evaluations_that_come_late_are_judged_in_their_order(workdir: Path):
+    """Whatever came in together, a trial ends as if each evaluation had been known at its step."""
+
+    def script(trial: int, seed: int, updates: int) -> float | str:
+        if trial == 2 and (seed, updates) == (1, 200):
+            return "diverged"
+        return 10.0 + trial + seed if trial < 2 else updates / 100
+
+    ended = []
+    for name, slots_class in (("at-once", ScriptedSlots), ("late", LateSlots)):
+        config = scripted(
+            workdir, name=name, num_trials=3, pruner={"name": "median", "warmup_fraction": 0.0, "startup_trials": 2}
+        )
+        slots = slots_class(config, script)
+        ended.append([
+            (t.state, t.diverged, t.value, t.intermediate, t.attrs["run_values"]) for t in drive(config, slots).trials()
+        ])  # fmt: skip
+    assert ended[0][2] == ("pruned", False, 1.0, {100: 1.0}, {"t0002-s0": 1.0, "t0002-s1": 1.0})
+    assert ended[0] == ended[1]
 
 
 def test_a_diverged_trial_is_told_a_bad_value_and_the_study_goes_on(workdir: Path):

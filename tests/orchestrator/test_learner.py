@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from envs.registry import load_dataset
 from orchestrator.artifacts import ArtifactStore, load_tensors, stage_key
 from orchestrator.config import ComputeConfig, load_config, run_config, to_dict
 from orchestrator.learner import Learner, LearnerProcess, PackSpec, RunSpec
+from orchestrator.workers import Workers
 from tests.orchestrator.studies import (
     IN_PROCESS,
     configured,
@@ -58,6 +60,21 @@ def stop_in_epoch(learner: Learner, epoch: int) -> None:
         return train_epoch(number)
 
     learner.method.train_epoch = dying  # type: ignore[method-assign, assignment]
+
+
+def spoil_member_in_epoch(learner: Learner, epoch: int) -> None:
+    """Make the second member's policy not a number at the end of an epoch, behind the last look at its statistics."""
+    train_epoch = learner.method.train_epoch
+
+    def spoiling(number: int) -> Any:
+        metrics = train_epoch(number)
+        if number == epoch:
+            actor = learner.method.sac.actor  # type: ignore[attr-defined]
+            actor.blocks(actor.flat)[0][1] = math.nan
+            del learner.method.train_epoch  # the method that goes on with the other member has its own
+        return metrics
+
+    learner.method.train_epoch = spoiling  # type: ignore[method-assign, assignment]
 
 
 def assert_same_end(one: PackSpec, other: PackSpec) -> None:
@@ -208,21 +225,172 @@ def test_a_policy_that_is_not_finite_counts_as_diverged(workdir: Path):
     """The last update of an epoch can spoil the policy although all metrics of the epoch are finite."""
     pack = make_pack(workdir, TWO)
     learner = make_learner(pack, IN_PROCESS)
-    train_epoch = learner.method.train_epoch
-
-    def spoiling(epoch: int) -> Any:
-        metrics = train_epoch(epoch)
-        if epoch == 1:
-            actor = learner.method.sac.actor  # type: ignore[attr-defined]
-            actor.blocks(actor.flat)[0][1] = math.nan
-            del learner.method.train_epoch  # the method that goes on with the other member has its own
-        return metrics
-
-    learner.method.train_epoch = spoiling  # type: ignore[method-assign]
+    spoil_member_in_epoch(learner, 1)
     report = learner.advance()
     assert report.diverged == {"t0001-s1": 100}
     assert report.evaluations["t0001-s1"] == []
     assert [e.updates for e in learner.advance().evaluations["t0000-s0"]] == [100, 200]
+
+
+class Elsewhere(Workers):
+    """Stands for evaluators that are as slow as may be: returns are there when they are waited for.
+
+    Args:
+        broken: the numbers, from 0, of evaluations at which the second policy's returns are not a number.
+    """
+
+    def __init__(self, broken: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.broken = broken
+        self.started = self.collected = self.most_pending = 0
+
+    @property
+    def evaluates_elsewhere(self) -> bool:
+        return True
+
+    def start_evaluation(self, policies: Any, env_id: str, seeds: Sequence[int]) -> Callable[[], Any]:
+        number, self.started = self.started, self.started + 1
+        self.most_pending = max(self.most_pending, self.started - self.collected)
+        collect = super().start_evaluation(policies, env_id, seeds)
+
+        def late() -> Any:
+            returns = collect()
+            self.collected += 1
+            if number in self.broken:
+                returns[1] = returns[1] * math.nan
+            return returns
+
+        return late
+
+
+EVERY_EPOCH = ("evaluation.every_epochs=1", "method.num_updates=300")  # six evaluations
+
+
+@pytest.fixture(scope="module")
+def evaluated_at_once(base: Path, tmp_path_factory: pytest.TempPathFactory) -> PackSpec:
+    """The pack of two, evaluated after each of its six epochs, which wait for it."""
+    pack = make_pack(copied(base, tmp_path_factory), TWO, *EVERY_EPOCH)
+    train(pack)
+    return pack
+
+
+def test_training_goes_on_while_evaluations_are_pending(workdir: Path, evaluated_at_once: PackSpec):
+    pack, workers = make_pack(workdir, TWO, *EVERY_EPOCH), Elsewhere()
+    learner = make_learner(pack, workers=workers)
+    seen = []
+    while not (report := learner.advance()).finished:
+        seen.append((report.updates, [e.updates for e in report.evaluations["t0000-s0"]]))
+    assert seen == [(50, []), (100, []), (150, [50]), (200, [50, 100]), (250, [50, 100, 150])]
+    assert [e.updates for e in report.evaluations["t0001-s1"]] == [50, 100, 150, 200, 250, 300]
+    assert (workers.most_pending, workers.collected) == (3, 6)
+    assert_same_end(evaluated_at_once, pack)
+    # in the order of updates, as the tracker needs it, although the training was further
+    steps = [r["step"] for r in records(pack.study_folder, "t0000-s0") if "eval/score" in r.get("values", {})]
+    assert steps == [50, 100, 150, 200, 250, 300]
+
+
+def test_any_number_of_evaluators_gives_the_same_points_and_results(
+    workdir: Path, evaluated_at_once: PackSpec, ray_cluster: None
+):
+    import ray
+
+    for number in (1, 2):
+        pack, workers = make_pack(workdir, TWO, *EVERY_EPOCH, name=f"evaluators{number}"), Workers(0, number)
+        try:
+            train(pack, workers=workers)
+        finally:
+            for actor in workers._evaluators:
+                ray.kill(actor)
+        assert_same_end(evaluated_at_once, pack)
+        logged = [r["values"] for r in records(pack.study_folder, "t0000-s0") if "values" in r]
+        assert len([v for v in logged if v.get("time/evaluation_wait_seconds", -1.0) >= 0.0]) == 6
+
+
+@pytest.mark.parametrize("epoch", [1, 3, 5, 6])
+def test_pending_evaluations_outlive_a_kill(workdir: Path, evaluated_at_once: PackSpec, epoch: int):
+    """With the last epoch of all, the kill comes between the last checkpoint and the end."""
+    pack = make_pack(workdir, TWO, *EVERY_EPOCH)
+    learner = make_learner(pack, workers=Elsewhere())
+    if epoch < 6:
+        stop_in_epoch(learner, epoch)
+    else:
+        learner._log_waiting = _stop_at(learner, 300)  # type: ignore[method-assign]
+    with pytest.raises(Stop):
+        advance_to_the_end(learner)
+    again = make_learner(pack, workers=Elsewhere())
+    assert [p.updates for p in again._pending] == [50 * e for e in (epoch - 1, epoch) if e]
+    advance_to_the_end(again)
+    assert_same_end(evaluated_at_once, pack)
+    # also where nobody evaluates elsewhere any more
+    advance_to_the_end(make_learner(pack, workers=Workers()))
+    assert_same_end(evaluated_at_once, pack)
+
+
+def _stop_at(learner: Learner, updates: int) -> Callable[[], None]:
+    log = learner._log_waiting
+
+    def dying() -> None:
+        if learner.updates == updates:
+            raise Stop
+        log()
+
+    return dying
+
+
+def test_an_evaluation_that_is_not_finite_marks_the_run_at_its_step(workdir: Path):
+    pack = make_pack(workdir, TWO, *EVERY_EPOCH)
+    learner = make_learner(pack, workers=Elsewhere(broken=[1]))
+    while not (report := learner.advance()).finished and not report.diverged:
+        pass
+    assert (report.updates, report.diverged) == (200, {"t0001-s1": 100})
+    assert [e.updates for e in report.evaluations["t0001-s1"]] == [50]
+    assert learner.alive == ["t0000-s0"]
+    advance_to_the_end(learner)
+    last = records(pack.study_folder, "t0001-s1")[-2:]
+    assert (last[0]["tags"], last[1]["status"]) == ({"outcome": "diverged"}, "FAILED")
+    evaluated = [s for k, s in points(pack.study_folder, "t0001-s1") if k == "eval/score"]
+    assert evaluated == [50, 100]
+    assert [e.updates for e in learner.evaluations["t0000-s0"]] == [50, 100, 150, 200, 250, 300]
+
+
+def test_a_run_that_diverges_in_training_keeps_the_evaluations_before(workdir: Path):
+    """Its spool ends with it, so they are waited for; what they show comes first."""
+    spoiled = {}
+    for name, workers in (("at-once", Workers()), ("late", Elsewhere()), ("shown", Elsewhere(broken=[1]))):
+        pack = make_pack(workdir, TWO, *EVERY_EPOCH, name=name)
+        learner = make_learner(pack, workers=workers)
+        spoil_member_in_epoch(learner, 2)
+        advance_to_the_end(learner)
+        spoiled[name] = (learner.diverged, [e.updates for e in learner.evaluations["t0001-s1"]])
+        assert records(pack.study_folder, "t0001-s1")[-1]["status"] == "FAILED"
+    assert spoiled["at-once"] == spoiled["late"] == ({"t0001-s1": 150}, [50, 100])
+    assert spoiled["shown"] == ({"t0001-s1": 100}, [50])
+
+
+def test_evaluations_of_a_pruned_run_are_not_taken_in(workdir: Path):
+    pack, workers = make_pack(workdir, TWO, *EVERY_EPOCH), Elsewhere()
+    learner = make_learner(pack, workers=workers)
+    for _ in range(3):
+        learner.advance()
+    report = learner.advance(["t0001-s1"])
+    assert [e.updates for e in report.evaluations["t0001-s1"]] == [50]
+    assert learner.advance(["t0001-s1", "t0000-s0"]).finished
+    assert workers.collected == 2  # nobody waits for what nobody wants
+    assert records(pack.study_folder, "t0001-s1")[-1] | {"time": 0} == {"type": "end", "time": 0, "status": "KILLED"}
+
+
+def test_a_learner_that_failed_in_mid_epoch_starts_from_its_checkpoint(workdir: Path, undisturbed: PackSpec):
+    """What is left of it in memory has half an epoch behind it."""
+    pack = make_pack(workdir, TWO)
+    process = LearnerProcess(IN_PROCESS)
+    dataset = dataset_of(load_config([pack.runs[0].config], []))
+    process.advance(pack, [], dataset)
+    assert process._learner is not None
+    stop_in_epoch(process._learner, 3)
+    with pytest.raises(Stop):
+        process.advance(pack, [], dataset)
+    assert process.advance(pack, [], dataset).finished
+    assert_same_end(undisturbed, pack)
 
 
 def test_what_a_run_announces(workdir: Path):

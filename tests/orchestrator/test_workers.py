@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -17,7 +18,7 @@ import torch
 from agents.dynamics import Ensemble
 from agents.method import RolloutJob, RolloutResult
 from orchestrator.learner import Learner
-from orchestrator.workers import Workers
+from orchestrator.workers import GROUP_EPISODES, Workers
 from tests.orchestrator.studies import copied, make_learner, make_pack
 
 SEEDS = range(10_000, 10_003)
@@ -56,7 +57,16 @@ def pool(request: pytest.FixtureRequest, ray_cluster: None) -> Iterator[Workers]
 def first_of(pool: Workers) -> Workers:
     workers = Workers()
     workers._rollout_workers, workers._evaluators = pool._rollout_workers[:1], pool._evaluators[:1]
+    workers._turns = itertools.cycle(workers._evaluators)
     return workers
+
+
+def evaluated(workers: Workers, learner: Learner, seeds: Sequence[int]) -> list[np.ndarray]:
+    return workers.start_evaluation(policies(learner), "Pendulum-v1", seeds)()
+
+
+def same_returns(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> bool:
+    return [r.tolist() for r in one] == [r.tolist() for r in other]
 
 
 rollout_workers = pytest.mark.parametrize("pool", ["rollout_workers"], indirect=True)
@@ -137,22 +147,45 @@ def test_a_killed_rollout_worker_is_asked_again(learner: Learner, pool: Workers)
 
 @evaluators
 def test_one_and_two_actors_give_the_evaluations_of_the_parent_process(learner: Learner, pool: Workers):
-    here = Workers().evaluate(policies(learner), "Pendulum-v1", SEEDS)
-    assert len({tuple(r.tolist()) for r in here}) == 3
-    for workers in (pool, first_of(pool)):
-        there = workers.evaluate(policies(learner), "Pendulum-v1", SEEDS)
-        assert [r.tolist() for r in here] == [r.tolist() for r in there]
+    """Also where evaluators share the episodes of a policy, the last group smaller than the others."""
+    for seeds in (SEEDS, range(GROUP_EPISODES + 2)):
+        here = evaluated(Workers(), learner, seeds)
+        assert len({tuple(r.tolist()) for r in here}) == 3
+        assert {len(r) for r in here} == {len(seeds)}
+        for workers in (pool, first_of(pool)):
+            assert same_returns(here, evaluated(workers, learner, seeds))
+
+
+@evaluators
+def test_an_evaluation_runs_while_the_caller_does_something_else(learner: Learner, pool: Workers):
+    began = time.monotonic()
+    seeds = range(100)
+    collect = pool.start_evaluation(policies(learner), "Pendulum-v1", seeds)
+    started = time.monotonic()
+    there = collect()
+    assert started - began < 0.5 * (time.monotonic() - began)
+    assert same_returns(evaluated(Workers(), learner, seeds), there)
 
 
 @evaluators
 def test_a_killed_evaluator_is_asked_again(learner: Learner, pool: Workers):
     seeds = range(50)
     pids = pool.pids()["evaluators"]
-    here = Workers().evaluate(policies(learner), "Pendulum-v1", seeds)
-    there = killed_in_mid_work(lambda: pool.evaluate(policies(learner), "Pendulum-v1", seeds), pids[0])
-    assert [r.tolist() for r in here] == [r.tolist() for r in there]
+    here = evaluated(Workers(), learner, seeds)
+    there = killed_in_mid_work(lambda: evaluated(pool, learner, seeds), pids[0])
+    assert same_returns(here, there)
     after = pool.pids()["evaluators"]
     assert (after[0] != pids[0], after[1]) == (True, pids[1])
+
+
+def test_returns_of_a_policy_that_overflows_are_not_numbers(learner: Learner):
+    """Its weights are finite, so it was not seen to have diverged."""
+    good, bad = policies(learner)[:2]
+    bad["W0"], bad["Wm"] = np.full_like(bad["W0"], 3e38), np.full_like(bad["Wm"], 3e38)
+    bad["Wm"][:, ::2] *= -1
+    returns = Workers().start_evaluation([bad, good], "Pendulum-v1", SEEDS)()
+    assert np.isnan(returns[0]).all()
+    assert same_returns([returns[1]], Workers().start_evaluation([good], "Pendulum-v1", SEEDS)())
 
 
 def test_no_jobs_are_no_work(learner: Learner):
