@@ -2,8 +2,8 @@
 
 Nothing carries generator state from one chunk to the next: a chunk's noise is drawn by a generator made from its
 counters. So a run draws the same numbers alone, in any pack, with any number of rollout workers and after any resume,
-and a checkpoint needs only the counters. Draws are made on the CPU and shipped to the learner's device, but
-for the large ones of a learner on a GPU: those are made there, and are other numbers than a CPU's.
+and a checkpoint needs only the counters. What is drawn often (noise, row numbers) is drawn on the learner's
+device: a run on a CPU and one on a GPU start from the same parameters and then draw other numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def generator(seed: int, purpose: str, *counters: int, device: torch.device | st
         seed: the run's seed.
         purpose: what is drawn, e.g. "init", "updates", "rollout".
         counters: epoch, shard, ...: distinct counters give independent streams.
-        device: what the generator draws on.
+        device: where it draws.
     """
     text = repr((int(seed), purpose, tuple(int(c) for c in counters)))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()

@@ -32,6 +32,7 @@ class Replay:
         self.num_real, self.width = real.shape
         self.num_members, self.capacity = num_members, capacity
         # allocated at once, touched (and so backed by memory) only as the rings fill
+        self.device = torch.device(device)
         self._rows = torch.empty((self.num_real + num_members * capacity, self.width), device=device)
         self._rows[: self.num_real] = real.to(device)
         self.sizes = [0] * num_members
@@ -63,8 +64,7 @@ class Replay:
         if num_real:
             parts.append(torch.randint(self.num_real, (num_updates, num_real), generator=generator, device=device))
         if num_model:
-            shape = (num_updates, num_model)
-            drawn = torch.randint(self.sizes[member], shape, generator=generator, device=device)
+            drawn = torch.randint(self.sizes[member], (num_updates, num_model), generator=generator, device=device)
             parts.append(drawn + self._start(member))
         return torch.cat(parts, dim=1)
 
