@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -197,6 +199,39 @@ def test_a_step_can_be_captured_as_a_cuda_graph(monkeypatch: pytest.MonkeyPatch)
         error = trainer.holdout_mse()
     assert (loss.device.type, loss.shape, error.shape) == ("cuda", (2,), (2, 3))
     assert sum(updated) == 2 * (3 * ((3 + 1) * 8 + (8 + 1) * 6) + 6)
+
+
+def test_a_captured_step_takes_every_minibatch_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for CUDA's graphs: what is captured does not run, and is replayed on the same memory."""
+    taken: list[list[int]] = []
+    capturing: list[Graph] = []
+
+    class Graph:
+        rows: Tensor
+
+        def replay(self) -> None:
+            taken.append(self.rows.flatten().tolist())
+
+    @contextlib.contextmanager
+    def capture(graph: Graph) -> Iterator[None]:
+        capturing.append(graph)
+        yield
+        capturing.pop()
+
+    def step(rows_GB: Tensor) -> Tensor:
+        if capturing:
+            capturing[0].rows = rows_GB
+        else:
+            taken.append(rows_GB.flatten().tolist())
+        return torch.zeros(1)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    captured = dynamics._CapturedStep(step)
+    rows = torch.arange(8).view(2, 4)
+    for batch in rows.split(1, dim=1):
+        captured(batch)
+    assert taken == [[0, 4], [1, 5], [2, 6], [3, 7]]
 
 
 def test_the_fit_recovers_mean_and_noise_of_a_linear_system() -> None:
