@@ -217,7 +217,7 @@ def test_a_sensible_space_passes():
         ({"method.num_critics": {"type": "int", "low": 0, "high": 3}}, "method.num_critics=0 must be greater than 0"),
         ({"method.num_critics": {"type": "int", "low": 1, "high": 3}}, "method.num_critics of at least 2"),
         ({"method.num_critics": {"type": "float", "low": 2.5, "high": 3.5}}, "could not be converted to Integer"),
-        ({"method.initialisation": {"type": "categorical", "choices": ["torch", "orthogonal"]}}, "'orthogonal'"),
+        ({"method.initialisation": {"type": "categorical", "choices": ["torch", "xavier"]}}, "'xavier'"),
         ({"method.num_critics": {"type": "categorical", "choices": 5}}, "method.num_critics: choices"),
         ({"method.eta": 5}, "method.eta: expected"),
         ([], "study.space|same key"),
