@@ -517,7 +517,9 @@ def pack_model(
     seconds, sizes = [], []
     for pack in known.packs:
         scaled = dataclasses.replace(
-            pack, rollout_seconds=pack.rollout_seconds * rollout_scale, update_seconds=pack.update_seconds * update_scale
+            pack,
+            rollout_seconds=pack.rollout_seconds * rollout_scale,
+            update_seconds=pack.update_seconds * update_scale,
         )
         seconds.append((pack.size, _pack_seconds(config, known, scaled, facts)))
         sizes.append((pack.size, pack.memory + (0.0 if same else pack.size * (ring - known.ring))))

@@ -45,7 +45,9 @@ class Curve:
         if n == 1:
             return 0.0, self.points[0][1] / self.points[0][0]
         mean_x, mean_y = (sum(p[i] for p in self.points) / n for i in (0, 1))
-        slope = sum((x - mean_x) * (y - mean_y) for x, y in self.points) / sum((x - mean_x) ** 2 for x, _ in self.points)
+        slope = sum((x - mean_x) * (y - mean_y) for x, y in self.points) / sum(
+            (x - mean_x) ** 2 for x, _ in self.points
+        )
         slope = max(0.0, slope)
         fixed = mean_y - slope * mean_x
         if fixed < 0:  # through the origin instead
@@ -161,7 +163,9 @@ def candidate_sizes(count: int, limit: int) -> list[int]:
     return sorted({balanced(count, size)[0] for size in range(1, max(1, min(count, limit)) + 1)})
 
 
-def study_packs(trials: Sequence[Sequence[str]], runs_per_pack: int, limits: Mapping[str, int]) -> list[tuple[str, int]]:
+def study_packs(
+    trials: Sequence[Sequence[str]], runs_per_pack: int, limits: Mapping[str, int]
+) -> list[tuple[str, int]]:
     """The packs that a study's driver makes: (pack key, size) in the order in which they start.
 
     Args:
