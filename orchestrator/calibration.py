@@ -4,7 +4,8 @@
 shard of rollouts, an episode, a checkpoint, and an epoch of every stage. `Calibrations` keeps what was measured in the
 work folder, under the kind of machine and all that changes the work of an update, so that it is measured once.
 
-Sizes are in bytes, times in seconds of wall clock, with as many slots at work as a study uses.
+Sizes are in bytes. Times are measured with as many slots at work as a study uses: on a CPU, with one thread a process,
+as processor time, which other programs disturb least; elsewhere by the wall clock.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -182,6 +183,14 @@ def ring_bytes(config: Config, dataset: Dataset) -> int:
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
+Now = Callable[[], float]
+
+
+def stopwatch(device: torch.device, threads: int) -> Now:
+    """The clock that work of this process is measured with."""
+    return time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter
+
+
 class Clock:
     """A share of time."""
 
@@ -226,8 +235,9 @@ def measure(
         raise UserError(too_large(config, needed, memory_limit))
     data = training_data(dataset, device)
     data_seconds = clock.spent
-    artifacts, stages = _artifacts(config, dataset, data)
-    bench = _Bench(config, dataset, data, artifacts, device, workers)
+    now = stopwatch(device, compute.threads)
+    artifacts, stages = _artifacts(config, dataset, data, now)
+    bench = _Bench(config, dataset, data, artifacts, device, workers, now)
     packs: list[PackMeasurement] = []
     try:
         for i, size in enumerate(sizes):
@@ -274,7 +284,7 @@ def gigabytes(size: float) -> str:
 
 
 def _artifacts(
-    config: Config, dataset: Dataset, data: TrainingData
+    config: Config, dataset: Dataset, data: TrainingData, now: Now
 ) -> tuple[dict[str, dict[str, Any]], dict[str, StageMeasurement]]:
     """What the method's stages give, or a stand-in of the same shapes for what is not there yet, and the times of
     their epochs."""
@@ -290,7 +300,7 @@ def _artifacts(
         if store.exists(stage.kind, key):
             artifacts[name] = store.load(stage.kind, key)
             continue
-        artifacts[name], seconds = _stand_in(quick[name], TrainingData(**few))
+        artifacts[name], seconds = _stand_in(quick[name], TrainingData(**few), now)
         measured[name] = StageMeasurement(seconds * len(data.observations) / rows)
     return artifacts, measured
 
@@ -309,10 +319,10 @@ def _shortened(config: Any, **values: int) -> Any:
     return dataclasses.replace(config, **changes)
 
 
-def _stand_in(stage: Stage, data: TrainingData) -> tuple[dict[str, Any], float]:
+def _stand_in(stage: Stage, data: TrainingData, now: Now) -> tuple[dict[str, Any], float]:
     """Build a stage in a hurry; returns it and the seconds of an epoch (the last: the first also allocates)."""
-    times = [time.perf_counter()]
-    content = stage.build(data, lambda step, metrics: times.append(time.perf_counter()))
+    times = [now()]
+    content = stage.build(data, lambda step, metrics: times.append(now()))
     return content, times[-1] - times[-2] if len(times) > 1 else 0.0
 
 
@@ -321,10 +331,10 @@ class _Bench:
 
     def __init__(
         self, config: Config, dataset: Dataset, data: TrainingData, artifacts: Mapping[str, dict[str, Any]],
-        device: torch.device, workers: Workers,
+        device: torch.device, workers: Workers, now: Now,
     ) -> None:  # fmt: skip
         self.config, self.dataset, self.data, self.artifacts = config, dataset, data, artifacts
-        self.device, self.workers = device, workers
+        self.device, self.workers, self.now = device, workers, now
         self.step_seconds = self.save_seconds = 0.0
         self._shards = 1.0  # of an epoch's rollouts, per member
 
@@ -339,28 +349,33 @@ class _Bench:
             method = self._build(size, updates)
             results, _ = self._rollouts(method, 0.0)
             self._fill(method, results)
-            gauge = Clock(0.0)
+            begun = self.now()
             method.train_epoch(0)
-            per_update = gauge.spent / updates
+            per_update = (self.now() - begun) / updates
             del method
         else:
             per_update = smaller.update_seconds * size / smaller.size
         updates = max(2, min(UPDATES_AT_ONCE, self.config.method.updates_per_epoch, int(seconds / 5 / per_update)))
-        started = Clock(0.0)
+        begun = self.now()
         method = self._build(size, updates)
-        setup = started.spent
+        setup = self.now() - begun
         results, rollout_seconds = self._rollouts(method, seconds / 4)
-        extra = self._fill(method, results) + self._epoch_bytes(results, size, updates)
+        missing = self._fill(method, results)
         method.train_epoch(0)  # allocations and choices of the first call
-        timing, times = Clock(seconds / 2), []
+        timing = Clock(seconds / 2)
+        times: list[float] = []
         while len(times) < 2 or not timing.over:
-            once = Clock(0.0)
+            begun = self.now()
             method.train_epoch(1 + len(times))
-            times.append(once.spent / updates)
+            times.append((self.now() - begun) / updates)
         if smaller is None:
             self._evaluate(method)
-            self._save(method, size)
-        needed = memory.peak(self.device) - base + extra
+        training = memory.peak(self.device) + self._epoch_bytes(results, size, updates)
+        memory.reset_peak(self.device)
+        self._checkpoint(method, size if smaller is None else None)
+        saving = memory.peak(self.device) + missing  # a checkpoint copies the rings
+        allocated = missing if self.device.type == "cpu" else 0  # what is not yet touched there takes no memory
+        needed = max(training, saving) + allocated - base
         return PackMeasurement(size, data_seconds + setup, rollout_seconds, statistics.median(times), needed)
 
     def _build(self, size: int, updates: int) -> Method:
@@ -370,29 +385,33 @@ class _Bench:
 
     def _rollouts(self, method: Method, seconds: float) -> tuple[list[RolloutResult], float]:
         """One shard for every member, and the seconds of an epoch's rollouts."""
-        drawing = Clock(0.0)
+        begun = self.now()
         jobs = method.rollout_jobs(0)
-        drawn = drawing.spent
+        drawn = self.now() - begun
         if not jobs:
             return [], 0.0
         first = {job.member: job for job in reversed(jobs)}
         some = jobs[: max(1, self.config.compute.num_rollout_workers)]
         results = self.workers.rollouts(some, method.ensemble)  # ships the ensemble to workers, allocates
         starts = sum(len(job.starts) for job in jobs) / sum(len(job.starts) for job in some)
-        timing, times = Clock(seconds), []
+        timing = Clock(seconds)
+        times: list[float] = []
+        # a worker's time does not pass in this process
+        now = time.perf_counter if self.config.compute.num_rollout_workers else self.now
         while not times or not timing.over:
-            once = Clock(0.0)
+            begun = now()
             results = self.workers.rollouts(some, method.ensemble)
-            times.append(once.spent)
+            times.append(now() - begun)
         # a shard of every member costs the same
         results = [dataclasses.replace(results[0], member=member) for member in first]
         self._shards = len(jobs) / len(results)
-        adding = Clock(0.0)
+        begun = self.now()
         method.add_rollouts(results)
-        return results, drawn + statistics.median(times) * starts + adding.spent * self._shards
+        added = (self.now() - begun) * self._shards
+        return results, drawn + statistics.median(times) * starts + added
 
     def _fill(self, method: Method, results: Sequence[RolloutResult]) -> int:
-        """Fill the rings, as far as that is quick; returns the bytes that they will still take."""
+        """Fill the rings, as far as that is quick; returns the bytes of the rows that are missing."""
         replay = getattr(method, "replay", None)
         if not isinstance(replay, Replay) or not results or not len(results[0].rows):
             return 0
@@ -400,8 +419,6 @@ class _Bench:
         most = min(replay.capacity, RING_FILL_BYTES // (row * method.num_members))
         while replay.sizes[0] + len(results[0].rows) <= most:
             method.add_rollouts(results)
-        if self.device.type != "cpu":
-            return 0  # allocated at once
         return sum(replay.capacity - size for size in replay.sizes) * row
 
     def _epoch_bytes(self, results: Sequence[RolloutResult], size: int, updates: int) -> int:
@@ -423,7 +440,7 @@ class _Bench:
         network = NetworkPolicy(arrays, "calibration", "")
         evaluation = self.config.evaluation
         seeds = range(evaluation.first_seed, evaluation.first_seed + evaluation.episodes)
-        timing, steps = Clock(0.5), 0
+        timing, begun, steps = Clock(0.5), self.now(), 0
 
         def act(observations: np.ndarray) -> np.ndarray:
             nonlocal steps
@@ -436,16 +453,17 @@ class _Bench:
             while True:
                 run_episodes(env_id, act, seeds)
         except _Enough:
-            self.step_seconds = timing.spent / max(1, steps)
+            self.step_seconds = (self.now() - begun) / max(1, steps)
 
-    def _save(self, method: Method, size: int) -> None:
-        """Time a checkpoint."""
+    def _checkpoint(self, method: Method, timed: int | None) -> None:
+        """Write a checkpoint, and time it for a pack of `timed` members."""
         with tempfile.TemporaryDirectory() as folder:
-            path, timing = Path(folder) / "checkpoint.pt", Clock(0.0)
+            path, timing = Path(folder) / "checkpoint.pt", Clock(0.0)  # the disk's time counts, too
             save_tensors(path, {"method": method.state_dict()})
             spent, written = timing.spent, path.stat().st_size
-        full = max(written, written + ring_bytes(self.config, self.dataset) - RING_FILL_BYTES)
-        self.save_seconds = spent / size * full / written
+        if timed is not None:
+            full = max(written, written + ring_bytes(self.config, self.dataset) * timed - RING_FILL_BYTES)
+            self.save_seconds = spent / timed * full / written
 
 
 class _Enough(Exception):
@@ -516,11 +534,8 @@ def pack_model(
     rollout_scale = 1.0 if same or not known.ring else ring / known.ring
     seconds, sizes = [], []
     for pack in known.packs:
-        scaled = dataclasses.replace(
-            pack,
-            rollout_seconds=pack.rollout_seconds * rollout_scale,
-            update_seconds=pack.update_seconds * update_scale,
-        )
+        rollouts, update = pack.rollout_seconds * rollout_scale, pack.update_seconds * update_scale
+        scaled = dataclasses.replace(pack, rollout_seconds=rollouts, update_seconds=update)
         seconds.append((pack.size, _pack_seconds(config, known, scaled, facts)))
         sizes.append((pack.size, pack.memory + (0.0 if same else pack.size * (ring - known.ring))))
     return PackModel(Curve(tuple(seconds)), Curve(tuple(sizes)), known.packs[-1].size if same else 0)

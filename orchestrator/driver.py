@@ -461,7 +461,7 @@ class Driver:
         names = " ".join(run.run_key for run in alive or pack.runs)
         self._fail(pack, UserError(
             f"run {names} does not fit the memory even alone ({str(error).splitlines()[0]}); lower "
-            "method.batch_size, method.hidden or what its model rows take (method.rollout_batch), or compute.num_learners"
+            "method.batch_size, method.hidden, method.rollout_batch (its model rows) or compute.num_learners"
         ))  # fmt: skip
 
     def _trial_of(self, key: str) -> TrialProgress | None:

@@ -117,6 +117,7 @@ class PackCost:
     """What a pack took from its beginning, in one process."""
 
     seconds: float  # of wall clock, at work
+    cpu_seconds: float  # of the processor, all threads of the process
     memory: int  # bytes, the most by which the process grew
 
 
@@ -425,14 +426,14 @@ class LearnerProcess:
             OutOfMemory: the pack does not fit. Its memory is free again.
         """
         device = resolve_device(self.compute.device)
-        started = time.perf_counter()
+        started, begun = time.perf_counter(), time.process_time()
         try:
             if self._learner is None or self._learner.pack.pack_id != pack.pack_id:
                 self._learner = None
                 self._baseline(load_config([pack.runs[0].config], []), dataset, device)
                 memory.reset_peak(device)
                 self._learner = Learner(pack, self.compute, self.workers, dataset)
-                self._cost = PackCost(0.0, 0) if self._learner.epoch == 0 else None
+                self._cost = PackCost(0.0, 0.0, 0) if self._learner.epoch == 0 else None
             report = self._learner.advance(dropped)
         except Exception as error:
             if not memory.is_out_of_memory(error):
@@ -441,7 +442,8 @@ class LearnerProcess:
         else:
             if self._cost is not None:
                 grown = memory.peak(device) - (self._base or 0)
-                self._cost = PackCost(self._cost.seconds + time.perf_counter() - started, grown)
+                wall, cpu = time.perf_counter() - started, time.process_time() - begun
+                self._cost = PackCost(self._cost.seconds + wall, self._cost.cpu_seconds + cpu, grown)
             if report.finished:
                 self._learner = None
                 memory.release(device)

@@ -6,8 +6,10 @@ that are mapped from elsewhere included, once they are read), the allocator's by
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
+import os
 import resource
 from pathlib import Path
 
@@ -41,10 +43,8 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        pass  # another C library
 
 
 def in_use(device: torch.device) -> int:
@@ -59,10 +59,8 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
+    with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is then the process's own
         _CLEAR.write_text("5")  # proc(5): resets the peak resident set size
-    except OSError:
-        pass  # not Linux, or not allowed: the peak is then the process's own
 
 
 def peak(device: torch.device) -> int:
@@ -106,6 +104,4 @@ def _meminfo(field: str) -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

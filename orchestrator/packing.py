@@ -27,13 +27,14 @@ SAME = 0.03  # relative difference of times that is not worth a larger pack: mea
 
 @dataclass(frozen=True)
 class Curve:
-    """A cost by pack size: straight lines between the measured sizes, and beyond them the fit fixed + per_member * M.
+    """A cost by pack size, or by work: straight lines between what was measured, beyond it the slope of the fit
+    fixed + per_member * M, below it proportional.
 
     Args:
-        points: (pack size, cost), at least one, by size.
+        points: (size, cost), at least one, by size.
     """
 
-    points: tuple[tuple[int, float], ...]
+    points: tuple[tuple[float, float], ...]
 
     def __post_init__(self) -> None:
         if not self.points or list(self.points) != sorted(self.points):
@@ -45,17 +46,15 @@ class Curve:
         if n == 1:
             return 0.0, self.points[0][1] / self.points[0][0]
         mean_x, mean_y = (sum(p[i] for p in self.points) / n for i in (0, 1))
-        slope = sum((x - mean_x) * (y - mean_y) for x, y in self.points) / sum(
-            (x - mean_x) ** 2 for x, _ in self.points
-        )
-        slope = max(0.0, slope)
+        variance = sum((x - mean_x) ** 2 for x, _ in self.points)
+        slope = max(0.0, sum((x - mean_x) * (y - mean_y) for x, y in self.points) / variance)
         fixed = mean_y - slope * mean_x
         if fixed < 0:  # through the origin instead
             return 0.0, sum(x * y for x, y in self.points) / sum(x * x for x, _ in self.points)
         return fixed, slope
 
-    def __call__(self, size: int) -> float:
-        fixed, per_member = self.fit()
+    def __call__(self, size: float) -> float:
+        _, per_member = self.fit()
         (first, first_cost), (last, last_cost) = self.points[0], self.points[-1]
         if size >= last:
             return last_cost + per_member * (size - last)
@@ -318,6 +317,7 @@ class PackCosts:
         self.packs = [known for known in self.packs if known["pack"] != pack.pack_id]
         self.packs.append({
             "pack": pack.pack_id, "key": pack.key, "runs": len(pack.runs), "predicted_seconds": seconds,
-            "actual_seconds": cost.seconds, "predicted_bytes": memory, "actual_bytes": cost.memory,
+            "actual_seconds": cost.seconds, "actual_cpu_seconds": cost.cpu_seconds,
+            "predicted_bytes": memory, "actual_bytes": cost.memory,
         })  # fmt: skip
         save_json(self.path, {"packs": self.packs})

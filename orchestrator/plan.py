@@ -1,7 +1,7 @@
 """How long, how large, how dear: what runs will take, from measurements of packs on the machine at hand.
 
-`Estimator` knows the cost of packs of any configuration, measured, or scaled from the nearest that was. `choose_packing`
-decides the pack size with which a study starts, and `make_plan` is what `offsweep plan` prints.
+`Estimator` knows the cost of packs of any configuration, measured, or scaled from the nearest that was.
+`choose_packing` decides the pack size with which a study starts, and `make_plan` is what `offsweep plan` prints.
 """
 
 from __future__ import annotations
@@ -555,8 +555,8 @@ def print_plan(console: Console, plan: Plan, config: Config) -> None:
     console.print(table)
     for stage in plan.stages:
         console.print(
-            f"stage:        {stage.name} {stage.key[:8]} is to be built: {duration(stage.seconds)}, {stage.epochs} epochs "
-            f"({stage.epochs_are})", highlight=False,
+            f"stage:        {stage.name} {stage.key[:8]} is to be built: {duration(stage.seconds)}, {stage.epochs} "
+            f"epochs ({stage.epochs_are})", highlight=False,
         )  # fmt: skip
     devices = f"{plan.gpus} GPUs" if plan.gpus else f"{plan.cpus} cores"
     wall = duration(plan.wall_seconds)
