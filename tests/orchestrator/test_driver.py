@@ -406,9 +406,10 @@ def test_a_driver_killed_while_it_divides_a_pack_loses_and_doubles_nothing(
         monkeypatch.setattr(slots, "advance", too_large(1).__get__(slots))
         return drive(config, slots, resume, Packing(config_folder(config) / "packing.json", 4))
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(PackSpec, "save", dying(PackSpec.save, written))
-        study_of()
+        with pytest.raises(Killed):
+            study_of()
     assert [(t.state, t.value) for t in study_of(resume=True).trials()] == [("complete", 1.5), ("complete", 2.5)]
 
 
@@ -424,9 +425,10 @@ def test_a_driver_killed_while_it_makes_a_pack_of_several_trials_makes_it_again(
         slots = ScriptedSlots(config, lambda trial, seed, updates: float(trial))
         return drive(config, slots, resume), slots
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(Study, moment, dying(getattr(Study, moment), call))
-        study_of()
+        with pytest.raises(Killed):
+            study_of()
     study, slots = study_of(resume=True)
     assert [t.value for t in study.trials()] == [0.0, 1.0, 2.0, 3.0, 4.0]
     # every run is trained once, in the packs of an undisturbed study
