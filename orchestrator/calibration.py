@@ -80,6 +80,7 @@ class Calibration:
     save_seconds: float  # of a checkpoint, per member, rings full
     stages: Mapping[str, StageMeasurement] = field(default_factory=dict)
     spent: float = 0.0
+    asked: int = 1  # the largest size that was to be measured; what is missing did not fit, or did not pay
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,7 +96,8 @@ class Calibration:
         packs = {pack.size: pack for pack in (*self.packs, *other.packs)}
         stages = {**self.stages, **other.stages}
         ordered = tuple(packs[size] for size in sorted(packs))
-        return dataclasses.replace(other, packs=ordered, stages=stages, spent=self.spent + other.spent)
+        asked, spent = max(self.asked, other.asked), self.spent + other.spent
+        return dataclasses.replace(other, packs=ordered, stages=stages, spent=spent, asked=asked)
 
 
 def median_of(calibrations: Sequence[Calibration]) -> Calibration:
@@ -233,9 +235,10 @@ def measure(
     needed = ring_bytes(config, dataset) * sizes[0]
     if needed > memory_limit:
         raise UserError(too_large(config, needed, memory_limit))
-    data = training_data(dataset, device)
-    data_seconds = clock.spent
     now = stopwatch(device, compute.threads)
+    begun = now()
+    data = training_data(dataset, device)
+    data_seconds = now() - begun
     artifacts, stages = _artifacts(config, dataset, data, now)
     bench = _Bench(config, dataset, data, artifacts, device, workers, now)
     packs: list[PackMeasurement] = []
@@ -243,7 +246,8 @@ def measure(
         for i, size in enumerate(sizes):
             if packs:
                 known = Curve(tuple((pack.size, float(pack.memory)) for pack in packs))
-                if known(size) > memory_limit or clock.over or _pays_no_more(packs):
+                # two sizes at least, whatever the time: of one alone nothing is known of packs
+                if known(size) > memory_limit or (i > 1 and clock.over) or _pays_no_more(packs):
                     break
             share = max(0.2, (seconds - clock.spent) / (len(sizes) - i))
             packs.append(bench.pack(size, share, base, data_seconds, packs[-1] if packs else None))
@@ -257,6 +261,7 @@ def measure(
     result = Calibration(
         work_key(config, dataset), config.method_name, update_work(config, dataset), ring_bytes(config, dataset),
         tuple(packs), bench.step_seconds, bench.save_seconds, stages, clock.spent,
+        sizes[-1],
     )  # fmt: skip
     del bench, data, artifacts
     memory.release(device)
@@ -482,17 +487,16 @@ class Calibrations:
 
     def get(self, key: str) -> Calibration | None:
         try:
-            return Calibration.from_json(json.loads((self.folder / f"{key}.json").read_text()))
+            content = json.loads((self.folder / f"{key}.json").read_text())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None  # of another version, or damaged: measured again
+        return Calibration.from_json(content["measured"])
 
     def add(self, calibration: Calibration) -> Calibration:
         """Keep a measurement, beside what is known of the same key."""
         known = self.get(calibration.key)
         merged = calibration if known is None else known.merged(calibration)
-        save_json(self.folder / f"{calibration.key}.json", {**merged.to_json(), "machine": self.kind})
+        save_json(self.folder / f"{calibration.key}.json", {"machine": self.kind, "measured": merged.to_json()})
         return merged
 
 

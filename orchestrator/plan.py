@@ -193,9 +193,7 @@ def measure_sizes(slots: Slots, estimator: Estimator, config: Config, most: int,
     """Measure packs of up to `most` runs, in all slots at once."""
     known = estimator.look_up(config)
     sizes = tuple(size for size in SIZES[estimator.device] if size <= max(1, most))
-    if known is not None and len(known.packs) > 1 and known.packs[-1].size >= sizes[-1]:
-        return
-    if known is not None and len(sizes) == 1:
+    if known is not None and known.asked >= sizes[-1]:
         return
     call = ("calibrate", (to_dict(config), sizes, seconds, estimator.memory_limit))
     estimator.add(median_of([Calibration.from_json(answer) for answer in _answers(slots, [call] * slots.size)]))
