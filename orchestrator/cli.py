@@ -17,6 +17,7 @@ EPILOG = """examples:
   offsweep train method=ravl dataset=hopper-medium-replay-v2 seed=0 method.num_critics=10
   offsweep train method=ravl dataset=embedded/pendulum-medium-v0 num_seeds=3
   offsweep sweep study.yaml study.num_trials=40
+  offsweep plan study.yaml compute.price_per_gpu_hour=2.5
   offsweep resume my-study
   offsweep data verify hopper-medium-v2
   offsweep data collect hopper-medium-expert --workers 2
@@ -57,6 +58,18 @@ def build_parser() -> argparse.ArgumentParser:
     add_profile(sweep)
     add_workdir(sweep)
     add_overrides(sweep, "anything in the file, and study.num_trials, study.sampler.name, ...")
+
+    plan = add(
+        "plan", "Print what a training or study would take before it is started: runs, packs, time, memory, money."
+    )
+    plan.add_argument(
+        "overrides", nargs="*", metavar="study.yaml | key=value",
+        help="a study's YAML file, and what train or sweep takes; compute.price_per_gpu_hour and price_per_cpu_hour",
+    )  # fmt: skip
+    plan.add_argument("--json", action="store_true")
+    plan.add_argument("--gpus", type=int, help="plan for a cluster with so many of the GPUs of this machine")
+    plan.add_argument("--cpus", type=int, help="plan for a cluster with so many of the cores of this machine")
+    add_workdir(plan)
 
     resume = add("resume", "Continue a killed or stopped training or sweep where it was.")
     resume.add_argument("name", help="the study's name")
@@ -204,12 +217,18 @@ def _dispatch(args: argparse.Namespace) -> int:
         files = [args.config]
     elif args.command == "sweep":
         files = [args.study]
+    elif args.command == "plan":
+        files = [Path(word) for word in args.overrides if word.endswith((".yaml", ".yml")) and "=" not in word]
+        args.overrides = [word for word in args.overrides if Path(word) not in files]
     elif args.command == "demo":
         files = [Path(__file__).parent.parent / "sweeps" / "studies" / "demo.yaml"]
     option = [{"workdir": str(given)}] if given else []
     profile = ["compute.profile=true"] if getattr(args, "profile", False) else []
     config = load_config([{"workdir": str(default)}, *files, *option], [*args.overrides, *profile])
     workdir = Path(config.workdir)
+    if args.command == "plan":
+        launch.plan(config, console, args.json, args.gpus, args.cpus)
+        return 0
     if args.command in ("sweep", "demo") and not config.study.name:
         config.study.name = files[0].stem
     if args.command == "demo":

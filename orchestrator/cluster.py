@@ -112,7 +112,7 @@ def open_slots(compute: ComputeConfig, dataset: Dataset) -> Iterator[Slots]:
         yield InlineSlots(compute, dataset)
         return
     gpus = _gpus_here(compute) if address is None else 0
-    learners = _default_learners(compute, len(os.sched_getaffinity(0)), gpus)
+    learners = _default_learners(compute, len(os.sched_getaffinity(0)) // per_learner, gpus)
     with connected(address, max(learners, 1) * per_learner, gpus) as resources:
         if address is not None:
             gpus = int(resources.get("GPU", 0))

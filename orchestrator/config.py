@@ -50,17 +50,20 @@ class EvaluationConfig:
 
 @dataclass
 class ComputeConfig:
-    """Processes. Results are the same for any numbers; 0 means in the parent process."""
+    """Processes. Results are the same for any numbers, up to the rounding of packs of another size; 0 means in the
+    parent process."""
 
     num_learners: int | None = None  # packs trained at once; None: one per GPU, else per core; 0: in the driver
     num_rollout_workers: int = 0  # per learner on a CPU; a learner on a GPU makes its rollouts there
     num_evaluators: int = 0  # per learner; they run episodes while it trains on. 0: it stops to run them itself
-    runs_per_pack: int | None = None  # None: the seeds of one trial
+    runs_per_pack: int | None = None  # at most; None: chosen from what packs cost here (see `offsweep plan`)
     threads: int = 1  # of torch, per process
     device: str = "auto"  # auto | cpu | cuda
     address: str | None = None  # of a running Ray cluster; None: $RAY_ADDRESS, else one of our own on this machine
     checkpoint_minutes: float = 5.0  # 0: every epoch; always when a run ends
     profile: bool = False  # trace one epoch of every pack and say where its time goes, in packs/<pack>/profile/
+    price_per_gpu_hour: float | None = None  # any currency; for `offsweep plan`
+    price_per_cpu_hour: float | None = None  # of one core
 
 
 @dataclass
@@ -90,7 +93,9 @@ class Config:
             ("checkpoint_minutes", 0),
         ):
             _at_least(f"compute.{name}", getattr(self.compute, name), least)
-        for name, least in (("num_learners", 0), ("runs_per_pack", 1)):
+        for name, least in (
+            ("num_learners", 0), ("runs_per_pack", 1), ("price_per_gpu_hour", 0), ("price_per_cpu_hour", 0),
+        ):  # fmt: skip
             if getattr(self.compute, name) is not None:
                 _at_least(f"compute.{name}", getattr(self.compute, name), least)
         _at_least("study.objective_evaluations", self.study.objective_evaluations, 1)

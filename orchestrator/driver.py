@@ -6,12 +6,11 @@ checkpoints, metrics in the spool. `Driver.run` on a resumed study takes up the 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ from agents.method import Stage, load_method
 from envs.dataset import Dataset
 from envs.errors import UserError
 from envs.scores import reference_scores
-from orchestrator.artifacts import ArtifactStore, save_json, stage_key
+from orchestrator.artifacts import ArtifactStore, stage_key
 from orchestrator.cluster import Slots
 from orchestrator.config import Config, digest, load_config, pack_key, run_config, to_dict
-from orchestrator.learner import Evaluation, PackReport, PackSpec, RunSpec, evaluation_env
+from orchestrator.learner import PACK_FILE, Evaluation, PackReport, PackSpec, RunSpec, evaluation_env
+from orchestrator.memory import is_out_of_memory
+from orchestrator.packing import COSTS_FILE, PackCosts, Packing, balanced, trials_at_once
 from orchestrator.spool import RunSpool, read_records
 from sweeps.study import Study, TrialRecord, TrialTicket
 
@@ -102,6 +103,7 @@ class Driver:
         tags: of every MLflow run.
         spool: of the study's own run.
         on_change: called with the progress whenever something happened, and every second or so.
+        packing: sizes of the packs; None: as configured, else the seeds of a trial.
     """
 
     def __init__(
@@ -113,10 +115,13 @@ class Driver:
         tags: dict[str, str],
         spool: RunSpool,
         on_change: Callable[[Progress], None] = lambda progress: None,
+        packing: Packing | None = None,
     ) -> None:
         self.config, self.study, self.dataset, self.slots = config, study, dataset, slots
         self.tags, self.on_change = tags, on_change
         self.spool = spool
+        self.packing = packing or Packing(None, config.compute.runs_per_pack or config.num_seeds)
+        self.costs = PackCosts(study.folder / COSTS_FILE)
         self.progress = Progress(config, study, {}, time.monotonic())
         self._queue: deque[PackSpec] = deque()
         self._busy: dict[int, PackSpec | tuple[str, ...]] = {}  # slot -> pack, or keys of the stages being built
@@ -154,22 +159,37 @@ class Driver:
             if record.finished is not None:
                 self._close_runs(record)
         self._record_ended()
-        packs: dict[str, PackSpec] = {}
-        fresh: list[TrialTicket] = []
+        made: dict[int, list[PackSpec]] = {}  # by trial
         for ticket in tickets.values():
-            paths = [self._pack_file(pack_id) for pack_id in ticket.attrs.get("packs", [])]
-            if not paths or not all(path.exists() for path in paths):
-                fresh.append(ticket)
-                continue
-            self._track(ticket)
-            for path in paths:
-                pack = PackSpec.from_json(json.loads(path.read_text()))
-                packs[pack.pack_id] = pack
+            ids = ticket.attrs.get("packs", [])
+            if ids and all((self.study.folder / "packs" / pack_id / PACK_FILE).exists() for pack_id in ids):
+                made[ticket.number] = [PackSpec.load(self.study.folder, pack_id) for pack_id in ids]
+        # the dead driver was making the packs of these trials and of those that share one with them
+        fresh = set(tickets) - set(made)
+        fresh |= {n for n, packs in made.items() if any(run.trial in fresh for pack in packs for run in pack.runs)}
+        packs: dict[str, PackSpec] = {}
+        for number in sorted(set(made) - fresh):
+            self._track(tickets[number])
+            packs |= {pack.pack_id: pack for pack in made[number]}
         for pack in packs.values():
-            self._dropped |= {run.run_key for run in pack.runs if run.trial not in tickets}
-            self._queue.append(pack)
-        if fresh:
-            self._queue.extend(self._make_packs(fresh))
+            for part in self._parts(pack):
+                self._dropped |= {run.run_key for run in part.runs if run.trial not in tickets}
+                self._queue.append(part)
+        newest = max((r.number for r in self.study.trials() if r.state != "waiting"), default=-1)
+        batches: dict[int, list[TrialTicket]] = {}
+        for number in sorted(fresh):
+            batches.setdefault(number // self._at_once, []).append(tickets[number])
+        for batch in batches.values():
+            if batch[-1].number == newest:  # this one may have been asked for in part only
+                batch += self._ask(after=batch[-1])
+            self._queue.extend(self._make_packs(batch))
+
+    def _parts(self, pack: PackSpec) -> list[PackSpec]:
+        """A pack, or those that took its place."""
+        if not pack.children:
+            return [pack]
+        children = [PackSpec.load(self.study.folder, pack_id) for pack_id in pack.children]
+        return [part for child in children for part in self._parts(child)]
 
     def _fill(self) -> None:
         """Give every idle slot something to do."""
@@ -189,6 +209,9 @@ class Driver:
         if not self._queue:
             return True  # all of them were refused: ask again
         pack = self._queue.popleft()
+        if self.packing.exceeds(pack.key, len(self._alive(pack))):  # made before memory ran out
+            self._queue.extendleft(reversed(self._divide(pack)))
+            return True
         missing = self._missing_stage(pack)
         if missing is None:
             self._advance(slot, pack)
@@ -230,20 +253,26 @@ class Driver:
                 together[missing.key] = missing
         return together
 
-    def _ask(self) -> list[TrialTicket]:
-        """As many trials as fill a pack."""
-        per_pack = self.config.compute.runs_per_pack or self.config.num_seeds
-        tickets = []
-        for _ in range(max(1, per_pack // self.config.num_seeds)):
-            ticket = self.study.ask()
-            if ticket is None:
+    @property
+    def _at_once(self) -> int:
+        return trials_at_once(self.packing.runs_per_pack, self.config.num_seeds)
+
+    def _ask(self, after: TrialTicket | None = None) -> list[TrialTicket]:
+        """As many trials as fill a pack; their numbers begin at a multiple of that many, so that a batch that a dead
+        driver has begun to ask for, up to the ticket `after`, is completed to what it would have been."""
+        tickets: list[TrialTicket] = []
+        last = after
+        while last is None or (last.number + 1) % self._at_once:
+            last = self.study.ask()
+            if last is None:
                 break
-            tickets.append(ticket)
+            tickets.append(last)
         return tickets
 
     def _make_packs(self, tickets: Sequence[TrialTicket]) -> list[PackSpec]:
         """Group the runs of some trials by pack key, and write the packs down before anything is trained."""
         groups: dict[str, list[RunSpec]] = {}
+        examples: dict[str, Config] = {}
         for ticket in tickets:
             try:
                 runs = [run_config(self.config, ticket.active, seed) for seed in self.config.seeds]
@@ -254,18 +283,18 @@ class Driver:
                 self._record_ended()
                 continue
             for run in runs:
-                key = run_key(ticket.number, run.seed)
+                name, key = run_key(ticket.number, run.seed), pack_key(run)
                 tags = {**self.tags, "study": self.study.spec.name}
-                groups.setdefault(pack_key(run), []).append(RunSpec(key, ticket.number, run.seed, to_dict(run), tags))
-        limit = self.config.compute.runs_per_pack or max(self.config.num_seeds, 1)
+                groups.setdefault(key, []).append(RunSpec(name, ticket.number, run.seed, to_dict(run), tags))
+                examples.setdefault(key, run)
         packs = []
-        for runs_of_group in groups.values():
-            for i in range(0, len(runs_of_group), limit):
-                chunk = tuple(runs_of_group[i : i + limit])
-                pack_id = f"{chunk[0].run_key}-x{len(chunk)}-{digest([r.run_key for r in chunk])[:6]}"
-                packs.append(PackSpec(pack_id, str(self.study.folder), chunk))
+        for key, runs_of_group in groups.items():
+            start = 0
+            for size in balanced(len(runs_of_group), self.packing.limit(key, examples[key])):
+                packs.append(self._pack(key, runs_of_group[start : start + size]))
+                start += size
         for pack in packs:
-            save_json(self._pack_file(pack.pack_id), pack.to_json())
+            pack.save()
         for ticket in tickets:
             mine = [p.pack_id for p in packs if any(run.trial == ticket.number for run in p.runs)]
             if mine:
@@ -273,8 +302,27 @@ class Driver:
                 self._track(ticket)
         return packs
 
-    def _pack_file(self, pack_id: str) -> Path:
-        return self.study.folder / "packs" / pack_id / "pack.json"
+    def _pack(self, key: str, runs: Sequence[RunSpec], parent: str | None = None) -> PackSpec:
+        pack_id = f"{runs[0].run_key}-x{len(runs)}-{digest([run.run_key for run in runs])[:6]}"
+        return PackSpec(pack_id, str(self.study.folder), tuple(runs), key, parent)
+
+    def _alive(self, pack: PackSpec) -> list[RunSpec]:
+        """Its runs that still train, as far as is known here."""
+        gone = self._dropped.union(*(trial.diverged for trial in self.progress.running.values()))
+        return [run for run in pack.runs if run.run_key not in gone]
+
+    def _divide(self, pack: PackSpec) -> list[PackSpec]:
+        """Two packs in place of one, that go on from its checkpoint. The last file to be written is the pack's own,
+        which names them: a kill in between leaves the pack as it was."""
+        alive = self._alive(pack)
+        later = {run.run_key for run in alive[(len(alive) + 1) // 2 :]}
+        halves = [[run for run in pack.runs if (run.run_key in later) is second] for second in (False, True)]
+        parent = pack.pack_id if pack.checkpoint_path.exists() else pack.parent
+        children = [self._pack(pack.key, runs, parent) for runs in halves if runs]
+        for child in children:
+            child.save()
+        replace(pack, children=tuple(child.pack_id for child in children)).save()
+        return children
 
     def _track(self, ticket: TrialTicket) -> None:
         keys = [run_key(ticket.number, seed) for seed in self.config.seeds]
@@ -316,6 +364,11 @@ class Driver:
             self._take(result)
             if not result.finished:
                 self._advance(slot, job)
+            elif result.cost is not None and whole(job, result):
+                config = load_config([job.runs[0].config], [])
+                self.costs.add(job, result.cost, self.packing.predict(config, len(job.runs)))
+        elif is_out_of_memory(result):
+            self._does_not_fit(job, result)
         elif _process_died(result) and self._deaths.get(job.pack_id, 0) < MAX_DEATHS:
             # the actor comes back and takes the pack up from its checkpoint
             self._deaths[job.pack_id] = self._deaths.get(job.pack_id, 0) + 1
@@ -440,17 +493,33 @@ class Driver:
 
     def _pack_failed(self, pack: PackSpec, error: Any) -> None:
         """The pack's trials fail; the study goes on, unless nothing works at all."""
-        self._failures_in_a_row += 1
         if isinstance(error, UserError):
             raise error
+        self._fail(pack, RuntimeError(f"pack {pack.pack_id} failed: {error!r}"), error)
+
+    def _fail(self, pack: PackSpec, error: Exception, cause: BaseException | None = None) -> None:
+        self._failures_in_a_row += 1
         if self._failures_in_a_row >= 3 or not self.study.num_finished:
-            raise RuntimeError(f"pack {pack.pack_id} failed: {error!r}") from error
+            raise error from cause
         for number in {run.trial for run in pack.runs}:
             trial = self.progress.running.get(number)
             if trial is not None:
-                self.study.tell_failed(number, repr(error))
+                self.study.tell_failed(number, str(error) if cause is None else repr(cause))
                 self._close_runs(self.study.trials()[number])
                 self._end(trial)
+
+    def _does_not_fit(self, pack: PackSpec, error: Any) -> None:
+        """Memory ran out: two smaller packs go on; a run that is alone already fails."""
+        alive = self._alive(pack)
+        if len(alive) > 1:
+            self.packing.lower(pack.key, (len(alive) + 1) // 2)
+            self._queue.extendleft(reversed(self._divide(pack)))
+            return
+        names = " ".join(run.run_key for run in alive or pack.runs)
+        self._fail(pack, UserError(
+            f"run {names} does not fit the memory even alone ({str(error).splitlines()[0]}); lower "
+            "method.batch_size, method.hidden, method.rollout_batch (its model rows) or compute.num_learners"
+        ))  # fmt: skip
 
     def _trial_of(self, key: str) -> TrialProgress | None:
         return self.progress.running.get(int(key[1:].partition("-")[0]))
@@ -463,6 +532,12 @@ class Driver:
         if reference_scores(evaluation_env(self.config, self.dataset)) is None:
             floor = float(self.dataset.episode_returns().min())
         return min([floor, *told])
+
+
+def whole(pack: PackSpec, report: PackReport) -> bool:
+    """Whether every run of a pack was trained to its end."""
+    ends = [done[-1].updates if done else 0 for done in report.evaluations.values()]
+    return not report.diverged and ends == [report.updates] * len(pack.runs)
 
 
 def run_key(trial: int, seed: int) -> str:

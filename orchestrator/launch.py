@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import subprocess
 import threading
@@ -28,6 +29,8 @@ from orchestrator.connection import cluster_address
 from orchestrator.display import Display, print_summary, score_label, show_params, value_unit
 from orchestrator.driver import Driver
 from orchestrator.learner import dataset_record, evaluation_env, flatten, resolve_device
+from orchestrator.packing import COSTS_FILE, PACKING_FILE
+from orchestrator.plan import choose_packing, duration, make_plan, print_plan
 from orchestrator.profiling import TABLE, TRACE
 from orchestrator.progress import shown
 from orchestrator.spool import RunInfo, RunSpool, check_run_key
@@ -121,6 +124,10 @@ def _check_before_compute(config: Config) -> Dataset:
     if cluster_address(config.compute.address) is None:
         resolve_device(config.compute.device)
     check_reachable(_store_uri(config))
+    return _check_data(config)
+
+
+def _check_data(config: Config) -> Dataset:
     dataset = load_dataset(config.dataset, Path(config.workdir), shown)
     if load_method(config.method_name).stages(config.method):
         termination_rule(dataset.env_id)
@@ -140,8 +147,12 @@ def _run(config: Config, study: Study, dataset: Dataset, console: Console) -> Ou
     with _tracking(tracker, console), RunSpool(study.folder / "spool", "study") as spool:
         tags = _tags()
         _announce(spool, config, dataset, tags)
-        with Display(console, value_unit(config, dataset)) as display, open_slots(config.compute, dataset) as slots:
-            Driver(config, study, dataset, slots, tags, spool, display).run()
+        with open_slots(config.compute, dataset) as slots:
+            packing = choose_packing(config, study.spec, dataset, slots, study.folder)
+            with Display(console, value_unit(config, dataset)) as display:
+                driver = Driver(config, study, dataset, slots, tags, spool, display, packing)
+                driver.run()
+        _compare_with_plan(console, spool, driver)
         _conclude(spool, study, value_unit(config, dataset))
     print_summary(console, study, config, dataset, tracker.tracking_uri)
     if config.compute.profile:
@@ -157,6 +168,51 @@ def _show_profiles(console: Console, folder: Path) -> None:
         console.print(text, highlight=False, soft_wrap=True)
     if len(tables) > 3:
         console.print(f"profiles of all {len(tables)} packs: {folder}/*/profile/", highlight=False, soft_wrap=True)
+
+
+def plan(
+    config: Config, console: Console, as_json: bool = False, gpus: int | None = None, cpus: int | None = None
+) -> None:
+    """Print what a study would take, without starting it.
+
+    Raises:
+        UserError: whatever is wrong with the configuration or the data, or too little memory.
+    """
+    config.workdir = str(Path(config.workdir).absolute())
+    config.study.name = config.study.name or "plan"
+    for name, value in (("--gpus", gpus), ("--cpus", cpus)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} {value} must be at least 1")
+    spec = check_space(config)
+    if cluster_address(config.compute.address) is None:
+        resolve_device(config.compute.device)
+    dataset = _check_data(config)
+    with open_slots(config.compute, dataset) as slots:
+        made = make_plan(config, spec, dataset, slots, gpus, cpus)
+    if as_json:
+        print(json.dumps(made.to_json(), indent=1))
+    else:
+        print_plan(console, made, config)
+
+
+def _compare_with_plan(console: Console, spool: RunSpool, driver: Driver) -> None:
+    """Say and record how long this process worked on the study beside what was planned for it."""
+    planned = driver.packing.predicted_seconds
+    done, total = driver.progress.done_at_start, driver.progress.updates_planned()
+    if planned is None or done >= total:
+        return
+    planned *= 1 - done / total
+    took = time.monotonic() - driver.progress.started
+    pruned = sum(record.state == "pruned" for record in driver.study.trials())
+    note = f" ({pruned} trials were pruned, which is not planned)" if pruned else ""
+    console.print(f"planned {duration(planned)}, took {duration(took)}{note}", highlight=False)
+    spool.set_tags({
+        "plan/predicted_seconds": f"{planned:.1f}", "plan/actual_seconds": f"{took:.1f}",
+        "plan/runs_per_pack": str(driver.packing.runs_per_pack),
+    })  # fmt: skip
+    for name in (PACKING_FILE, COSTS_FILE):
+        if (driver.study.folder / name).exists():
+            spool.artifact(driver.study.folder / name)
 
 
 @contextmanager

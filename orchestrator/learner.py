@@ -11,12 +11,13 @@ at the same update every time.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,13 @@ import torch
 from torch.profiler import record_function
 
 from agents.cpu import configure_cpu
-from agents.method import Stage, TrainingData, load_method
+from agents.method import Method, Stage, TrainingData, load_method
 from agents.policies import in_environment
 from envs.dataset import Dataset
 from envs.episodes import make_env
 from envs.errors import UserError
 from envs.scores import normalized_score, reference_scores
+from orchestrator import memory
 from orchestrator.artifacts import (
     ArtifactStore,
     Built,
@@ -49,6 +51,7 @@ from orchestrator.workers import Workers
 
 CHECKPOINT_VERSION = 2
 MAX_PENDING = 2  # evaluations of a pack under way in evaluators while it trains
+PACK_FILE = "pack.json"
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,17 @@ class PackSpec:
     pack_id: str
     study_folder: str
     runs: tuple[RunSpec, ...]
+    key: str = ""  # the runs' pack key
+    parent: str | None = None  # id of a pack that held these runs, too: training goes on from its checkpoint
+    children: tuple[str, ...] = ()  # ids of the packs that took this one's place
 
     @property
     def folder(self) -> Path:
         return Path(self.study_folder) / "packs" / self.pack_id
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.folder / "checkpoint.pt"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,7 +90,15 @@ class PackSpec:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> PackSpec:
         runs = tuple(RunSpec(**run) for run in content["runs"])
-        return cls(content["pack_id"], content["study_folder"], runs)
+        return cls(**{**content, "runs": runs, "children": tuple(content.get("children", ()))})
+
+    @classmethod
+    def load(cls, study_folder: str | Path, pack_id: str) -> PackSpec:
+        """As it was written down by `save`."""
+        return cls.from_json(json.loads((Path(study_folder) / "packs" / pack_id / PACK_FILE).read_text()))
+
+    def save(self) -> None:
+        save_json(self.folder / PACK_FILE, self.to_json())
 
 
 @dataclass(frozen=True)
@@ -104,6 +122,16 @@ class PackReport:
     finished: bool
     evaluations: dict[str, list[Evaluation]]  # run key -> all that have been taken in, in the order of updates
     diverged: dict[str, int] = field(default_factory=dict)  # run key -> updates
+    cost: PackCost | None = None  # if this process has trained all of it so far
+
+
+@dataclass(frozen=True)
+class PackCost:
+    """What a pack took from its beginning, in one process."""
+
+    seconds: float  # of wall clock, at work
+    cpu_seconds: float  # of the processor, all threads of the process
+    memory: int  # bytes, the most by which the process grew
 
 
 @dataclass(frozen=True)
@@ -159,14 +187,7 @@ class Learner:
         self.reference = reference_scores(self.env_id)
         data = training_data(self.dataset, self.device)
         self._action_low, self._action_high = action_bounds(self.env_id)
-        store = ArtifactStore(Path(config.workdir) / "artifacts")
-        cls = load_method(config.method_name)
-        artifacts = {
-            name: store.load(stage.kind, stage_key(stage, self.dataset.content_hash))
-            for name, stage in cls.stages(config.method).items()
-        }
-        methods = [c.method for c in self.configs]
-        self.method = cls(methods, [run.seed for run in pack.runs], data, artifacts, self.device)
+        self.method = self._make_method(self.configs, pack.runs, data, self.device)
         self.alive = [run.run_key for run in pack.runs]
         self.epoch = 0
         self.evaluations: dict[str, list[Evaluation]] = {run.run_key: [] for run in pack.runs}
@@ -188,9 +209,21 @@ class Learner:
     def updates(self) -> int:
         return self.epoch * self.configs[0].method.updates_per_epoch
 
+    def _make_method(
+        self, configs: Sequence[Config], runs: Sequence[RunSpec], data: TrainingData, device: torch.device
+    ) -> Method:
+        config = configs[0]
+        store = ArtifactStore(Path(config.workdir) / "artifacts")
+        cls = load_method(config.method_name)
+        artifacts = {
+            name: store.load(stage.kind, stage_key(stage, self.dataset.content_hash))
+            for name, stage in cls.stages(config.method).items()
+        }
+        return cls([c.method for c in configs], [run.seed for run in runs], data, artifacts, device)
+
     @property
     def checkpoint_path(self) -> Path:
-        return self.pack.folder / "checkpoint.pt"
+        return self.pack.checkpoint_path
 
     @property
     def profile_folder(self) -> Path:
@@ -403,21 +436,40 @@ class Learner:
         self._seconds_saving += time.perf_counter() - started
 
     def _restore(self) -> None:
-        if not self.checkpoint_path.exists():
+        if self.checkpoint_path.exists():
+            source, state = self.pack, load_tensors(self.checkpoint_path, self.device)
+        elif self.pack.parent is not None:
+            source = PackSpec.load(self.pack.study_folder, self.pack.parent)
+            state = load_tensors(source.checkpoint_path)
+        else:
             return
-        state = load_tensors(self.checkpoint_path, self.device)
         keys = [run.run_key for run in self.pack.runs]
-        if state["version"] != CHECKPOINT_VERSION or state["runs"] != keys:
-            raise UserError(f"{self.checkpoint_path} is of another version or pack; move it away to start anew")
+        if state["version"] != CHECKPOINT_VERSION or state["runs"] != [run.run_key for run in source.runs]:
+            raise UserError(f"{source.checkpoint_path} is of another version or pack; move it away to start anew")
         kept = [m for m, key in enumerate(keys) if key in state["alive"]]
         if kept and len(kept) < len(keys):
             self.method = self.method.select(kept)
         if kept:
-            self.method.load_state_dict(state["method"])
-        self.alive, self.epoch, self.diverged = state["alive"], state["epoch"], state["diverged"]
-        self.evaluations = {key: [Evaluation(**e) for e in done] for key, done in state["evaluations"].items()}
+            self.method.load_state_dict(state["method"] if source is self.pack else self._part_of(source, state))
+        self.alive, self.epoch = [keys[m] for m in kept], state["epoch"]
+        self.diverged = {key: updates for key, updates in state["diverged"].items() if key in keys}
+        self.evaluations = {key: [Evaluation(**e) for e in state["evaluations"][key]] for key in keys}
         for updates, policies in state["pending"]:
-            self._start_evaluation(updates, {key: _as_arrays(policy) for key, policy in policies.items()})
+            mine = {key: _as_arrays(policy) for key, policy in policies.items() if key in self.alive}
+            self._start_evaluation(updates, mine)
+
+    def _part_of(self, source: PackSpec, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of this pack's members from that of a larger pack.
+
+        They are taken out in the machine's memory: the device's did not hold the larger pack.
+        """
+        runs = [run for run in source.runs if run.run_key in state["alive"]]
+        cpu = torch.device("cpu")
+        configs = [load_config([run.config], []) for run in runs]
+        whole = self._make_method(configs, runs, training_data(self.dataset, cpu), cpu)
+        whole.load_state_dict(state["method"])
+        mine = {run.run_key for run in self.pack.runs}
+        return whole.select([m for m, run in enumerate(runs) if run.run_key in mine]).state_dict()
 
     # ---- profile ------------------------------------------------------------------------------------------------
 
@@ -498,18 +550,81 @@ class LearnerProcess:
         self.compute = compute
         self.workers = Workers(compute.num_rollout_workers, compute.num_evaluators, compute.threads)
         self._learner: Learner | None = None
+        self._base: int | None = None  # bytes that the process held before its first pack
+        self._cost: PackCost | None = None  # of the learner's pack; None: an earlier process has trained a part of it
 
     def pids(self) -> dict[str, list[int]]:
         return {"learner": [os.getpid()], **self.workers.pids()}
 
     def advance(self, pack: PackSpec, dropped: Sequence[str], dataset: Dataset) -> PackReport:
-        if self._learner is None or self._learner.pack.pack_id != pack.pack_id:
-            self._learner = Learner(pack, self.compute, self.workers, dataset)
-        learner, self._learner = self._learner, None  # one that fails in mid-epoch is not to be gone on with
-        report = learner.advance(dropped)
-        if not report.finished:
-            self._learner = learner
-        return report
+        """`Learner.advance` for a pack.
+
+        Raises:
+            OutOfMemory: the pack does not fit. Its memory is free again.
+        """
+        device = resolve_device(self.compute.device)
+        started, begun = time.perf_counter(), time.process_time()
+        learner: Learner | None = None
+        try:
+            if self._learner is None or self._learner.pack.pack_id != pack.pack_id:
+                self._learner = None
+                self._baseline(load_config([pack.runs[0].config], []), dataset, device)
+                memory.reset_peak(device)
+                self._learner = Learner(pack, self.compute, self.workers, dataset)
+                self._cost = PackCost(0.0, 0.0, 0) if self._learner.epoch == 0 else None
+            learner, self._learner = self._learner, None  # one that fails in mid-epoch is not to be gone on with
+            report = learner.advance(dropped)
+        except Exception as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            reason = str(error)
+        else:
+            if self._cost is not None:
+                grown = memory.peak(device) - (self._base or 0)
+                wall, cpu = time.perf_counter() - started, time.process_time() - begun
+                self._cost = PackCost(self._cost.seconds + wall, self._cost.cpu_seconds + cpu, grown)
+            if not report.finished:
+                self._learner = learner
+            else:
+                del learner
+                memory.release(device)
+            return replace(report, cost=self._cost)
+        # not from within the except block: the error's traceback holds the learner's tensors
+        del learner
+        memory.release(device)
+        raise memory.OutOfMemory(reason)
+
+    def _baseline(self, config: Config, dataset: Dataset, device: torch.device) -> int:
+        """Bytes held without a pack; the libraries that every pack needs are loaded by then."""
+        if self._base is None:
+            action_bounds(evaluation_env(config, dataset))
+            memory.release(device)
+            self._base = memory.in_use(device)
+        return self._base
+
+    def machine(self, busy: int, dataset: Dataset) -> tuple[dict[str, Any], float]:
+        """What this slot runs on, with `busy` slots at work: its kind (see `calibration.machine_kind`), and the bytes
+        by which its process may grow."""
+        from orchestrator.calibration import machine_kind
+
+        device = resolve_device(self.compute.device)
+        sharing = busy
+        if device.type == "cuda":
+            sharing = max(1, busy // max(1, torch.cuda.device_count()))
+        else:
+            processes = 1 + self.compute.num_rollout_workers + self.compute.num_evaluators
+            sharing = min(busy, max(1, len(os.sched_getaffinity(0)) // processes))
+        return machine_kind(self.compute, busy), memory.SHARE * memory.free(device) / sharing
+
+    def calibrate(
+        self, config: dict[str, Any], sizes: Sequence[int], seconds: float, memory_limit: float, dataset: Dataset
+    ) -> dict[str, Any]:
+        """`calibration.measure` here; the result is plain enough for JSON."""
+        from orchestrator.calibration import measure
+
+        resolved = load_config([config], [])
+        base = self._baseline(resolved, dataset, resolve_device(self.compute.device))
+        return measure(resolved, dataset, self.compute, self.workers, sizes, seconds, memory_limit, base).to_json()
 
     def build_stages(self, configs: Sequence[dict[str, Any]], name: str, dataset: Dataset) -> list[UserError | None]:
         """Build a stage of some runs' methods where it is missing.

@@ -21,6 +21,7 @@ from orchestrator.artifacts import ArtifactStore, Built, stage_key
 from orchestrator.config import ComputeConfig, Config, load_config, run_config, to_dict
 from orchestrator.driver import Driver
 from orchestrator.learner import Evaluation, Learner, PackReport, PackSpec, RunSpec
+from orchestrator.packing import Packing
 from orchestrator.spool import RunSpool, read_records
 from orchestrator.workers import Workers
 from sweeps.study import Study
@@ -165,11 +166,11 @@ class ScriptedSlots:
         return report
 
 
-def drive(config: Config, slots: Any, resume: bool = False) -> Study:
+def drive(config: Config, slots: Any, resume: bool = False, packing: Packing | None = None) -> Study:
     """Run a study's driver without a tracker; returns the study, closed (its records can be read)."""
     folder = Path(config.workdir) / "studies" / config.study.name
     study = Study.open(folder) if resume else Study.create(folder, config.study_spec())
     dataset = dataset_of(config)
     with study, RunSpool(folder / "spool", "study") as spool:
-        Driver(config, study, dataset, slots, {}, spool).run()
+        Driver(config, study, dataset, slots, {}, spool, packing=packing).run()
     return study

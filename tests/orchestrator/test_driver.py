@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import json
 import shutil
 import sqlite3
 from collections import Counter
@@ -23,6 +24,8 @@ from orchestrator.artifacts import load_tensors
 from orchestrator.cluster import InlineSlots, RaySlots
 from orchestrator.config import Config, digest, identity, load_config
 from orchestrator.learner import LearnerProcess, PackReport, PackSpec
+from orchestrator.memory import OutOfMemory
+from orchestrator.packing import Packing
 from orchestrator.spool import RunInfo, RunSpool
 from sweeps.study import Study
 from tests.orchestrator.studies import ScriptedSlots, configured, copied, dataset_of, drive, points, records
@@ -218,6 +221,10 @@ def scripted(workdir: Path, *overrides: str, **study: Any) -> Config:
     )  # fmt: skip
 
 
+def config_folder(config: Config) -> Path:
+    return Path(config.workdir) / "studies" / config.study.name
+
+
 def test_a_bad_trial_is_pruned_and_its_runs_are_dropped(workdir: Path):
     config = scripted(workdir, pruner={"name": "median", "warmup_fraction": 0.0, "startup_trials": 2})
     slots = ScriptedSlots(config, lambda trial, seed, updates: (10.0 if trial < 3 else 1.0) + seed)
@@ -398,6 +405,102 @@ def test_stages_of_a_searched_dynamics_setting_do_not_mix(workdir: Path):
 
 class Killed(BaseException):
     """Stands for a SIGKILL of the driver: nothing that the program does can catch it."""
+
+
+def dying(original: Any, call: int) -> Any:
+    """A method after whose n-th call the driver is killed."""
+    calls = 0
+
+    def method(self: Any, *args: Any) -> Any:
+        nonlocal calls
+        result = original(self, *args)
+        calls += 1
+        if calls == call:
+            raise Killed
+        return result
+
+    return method
+
+
+def too_large(largest: int) -> Any:
+    """A learner that more than so many members make run out of memory."""
+
+    def advance(self: ScriptedSlots, pack: PackSpec, dropped: Any) -> Any:
+        if len([run for run in pack.runs if run.run_key not in dropped]) > largest:
+            raise OutOfMemory("tried to allocate 9 GB")
+        return ScriptedSlots.advance(self, pack, dropped)
+
+    return advance
+
+
+def test_a_pack_that_does_not_fit_is_divided_until_it_does(workdir: Path, monkeypatch: pytest.MonkeyPatch):
+    enqueue = [{"method.eta": eta, "method.rollout_length": 1} for eta in (0.1, 0.2, 0.3, 0.4)]  # one pack key
+    config = scripted(workdir, "num_seeds=5", num_trials=4, pruner={"name": "none"}, enqueue=enqueue)
+    slots = ScriptedSlots(config, lambda trial, seed, updates: float(10 * trial + seed))
+    monkeypatch.setattr(slots, "advance", too_large(2).__get__(slots))
+    packing = Packing(config_folder(config) / "packing.json", 10)
+    study = drive(config, slots, packing=packing)
+    assert [(t.state, t.value) for t in study.trials()] == [("complete", 10.0 * i + 2) for i in range(4)]
+    packs = [PackSpec.load(study.folder, path.parent.name) for path in study.folder.glob("packs/*/pack.json")]
+    trained = [pack for pack in packs if not pack.children]
+    runs = Counter(run.run_key for pack in trained for run in pack.runs)
+    assert runs == Counter(f"t{trial:04d}-s{seed}" for trial in range(4) for seed in range(5))  # each once
+    # 10 -> 5 -> 3 -> 2; what was not begun by then was divided before it was tried, and later packs are made small
+    failed = [calls for calls in slots.calls if len(PackSpec.load(study.folder, calls[1]).runs) > 2]
+    assert len(failed) == 3
+    later = [pack for pack in packs if {run.trial for run in pack.runs} <= {2, 3}]
+    assert all(len(pack.runs) <= 2 and pack.parent is None for pack in later)
+    assert json.loads(packing.path.read_text())["limits"] == {packs[0].key: 2}  # type: ignore[union-attr]
+
+
+def test_a_run_that_does_not_fit_alone_fails_with_one_sentence(workdir: Path, monkeypatch: pytest.MonkeyPatch):
+    config = scripted(workdir, num_trials=1, space={})
+    slots = ScriptedSlots(config, lambda trial, seed, updates: 1.0)
+    monkeypatch.setattr(slots, "advance", too_large(0).__get__(slots))
+    with pytest.raises(UserError, match=r"run t0000-s0 does not fit the memory even alone .*; lower method.batch_size"):
+        drive(config, slots)
+
+
+@pytest.mark.parametrize("written", [3, 5, 6])  # files of packs until the kill: a child, its parent, a grandchild
+def test_a_driver_killed_while_it_divides_a_pack_loses_and_doubles_nothing(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, written: int
+):
+    def study_of(resume: bool = False) -> Study:
+        config = scripted(workdir, "num_seeds=4", num_trials=2, pruner={"name": "none"})
+        slots = ScriptedSlots(config, lambda trial, seed, updates: float(trial + seed))
+        monkeypatch.setattr(slots, "advance", too_large(1).__get__(slots))
+        return drive(config, slots, resume, Packing(config_folder(config) / "packing.json", 4))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackSpec, "save", dying(PackSpec.save, written))
+        with pytest.raises(Killed):
+            study_of()
+    assert [(t.state, t.value) for t in study_of(resume=True).trials()] == [("complete", 1.5), ("complete", 2.5)]
+
+
+@pytest.mark.parametrize(("moment", "call"), [("ask", 2), ("set_attr", 1), ("set_attr", 2), ("set_attr", 4)])
+def test_a_driver_killed_while_it_makes_a_pack_of_several_trials_makes_it_again(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, moment: str, call: int
+):
+    enqueue = [{"method.eta": eta, "method.rollout_length": 1} for eta in (0.1, 0.2, 0.3, 0.4, 0.5)]
+    words = ("num_seeds=1", "compute.runs_per_pack=3")
+    config = scripted(workdir, *words, num_trials=5, pruner={"name": "none"}, enqueue=enqueue)
+
+    def study_of(resume: bool = False) -> tuple[Study, ScriptedSlots]:
+        slots = ScriptedSlots(config, lambda trial, seed, updates: float(trial))
+        return drive(config, slots, resume), slots
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, moment, dying(getattr(Study, moment), call))
+        with pytest.raises(Killed):
+            study_of()
+    study, slots = study_of(resume=True)
+    assert [t.value for t in study.trials()] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    # every run is trained once, in the packs of an undisturbed study
+    packs = [PackSpec.load(study.folder, pack) for pack in dict.fromkeys(pack for _, pack in slots.calls)]
+    if moment == "ask" or call < 4:
+        assert [[run.trial for run in pack.runs] for pack in packs] == [[0, 1, 2], [3, 4]]
+    assert Counter(pack for _, pack in slots.calls).total() == 3 * len(packs)
 
 
 def pruning(workdir: Path, name: str, resume: bool = False) -> Study:

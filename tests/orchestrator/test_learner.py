@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,23 @@ import pytest
 import torch
 
 from agents.method import load_method
+from agents.model_based import ModelBasedSAC
 from benchmarks.kill_tests import DATASET, policy_digest
 from envs.errors import UserError
 from envs.policies import load_policy
 from envs.registry import load_dataset
 from orchestrator.artifacts import ArtifactStore, load_tensors, stage_key
+from orchestrator.cluster import InlineSlots
 from orchestrator.config import ComputeConfig, load_config, run_config, to_dict
 from orchestrator.learner import Learner, LearnerProcess, PackSpec, RunSpec
 from orchestrator.workers import Workers
+from sweeps.study import Study
 from tests.orchestrator.studies import (
     IN_PROCESS,
     configured,
     copied,
     dataset_of,
+    drive,
     make_learner,
     make_pack,
     points,
@@ -414,6 +419,65 @@ def test_a_checkpoint_of_another_pack_is_refused(workdir: Path):
     other = make_pack(workdir, [TWO[1], TWO[0]])
     with pytest.raises(UserError, match="of another version or pack"):
         make_learner(other, IN_PROCESS)
+
+
+@pytest.mark.parametrize("minutes", [0.0, 60.0])
+def test_a_pack_out_of_memory_is_divided_and_ends_as_if_undisturbed(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, minutes: float
+):
+    """In its third epoch; the halves go on from the pack's last checkpoint, or from the start where it has none."""
+    space = {"method.eta": {"type": "float", "low": 0.01, "high": 10.0, "log": True}}
+    words = ["num_seeds=4", "compute.runs_per_pack=4", f"compute.checkpoint_minutes={minutes}"]
+
+    def study(name: str) -> Study:
+        config = configured(workdir, *words, name=name, num_trials=1, space=space)
+        return drive(config, InlineSlots(config.compute, dataset_of(config)))
+
+    whole = study("whole")
+    train_epoch = ModelBasedSAC.train_epoch
+    epochs: list[tuple[int, int]] = []
+
+    def failing(self: ModelBasedSAC, epoch: int) -> Any:
+        epochs.append((self.num_members, epoch))
+        if self.num_members > 2 and epoch == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+        return train_epoch(self, epoch)
+
+    monkeypatch.setattr(ModelBasedSAC, "train_epoch", failing)
+    divided = study("divided")
+    begin = 2 if minutes == 0 else 0
+    assert epochs == [(4, e) for e in range(3)] + 2 * [(2, e) for e in range(begin, 4)]
+    assert divided.trials()[0].value == pytest.approx(whole.trials()[0].value, rel=1e-3)
+    for seed in range(4):
+        key = f"t0000-s{seed}"
+        arrays = [np.load(s.folder / "runs" / key / "policy.npz") for s in (whole, divided)]
+        for name in arrays[0]:
+            if arrays[0][name].dtype.kind == "f":
+                np.testing.assert_allclose(arrays[0][name], arrays[1][name], rtol=1e-2, atol=1e-3)
+        counted = [
+            Counter((r["step"], name) for r in records(s.folder, key) for name in r.get("values", {}))
+            for s in (whole, divided)
+        ]
+        assert set(counted[0]) == set(counted[1])
+        if minutes == 0:  # else the epochs before are logged again, which the tracker recognises by their steps
+            assert counted[0] == counted[1]
+
+
+def test_the_cost_of_a_pack_is_of_one_process_from_its_start(workdir: Path):
+    pack = make_pack(workdir, TWO)
+    dataset = dataset_of(load_config([pack.runs[0].config], []))
+    process = LearnerProcess(IN_PROCESS)
+    reports = [process.advance(pack, [], dataset) for _ in range(2)]
+    assert reports[1].finished
+    costs = [report.cost for report in reports]
+    assert costs[0] is not None
+    assert costs[1] is not None
+    assert 0 < costs[0].seconds < costs[1].seconds
+    assert 0 < costs[1].memory < 2e9
+    # one that takes up a checkpoint does not know what was before
+    other = make_pack(workdir, TWO, name="other")
+    process.advance(other, [], dataset)
+    assert LearnerProcess(IN_PROCESS).advance(other, [], dataset).cost is None
 
 
 def test_a_pack_survives_json(workdir: Path):
