@@ -17,6 +17,14 @@ from benchmarks.kill_tests import SETTINGS
 from envs.dataset import Dataset
 from envs.registry import load_dataset
 from orchestrator.artifacts import ArtifactStore, stage_key
+from orchestrator.calibration import (
+    Calibration,
+    PackMeasurement,
+    StageMeasurement,
+    ring_bytes,
+    update_work,
+    work_key,
+)
 from orchestrator.config import ComputeConfig, Config, load_config, run_config, to_dict
 from orchestrator.driver import Driver
 from orchestrator.learner import Evaluation, Learner, PackReport, PackSpec, RunSpec
@@ -100,6 +108,21 @@ Script = Callable[[int, int, int], float | str | Exception]
 """(trial, seed, updates) -> the value of that evaluation, "diverged", or what the call raises."""
 
 
+KIND = {"cpu": "made up", "device": "cpu"}
+
+
+def made_up_calibration(config: Config, fixed: float = 0.0, per_member: float = 1e-3, largest: int = 1) -> Calibration:
+    """Updates of fixed + per_member * M seconds; a megabyte per member; nothing else takes time."""
+    dataset = dataset_of(config)
+    packs = tuple(
+        PackMeasurement(m, 0.0, 0.0, fixed + per_member * m, m * 1_000_000) for m in (1, 2, 4, 8) if m <= largest
+    )
+    return Calibration(
+        work_key(config, dataset), config.method_name, update_work(config, dataset), ring_bytes(config, dataset), packs,
+        0.0, 0.0, {"dynamics": StageMeasurement(2.0)}, 1.0, largest,
+    )  # fmt: skip
+
+
 class ScriptedSlots:
     """Slots whose learners train nothing: they follow a script, through the same reports and spool files.
 
@@ -119,7 +142,8 @@ class ScriptedSlots:
 
     def submit(self, slot: int, method: str, *args: Any) -> None:
         self._under_way.append((slot, method, args))
-        self.calls.append((method, args[0].pack_id if method == "advance" else args[1]))
+        if method in ("advance", "build_stage"):
+            self.calls.append((method, args[0].pack_id if method == "advance" else args[1]))
 
     def wait(self, timeout: float) -> list[tuple[int, Any]]:
         slot, method, args = self._under_way.pop()
@@ -136,6 +160,14 @@ class ScriptedSlots:
         history = [[step, {"train_loss": float(step)}] for step in range(3)]
         key = stage_key(stage, dataset.content_hash)
         store.get_or_build(stage, key, lambda: {"w": torch.zeros(1)}, {"history": history})
+
+    def machine(self, busy: int) -> tuple[dict[str, Any], float]:
+        return {**KIND, "busy": busy}, 1e9
+
+    def calibrate(
+        self, config: dict[str, Any], sizes: Sequence[int], seconds: float, memory_limit: float
+    ) -> dict[str, Any]:
+        return made_up_calibration(load_config([config], []), 0.0, 1e-3, max(sizes)).to_json()
 
     def advance(self, pack: PackSpec, dropped: Sequence[str]) -> PackReport:
         self.dropped.append(set(dropped))
