@@ -18,6 +18,14 @@ from envs.dataset import Dataset
 from envs.errors import UserError
 from envs.registry import load_dataset
 from orchestrator.artifacts import ArtifactStore, Built, stage_key
+from orchestrator.calibration import (
+    Calibration,
+    PackMeasurement,
+    StageMeasurement,
+    ring_bytes,
+    update_work,
+    work_key,
+)
 from orchestrator.config import ComputeConfig, Config, load_config, run_config, to_dict
 from orchestrator.driver import Driver
 from orchestrator.learner import Evaluation, Learner, PackReport, PackSpec, RunSpec
@@ -101,6 +109,21 @@ Script = Callable[[int, int, int], float | str | Exception]
 """(trial, seed, updates) -> the value of that evaluation, "diverged", or what the call raises."""
 
 
+KIND = {"cpu": "made up", "device": "cpu"}
+
+
+def made_up_calibration(config: Config, fixed: float = 0.0, per_member: float = 1e-3, largest: int = 1) -> Calibration:
+    """Updates of fixed + per_member * M seconds; a megabyte per member; nothing else takes time."""
+    dataset = dataset_of(config)
+    packs = tuple(
+        PackMeasurement(m, 0.0, 0.0, fixed + per_member * m, m * 1_000_000) for m in (1, 2, 4, 8) if m <= largest
+    )
+    return Calibration(
+        work_key(config, dataset), config.method_name, update_work(config, dataset), ring_bytes(config, dataset), packs,
+        0.0, 0.0, {"dynamics": StageMeasurement(2.0)}, 1.0, largest,
+    )  # fmt: skip
+
+
 class ScriptedSlots:
     """Slots whose learners train nothing: they follow a script, through the same reports and spool files.
 
@@ -124,7 +147,8 @@ class ScriptedSlots:
         self._under_way.append((slot, method, args))
         if method == "build_stages":
             self.built.append(len(args[0]))
-        self.calls.append((method, args[0].pack_id if method == "advance" else args[1]))
+        if method in ("advance", "build_stages"):
+            self.calls.append((method, args[0].pack_id if method == "advance" else args[1]))
 
     def wait(self, timeout: float) -> list[tuple[int, Any]]:
         slot, method, args = self._under_way.pop()
@@ -143,6 +167,14 @@ class ScriptedSlots:
         built = Built({"w": torch.zeros(1)}, {"history": history})
         failures = store.build_missing(dict(zip(keys, stages, strict=True)), lambda missing: [built for _ in missing])
         return [failures.get(key) for key in keys]
+
+    def machine(self, busy: int) -> tuple[dict[str, Any], float]:
+        return {**KIND, "busy": busy}, 1e9
+
+    def calibrate(
+        self, config: dict[str, Any], sizes: Sequence[int], seconds: float, memory_limit: float
+    ) -> dict[str, Any]:
+        return made_up_calibration(load_config([config], []), 0.0, 1e-3, max(sizes)).to_json()
 
     def advance(self, pack: PackSpec, dropped: Sequence[str]) -> PackReport:
         self.dropped.append(set(dropped))

@@ -15,37 +15,13 @@ from benchmarks.kill_tests import SETTINGS
 from envs.errors import UserError
 from orchestrator import memory, plan
 from orchestrator.artifacts import ArtifactStore, save_json
-from orchestrator.calibration import (
-    Calibration,
-    Calibrations,
-    PackMeasurement,
-    StageMeasurement,
-    median_of,
-    ring_bytes,
-    update_work,
-    work_key,
-)
+from orchestrator.calibration import Calibrations, median_of, ring_bytes
 from orchestrator.cli import main
 from orchestrator.cluster import InlineSlots
 from orchestrator.config import Config, load_config, to_dict
 from orchestrator.packing import PACKING_FILE
 from orchestrator.plan import Estimator, choose_packing, expected_epochs, make_plan
-from tests.orchestrator.studies import configured, dataset_of
-
-KIND = {"cpu": "made up", "device": "cpu"}
-
-
-def calibration(config: Config, fixed: float = 0.0, per_member: float = 1e-3, largest: int = 1) -> Calibration:
-    """Updates of fixed + per_member * M seconds; a megabyte per member; nothing else takes time."""
-    dataset = dataset_of(config)
-    packs = tuple(
-        PackMeasurement(m, 0.0, 0.0, fixed + per_member * m, m * 1_000_000) for m in (1, 2, 4, 8) if m <= largest
-    )
-    stages = {"dynamics": StageMeasurement(2.0)}
-    return Calibration(
-        work_key(config, dataset), config.method_name, update_work(config, dataset), ring_bytes(config, dataset), packs,
-        0.0, 0.0, stages, 1.0, largest,
-    )  # fmt: skip
+from tests.orchestrator.studies import KIND, configured, dataset_of, made_up_calibration
 
 
 class MadeUpSlots:
@@ -67,7 +43,7 @@ class MadeUpSlots:
             return [(slot, ({**KIND, "busy": args[0]}, self.memory_limit))]
         config = load_config([args[0]], [])
         self.measured.append(args[1])
-        made = calibration(config, self.fixed, self.per_member, max(args[1]))
+        made = made_up_calibration(config, self.fixed, self.per_member, max(args[1]))
         return [(slot, made.to_json())]
 
 
@@ -119,8 +95,8 @@ def test_work_that_was_not_measured_is_scaled_from_what_was(workdir: Path):
     one, four, other = (configured(workdir, f"method.num_critics={n}") for n in (2, 4, 3))
     estimator = Estimator(dataset_of(one), Calibrations(workdir, KIND), 1e9)
     assert estimator.model(other) is None
-    estimator.add(calibration(one, per_member=2e-3, largest=4))
-    estimator.add(calibration(four, per_member=4e-3))
+    estimator.add(made_up_calibration(one, per_member=2e-3, largest=4))
+    estimator.add(made_up_calibration(four, per_member=4e-3))
     known, estimated = estimator.model(one), estimator.model(other)
     assert known is not None
     assert estimated is not None
@@ -136,12 +112,12 @@ def test_work_that_was_not_measured_is_scaled_from_what_was(workdir: Path):
 
 def test_measurements_of_several_slots_become_one_and_survive_the_disk(workdir: Path):
     config = configured(workdir)
-    several = [calibration(config, per_member=s, largest=2) for s in (1e-3, 2e-3, 9e-3)]
+    several = [made_up_calibration(config, per_member=s, largest=2) for s in (1e-3, 2e-3, 9e-3)]
     middle = median_of(several)
     assert [pack.update_seconds for pack in middle.packs] == [2e-3, 4e-3]
     kept = Calibrations(workdir, KIND)
     kept.add(middle)
-    kept.add(calibration(config, per_member=5e-3))  # of one, later
+    kept.add(made_up_calibration(config, per_member=5e-3))  # of one, later
     found = Calibrations(workdir, KIND).get(middle.key)
     assert found is not None
     assert [pack.update_seconds for pack in found.packs] == [5e-3, 4e-3]
