@@ -58,7 +58,7 @@ DRAWN = 256  # minibatches whose row numbers and noise are drawn beforehand and 
 class Case:
     """A learner whose networks all have the same hidden widths."""
 
-    make: Callable[[int], Updater]  # the learner of a pack of so many runs
+    make: Callable[..., Updater]  # (runs of the pack, device="cpu") -> its learner
     flops: int  # of the matrix products of one update of one run
     sizes: dict[str, Any]  # for the line of results
 
@@ -224,26 +224,26 @@ def rollout_work(method: ModelBasedSAC) -> tuple[Callable[[], object], list[floa
 
 
 def sac_case(hidden: Sequence[int], num_critics: int, eta: float) -> Case:
-    def make(pack: int) -> Updater:
+    def make(pack: int, device: torch.device | str = "cpu") -> Updater:
         settings = SACSettings(num_critics=num_critics, actor_hidden=tuple(hidden), critic_hidden=tuple(hidden))
         hyperparameters = [SACHyperparameters(eta=eta)] * pack
-        return SAC(range(pack), hyperparameters, settings, OBSERVATION_DIM, ACTION_DIM)
+        return SAC(range(pack), hyperparameters, settings, OBSERVATION_DIM, ACTION_DIM, device)
 
     sizes = {"num_critics": num_critics, "hidden": hidden, "eta": eta, "batch": BATCH}
     return Case(make, sac_flops(hidden, num_critics, eta), sizes)
 
 
 def td3_bc_case(config: TD3BCConfig) -> Case:
-    def make(pack: int) -> Updater:
-        return TD3BCUpdater([config] * pack, range(pack), OBSERVATION_DIM, ACTION_DIM)
+    def make(pack: int, device: torch.device | str = "cpu") -> Updater:
+        return TD3BCUpdater([config] * pack, range(pack), OBSERVATION_DIM, ACTION_DIM, device)
 
     sizes = {"hidden": config.hidden, "policy_freq": config.policy_freq, "batch": BATCH}
     return Case(make, td3_bc_flops(config.hidden, config.policy_freq), sizes)
 
 
 def iql_case(config: IQLConfig) -> Case:
-    def make(pack: int) -> Updater:
-        return IQLUpdater([config] * pack, range(pack), OBSERVATION_DIM, ACTION_DIM)
+    def make(pack: int, device: torch.device | str = "cpu") -> Updater:
+        return IQLUpdater([config] * pack, range(pack), OBSERVATION_DIM, ACTION_DIM, device)
 
     return Case(make, iql_flops(config.hidden), {"hidden": config.hidden, "batch": BATCH})
 

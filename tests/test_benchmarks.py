@@ -35,7 +35,9 @@ def test_the_counted_arithmetic_of_an_update_is_what_the_update_does(name, pack)
     replay = Replay(transition_rows(*learner_speed.hopper_shaped(1000)), pack, 0)
     updater = case.make(pack)
     work = learner_speed.work_of(updater, replay)
-    flops = [count_flops(work) for _ in range(2 * updater.period)]
+    for _ in range(updater.period):  # the first product of all is tried in several ways
+        work()
+    flops = [count_flops(work) for _ in range(updater.period)]
     assert sum(flops) / len(flops) / pack == pytest.approx(case.flops, rel=0.01)
 
 
