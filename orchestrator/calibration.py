@@ -92,8 +92,11 @@ class Calibration:
         return cls(**{**content, "packs": packs, "stages": stages})
 
     def merged(self, other: Calibration) -> Calibration:
-        """Both, `other`'s where both measured the same."""
-        packs = {pack.size: pack for pack in (*self.packs, *other.packs)}
+        """Both; where both measured the same the times of `other`, and the larger memory."""
+        packs = {pack.size: pack for pack in self.packs}
+        for pack in other.packs:
+            before = packs.get(pack.size, pack).memory
+            packs[pack.size] = dataclasses.replace(pack, memory=max(before, pack.memory))
         stages = {**self.stages, **other.stages}
         ordered = tuple(packs[size] for size in sorted(packs))
         asked, spent = max(self.asked, other.asked), self.spent + other.spent
