@@ -92,8 +92,11 @@ class Calibration:
         return cls(**{**content, "packs": packs, "stages": stages})
 
     def merged(self, other: Calibration) -> Calibration:
-        """Both, `other`'s where both measured the same."""
-        packs = {pack.size: pack for pack in (*self.packs, *other.packs)}
+        """Both; where both measured the same the times of `other`, and the larger memory."""
+        packs = {pack.size: pack for pack in self.packs}
+        for pack in other.packs:
+            before = packs.get(pack.size, pack).memory
+            packs[pack.size] = dataclasses.replace(pack, memory=max(before, pack.memory))
         stages = {**self.stages, **other.stages}
         ordered = tuple(packs[size] for size in sorted(packs))
         asked, spent = max(self.asked, other.asked), self.spent + other.spent
@@ -378,7 +381,8 @@ class _Bench:
         training = memory.peak(self.device) + self._epoch_bytes(results, size, updates)
         memory.reset_peak(self.device)
         self._checkpoint(method, size if smaller is None else None)
-        saving = memory.peak(self.device) + missing  # a checkpoint copies the rings
+        # a checkpoint copies the rings; at the end one member is taken out, and its ring copied once more
+        saving = memory.peak(self.device) + max(missing, 2 * missing // size)
         allocated = missing if self.device.type == "cpu" else 0  # what is not yet touched there takes no memory
         needed = max(training, saving) + allocated - base
         return PackMeasurement(size, data_seconds + setup, rollout_seconds, statistics.median(times), needed)
@@ -467,6 +471,7 @@ class _Bench:
             path, timing = Path(folder) / "checkpoint.pt", Clock(0.0)  # the disk's time counts, too
             save_tensors(path, {"method": method.state_dict()})
             spent, written = timing.spent, path.stat().st_size
+        method.select([0]).state_dict()  # what a run leaves at its end
         if timed is not None:
             full = max(written, written + ring_bytes(self.config, self.dataset) * timed - RING_FILL_BYTES)
             self.save_seconds = spent / timed * full / written

@@ -563,12 +563,13 @@ class LearnerProcess:
             OutOfMemory: the pack does not fit. Its memory is free again.
         """
         device = resolve_device(self.compute.device)
+        if self._base is None:  # loading the libraries is no part of a pack's cost
+            self._baseline(load_config([pack.runs[0].config], []), dataset, device)
         started, begun = time.perf_counter(), time.process_time()
         learner: Learner | None = None
         try:
             if self._learner is None or self._learner.pack.pack_id != pack.pack_id:
                 self._learner = None
-                self._baseline(load_config([pack.runs[0].config], []), dataset, device)
                 memory.reset_peak(device)
                 self._learner = Learner(pack, self.compute, self.workers, dataset)
                 self._cost = PackCost(0.0, 0.0, 0) if self._learner.epoch == 0 else None
