@@ -10,25 +10,19 @@ Shapes: U update of the chunk, K draw of normal numbers, M member, B batch row, 
 from __future__ import annotations
 
 import contextlib
-import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from agents.graphs import WARM_UP, Capture, CaptureError, side_stream, warn_eager
 from agents.randomness import generator
 from agents.replay import Replay
 
 METRICS_EVERY = 100  # updates between two looks at the statistics
-WARM_UP = 3  # periods that run eagerly before anything is captured
 PRECISIONS = ("float32", "mixed")
-
-Capture = Callable[[Callable[[], None]], Callable[[], None]]
-"""Does what a function of fixed tensors does, once, and gives a function that does it again."""
 
 
 class Updater(Protocol):
@@ -144,13 +138,13 @@ class ChunkRunner:
             self._graphs[turn, look]()
         elif self._to_warm_up:
             self._to_warm_up -= 1
-            with _side_stream(self.replay.device):
+            with side_stream(self.replay.device):
                 self._update_at_counter(turn, look, allocate=True)
         else:
             try:
                 self._graphs[turn, look] = self._capture(lambda: self._update_at_counter(turn, look))
             except CaptureError as error:  # nothing of the update has been executed
-                warnings.warn(f"updates are not captured as a CUDA graph, which is slower: {error}", stacklevel=2)
+                warn_eager(error)
                 self._capture = None
                 self._one(i, turn, look)
 
@@ -172,45 +166,6 @@ class ChunkRunner:
                 self._sums[name].add_(value)
             else:
                 self._sums[name] = value.clone()
-
-
-class CaptureError(RuntimeError):
-    """An update could not be captured."""
-
-
-def default_capture(device: torch.device | str) -> Capture | None:
-    """CUDA graphs on CUDA, unless the environment variable OFFSWEEP_CUDA_GRAPHS is 0; None on other devices."""
-    if torch.device(device).type != "cuda" or os.environ.get("OFFSWEEP_CUDA_GRAPHS") == "0":
-        return None
-    return partial(cuda_graph, pool=torch.cuda.graph_pool_handle())
-
-
-def cuda_graph(work: Callable[[], None], pool: Any = None) -> Callable[[], None]:
-    """Capture `work` and do it once; returns what does it again."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, pool=pool):
-            work()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise CaptureError(str(error).splitlines()[0]) from error
-    graph.replay()
-    replay: Callable[[], None] = graph.replay
-    return replay
-
-
-@contextlib.contextmanager
-def _side_stream(device: torch.device) -> Iterator[None]:
-    """Off the default stream: what is done first there must not be part of a capture (set-up of the libraries)."""
-    if device.type != "cuda":
-        yield
-        return
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(device).wait_stream(stream)
 
 
 @contextlib.contextmanager

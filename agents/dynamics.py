@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from agents.graphs import WARM_UP, Capture, CaptureError, default_capture, side_stream, warn_eager
 from agents.randomness import generator
 from envs.errors import UserError
 
@@ -531,11 +532,12 @@ class EnsembleTrainer:
         return torch.stack([self._run(rows) for rows in rows_GN.split(self.config.batch_size, dim=1)]).mean(0)
 
     def _run(self, rows_GB: Tensor) -> Tensor:
-        if self.device.type != "cuda":
+        capture = default_capture(self.device)
+        if capture is None:
             return self.step(rows_GB)
         batch = rows_GB.shape[1]
         if batch not in self._captured:
-            self._captured[batch] = _CapturedStep(self.step)
+            self._captured[batch] = _CapturedStep(self.step, capture)
         return self._captured[batch](rows_GB)
 
     def holdout_mse(self) -> Tensor:
@@ -641,25 +643,39 @@ class EnsembleTrainer:
 
 
 class _CapturedStep:
-    """A step as a CUDA graph. The first call runs it as it is, so that the libraries set themselves up; the second
-    captures it."""
+    """A step on minibatches of one shape, as a graph once the libraries have set themselves up."""
 
-    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
-        self._step = step
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._rows_GB: Tensor | None = None
+    def __init__(self, step: Callable[[Tensor], Tensor], capture: Capture) -> None:
+        self._step, self._capture = step, capture
+        self._to_warm_up = WARM_UP
+        self._replay: Callable[[], None] | None = None
+        self._rows_GB = self._loss_P = torch.empty(0)
 
     def __call__(self, rows_GB: Tensor) -> Tensor:
-        if self._rows_GB is None:
-            self._rows_GB = rows_GB.clone(memory_format=torch.contiguous_format)
-            return self._step(self._rows_GB)
-        if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._loss_P = self._step(self._rows_GB)
+        if self._to_warm_up:
+            self._to_warm_up -= 1
+            with side_stream(rows_GB.device):
+                loss_P = self._step(rows_GB)
+            self._rows_GB, self._loss_P = torch.empty_like(rows_GB.contiguous()), torch.empty_like(loss_P)
+            return loss_P
         self._rows_GB.copy_(rows_GB)
-        self._graph.replay()
+        if self._replay is None:
+            self._replay = self._captured()
+        else:
+            self._replay()
         return self._loss_P.clone()
+
+    def _captured(self) -> Callable[[], None]:
+        """Do the step once; what does it again."""
+        try:
+            return self._capture(self._on_place)
+        except CaptureError as error:
+            warn_eager(error)
+            self._on_place()
+            return self._on_place
+
+    def _on_place(self) -> None:
+        self._loss_P.copy_(self._step(self._rows_GB))
 
 
 def together_settings(config: DynamicsConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.chunk import ChunkRunner, default_capture, draw_chunk
+from agents.chunk import ChunkRunner, draw_chunk
 from agents.config import SACConfig, actor_lr_scale, check_positive, make_sac
 from agents.dynamics import (
     DynamicsConfig,
@@ -29,6 +29,7 @@ from agents.dynamics import (
     train_ensemble,
     train_ensembles,
 )
+from agents.graphs import default_capture
 from agents.method import BuildTogether, RolloutJob, RolloutResult, Stage, TrainingData
 from agents.networks import StackedMLP
 from agents.policies import squashed_arrays

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.chunk import ChunkRunner, Updater, default_capture, draw_chunk
+from agents.chunk import ChunkRunner, Updater, draw_chunk
 from agents.config import ScheduleConfig
 from agents.dynamics import Ensemble
+from agents.graphs import default_capture
 from agents.method import RolloutJob, RolloutResult, Stage, TrainingData
 from agents.networks import StackedMLP
 from agents.policies import with_standardisation

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from agents.cpu import cpu_name
 from envs.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,17 +79,9 @@ def parse_line(text: str, benchmark: str) -> dict[str, Any]:
 
 def machine() -> str:
     """Processor, cores, instruction set and versions, without anything that names the host."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
     capability = torch.backends.cpu.get_cpu_capability()
     return (
-        f"{cpu}, {platform.machine()}, {os.cpu_count()} cores, {capability}; {platform.system()}; "
+        f"{cpu_name()}, {platform.machine()}, {os.cpu_count()} cores, {capability}; {platform.system()}; "
         f"Python {platform.python_version()}, torch {torch.__version__}"
     )
 

@@ -18,12 +18,16 @@ Cases, all with Hopper's widths (11 observations, 3 actions) and batches of 256 
 ring, per second of processor time. Processor time and not wall time, since the cores are shared; `per_wall_second` is
 there too. Every line comes from a process of its own, in which blocks of the case, of the best matrix product and, for
 packs, of the same case with a pack of 1 take turns, so that whatever else the machine does meets all of them alike.
-Rates are medians over the blocks.
+Rates are medians over the blocks; of several such processes the one with the median ratio is shown.
+
+`reference` is, for a pack of 1, the fastest other implementation in peers.json that was measured on the same kind of
+processor, else what the matrix products alone would allow; for larger packs it is the pack of 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -31,12 +35,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from agents.chunk import Updater
-from agents.cpu import configure_cpu
+from agents.cpu import configure_cpu, cpu_name
 from agents.dynamics import DynamicsConfig, EnsembleTrainer
 from agents.iql import IQLConfig, IQLUpdater
 from agents.method import TrainingData
@@ -46,9 +51,10 @@ from agents.ravl import RAVL, RAVLConfig
 from agents.replay import Replay, transition_rows
 from agents.sac import SAC, SACHyperparameters, SACSettings, rows_pay
 from agents.td3_bc import TD3BCConfig, TD3BCUpdater
-from benchmarks.common import ROOT, Block, MatrixRate, print_line, record, spread
+from benchmarks.common import ROOT, Block, MatrixRate, parse_line, print_line, record, spread
 
 BENCHMARK = "learner_speed"
+PEERS = Path(__file__).parent / "peers.json"  # speed of other implementations, per second of processor time
 OBSERVATION_DIM, ACTION_DIM = 11, 3  # Hopper's
 NUM_ROWS, BATCH = 100_000, 256
 DRAWN = 256  # minibatches whose row numbers and noise are drawn beforehand and used in turn
@@ -318,12 +324,17 @@ def measure(case: str, pack: int, threads: int, blocks: int, seconds: float, com
     value = statistics.median(per_cpu)
     gflops = statistics.median(matrix.of_best())
     bound = gflops * 1e9 / flops
-    if single is None:
-        reference, what = bound, f"the matrix products alone at matrix_gflops ({matrix.best})"
-        paired = [v / (g * 1e9 / flops) for v, g in zip(per_cpu, matrix.of_best(), strict=True)]
-    else:
+    peer = best_peer(case) if pack == threads == 1 else None
+    if single is not None:
         reference, what = statistics.median(r.per_cpu for r in of_single), "a pack of 1, in turns in the same process"
         paired = [v / r.per_cpu for v, r in zip(per_cpu, of_single, strict=True)]
+    elif peer is not None:
+        reference, what = peer["value"], f"{peer['peer']} {peer['commit']}, see peers.json"
+        paired = [v / reference for v in per_cpu]
+        sizes["ratio_at_equal_matrix_rate"] = value / reference * peer["matrix_gflops"] / gflops
+    else:
+        reference, what = bound, f"the matrix products alone at matrix_gflops ({matrix.best})"
+        paired = [v / (g * 1e9 / flops) for v, g in zip(per_cpu, matrix.of_best(), strict=True)]
     return record(
         BENCHMARK, case, value, unit, reference, threads, command, pack=pack, reference_is=what,
         per_wall_second=statistics.median(per_call * rate.per_wall for rate in rates),
@@ -334,16 +345,24 @@ def measure(case: str, pack: int, threads: int, blocks: int, seconds: float, com
     )  # fmt: skip
 
 
+def best_peer(case: str) -> dict[str, Any] | None:
+    """The fastest other implementation of a case that was measured on this kind of machine."""
+    known = [entry for entry in json.loads(PEERS.read_text()) if entry["case"] == case and entry["cpu"] == cpu_name()]
+    return max(known, key=lambda entry: entry["value"], default=None)
+
+
 # ---- command --------------------------------------------------------------------------------------------------------
 
 
-def measure_apart(case: str, pack: int, threads: int, options: Sequence[str]) -> None:
-    """Time one case in a fresh process, which prints its line; OpenMP reads its variables when it is loaded."""
+def measure_apart(case: str, pack: int, threads: int, options: Sequence[str]) -> dict[str, Any]:
+    """Time one case in a fresh process: its line. OpenMP reads its variables when it is loaded."""
     words = ["--cases", case, "--packs", str(pack), "--threads", str(threads), *options, "--in-process"]
     env = os.environ | {
         "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive",
     }  # fmt: skip
-    subprocess.run([sys.executable, "-m", f"benchmarks.{BENCHMARK}", *words], cwd=ROOT, env=env, check=True)
+    command = [sys.executable, "-m", f"benchmarks.{BENCHMARK}", *words]
+    done = subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.PIPE, text=True)
+    return parse_line(done.stdout, BENCHMARK)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -352,14 +371,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--packs", nargs="+", type=int, default=[1, 4, 8])
-    parser.add_argument("--threads", nargs="+", type=int, default=[n for n in (1, 2) if n <= (os.cpu_count() or 1)])
+    parser.add_argument("--packs", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--blocks", type=int, default=9, help="measurements of each thing (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=0.8, help="length of a block (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=3,
+        help="processes in which each thing is measured; the one with the median ratio is shown (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--in-process", action="store_true", help="time a single case in this process")
     args = parser.parse_args(argv)
-    if min(*args.packs, *args.threads, args.blocks, 1) < 1 or args.seconds <= 0:
-        parser.error("packs, threads, blocks and seconds must be greater than 0")
+    if min(*args.packs, *args.threads, args.blocks, args.repeats) < 1 or args.seconds <= 0:
+        parser.error("packs, threads, blocks, seconds and repeats must be greater than 0")
     options = ["--blocks", str(args.blocks), "--seconds", f"{args.seconds:g}"]
     chosen = [
         (case, pack, threads)
@@ -375,13 +398,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = " ".join(["python", "-m", f"benchmarks.{BENCHMARK}", *words])
         print_line(measure(case, pack, threads, args.blocks, args.seconds, command))
         return 0
-    for i, (case, pack, threads) in enumerate(chosen, start=1):
-        print(f"[{i}/{len(chosen)}] {case}, pack of {pack}, {threads} thread(s)", file=sys.stderr, flush=True)
-        try:
-            measure_apart(case, pack, threads, options)
-        except subprocess.CalledProcessError as error:
-            print(f"{BENCHMARK}: {case} failed with exit code {error.returncode}", file=sys.stderr)
-            return 1
+    lines: dict[tuple[str, int, int], list[dict[str, Any]]] = {what: [] for what in chosen}
+    for i in range(args.repeats):  # of everything in turn, so that a slow hour meets all of it
+        for case, pack, threads in chosen:
+            text = f"[{i + 1}/{args.repeats}] {case}, pack of {pack}, {threads} thread(s)"
+            print(text, file=sys.stderr, flush=True)
+            try:
+                lines[case, pack, threads].append(measure_apart(case, pack, threads, options))
+            except subprocess.CalledProcessError as error:
+                print(f"{BENCHMARK}: {case} failed with exit code {error.returncode}", file=sys.stderr)
+                return 1
+    for of_one in lines.values():
+        of_one.sort(key=lambda line: line["ratio"])
+        print_line({**of_one[len(of_one) // 2], "ratios_of_repeats": [line["ratio"] for line in of_one]})
     return 0
 
 

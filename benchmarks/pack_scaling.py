@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
-from agents.chunk import ChunkRunner, default_capture
+from agents.chunk import ChunkRunner
 from agents.cpu import configure_cpu
+from agents.graphs import default_capture
 from agents.replay import Replay, transition_rows
 from benchmarks.common import ROOT, MatrixRate, print_line, record, spread
 from benchmarks.learner_speed import ACTION_DIM, BATCH, UPDATES, hopper_shaped

@@ -14,7 +14,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from agents.cpu import cpu_name
 from agents.method import Method, RolloutResult, Stage, TrainingData, load_method
 from agents.policies import in_environment
 from agents.replay import Replay
@@ -146,22 +146,12 @@ def machine_kind(compute: ComputeConfig, busy: int) -> dict[str, Any]:
     """What the times of this process depend on; `busy` slots are at work at once."""
     device = resolve_device(compute.device)
     kind = {
-        "cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0)), "device": device.type, "busy": busy,
+        "cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "device": device.type, "busy": busy,
         "torch": torch.__version__, "threads": compute.threads,
     }  # fmt: skip
     if device.type == "cuda":
         kind["gpu"] = torch.cuda.get_device_name(device)
     return kind
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def update_work(config: Config, dataset: Dataset) -> float:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents.chunk import METRICS_EVERY, CaptureError, ChunkRunner, draw_chunk, matrix_precision
+from agents.chunk import METRICS_EVERY, ChunkRunner, draw_chunk, matrix_precision
+from agents.graphs import CaptureError
 from agents.replay import Replay
 from agents.sac import SAC, SACHyperparameters, SACSettings
 from tests.agents.devices import no_host, recorded_graph

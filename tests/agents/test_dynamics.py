@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from agents import dynamics
 from agents.dynamics import DynamicsConfig, Ensemble, EnsembleTrainer, EpochReport, train_ensemble, train_ensembles
 from envs.errors import UserError
+from tests.agents.devices import recorded_graph
 
 OBS, ACT = 2, 1
 NOISE = torch.tensor([0.05, 0.2, 0.1])  # of the two state changes and the reward
@@ -201,37 +200,16 @@ def test_a_step_can_be_captured_as_a_cuda_graph(monkeypatch: pytest.MonkeyPatch)
     assert sum(updated) == 2 * (3 * ((3 + 1) * 8 + (8 + 1) * 6) + 6)
 
 
-def test_a_captured_step_takes_every_minibatch_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for CUDA's graphs: what is captured does not run, and is replayed on the same memory."""
-    taken: list[list[int]] = []
-    capturing: list[Graph] = []
-
-    class Graph:
-        rows: Tensor
-
-        def replay(self) -> None:
-            taken.append(self.rows.flatten().tolist())
-
-    @contextlib.contextmanager
-    def capture(graph: Graph) -> Iterator[None]:
-        capturing.append(graph)
-        yield
-        capturing.pop()
-
-    def step(rows_GB: Tensor) -> Tensor:
-        if capturing:
-            capturing[0].rows = rows_GB
-        else:
-            taken.append(rows_GB.flatten().tolist())
-        return torch.zeros(1)
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    captured = dynamics._CapturedStep(step)
-    rows = torch.arange(8).view(2, 4)
-    for batch in rows.split(1, dim=1):
-        captured(batch)
-    assert taken == [[0, 4], [1, 5], [2, 6], [3, 7]]
+def test_captured_steps_end_with_the_bits_of_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = [config(seed=seed, learning_rate=rate, batch_size=64) for seed, rate in ((0, 1e-3), (1, 3e-3))]
+    trainers = [EnsembleTrainer(*system(300), fit) for _ in range(2)]
+    losses = [trainers[0].train_epoch(epoch) for epoch in range(2)]
+    monkeypatch.setattr(dynamics, "default_capture", lambda device: recorded_graph)
+    for epoch, loss in enumerate(losses):
+        assert torch.equal(trainers[1].train_epoch(epoch), loss)
+    for eager, captured in zip(*(trainer.ensembles for trainer in trainers), strict=True):
+        assert all(torch.equal(eager.tensors[name], captured.tensors[name]) for name in eager.tensors)
+    assert trainers[1]._captured  # and the graphs were taken
 
 
 def test_the_fit_recovers_mean_and_noise_of_a_linear_system() -> None:
