@@ -41,7 +41,7 @@ DATASET = "embedded/pendulum-medium-snapshots-v0"
 METHODS = ("edac", "td3_bc", "iql")
 SEEDS = range(8)
 EARLY = 50  # updates after which parameters are compared: later a run's own chaos hides everything
-TOLERANCE = {"pack": 5e-3, "eager": 5e-3, "mixed": 0.1}
+TOLERANCE = {"pack": 5e-3, "eager": 5e-3, "mixed": 0.2}
 """Of parameters, relative: rounding of batched products; of bfloat16 or TF32, 8 or 11 bits."""
 
 
