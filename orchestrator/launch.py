@@ -204,7 +204,8 @@ def _compare_with_plan(console: Console, spool: RunSpool, driver: Driver) -> Non
     planned *= 1 - done / total
     took = time.monotonic() - driver.progress.started
     pruned = sum(record.state == "pruned" for record in driver.study.trials())
-    note = f" ({pruned} trials were pruned, which is not planned)" if pruned else ""
+    beside = [f"{pruned} trials were pruned"] * bool(pruned) + ["packs were profiled"] * driver.config.compute.profile
+    note = f" ({' and '.join(beside)}, which is not planned)" if beside else ""
     console.print(f"planned {duration(planned)}, took {duration(took)}{note}", highlight=False)
     spool.set_tags({
         "plan/predicted_seconds": f"{planned:.1f}", "plan/actual_seconds": f"{took:.1f}",
