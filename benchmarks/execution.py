@@ -44,6 +44,7 @@ def in_form(updater: Updater, form: str, replay: Replay) -> Callable[[], object]
     if form == "compiled":
         Adam.step = torch.compiler.disable(Adam.step)  # type: ignore[method-assign]
         plain = type(updater).update.__wrapped__  # type: ignore[attr-defined]
+        updater._by_rows = False  # type: ignore[attr-defined]  # shapes that follow from values are compiled anew each time
 
         def update(rows: Tensor, noise: Tensor) -> None:
             plain(updater, rows, noise)

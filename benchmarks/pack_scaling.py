@@ -109,7 +109,7 @@ def measure(
     of_one, value = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
     gflops = matrix_gflops(device, seconds)
     more: dict[str, Any] = {}
-    if smaller:
+    if len(smaller) > 1:  # one size does not tell what a pack takes from what each run does
         more["memory_predicted"] = Curve(tuple(smaller))(pack)
         more["memory_ratio"] = grown / more["memory_predicted"]
     clock = "CPU-second" if device.type == "cpu" else "second"
