@@ -233,7 +233,7 @@ def measure(
     data = training_data(dataset, device)
     data_seconds = now() - begun
     artifacts, stages = _artifacts(config, dataset, data, now)
-    bench = _Bench(config, dataset, data, artifacts, device, workers, now)
+    bench = _Bench(config, dataset, data, artifacts, device, workers, now, stands_in=bool(stages))
     packs: list[PackMeasurement] = []
     try:
         for i, size in enumerate(sizes):
@@ -329,9 +329,10 @@ class _Bench:
 
     def __init__(
         self, config: Config, dataset: Dataset, data: TrainingData, artifacts: Mapping[str, dict[str, Any]],
-        device: torch.device, workers: Workers, now: Now,
+        device: torch.device, workers: Workers, now: Now, stands_in: bool,
     ) -> None:  # fmt: skip
         self.config, self.dataset, self.data, self.artifacts = config, dataset, data, artifacts
+        self._stands_in = stands_in  # an artifact for one that is not there yet
         self.device, self.workers, self.now = device, workers, now
         self.step_seconds = self.save_seconds = 0.0
         self._shards = 1.0  # of an epoch's rollouts, per member
@@ -401,6 +402,9 @@ class _Bench:
             begun = now()
             results = self.workers.rollouts(some, method.ensemble)
             times.append(now() - begun)
+        if self._stands_in:  # dynamics that have learned next to nothing end rollouts early: take them to last
+            made = sum(one.transitions for result in results for one in result.statistics)
+            starts *= sum(job.starts[..., 0].numel() * job.length for job in some) / max(1, made)
         # a shard of every member costs the same
         of_one = results[0].rows[:1], results[0].statistics[:1]
         results = [RolloutResult((member,), *of_one) for member in members]
