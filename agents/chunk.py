@@ -93,6 +93,14 @@ class ChunkRunner:
         self._sums: dict[str, Tensor] = {}
         self._indices = self._noise = self._at = torch.empty(0)
 
+    def run_epoch(
+        self, seeds: Sequence[int], epoch: int, num_updates: int, num_real: int, num_model: int, action_dim: int
+    ) -> list[dict[str, float]]:
+        """Draw an epoch's updates (see `draw_chunk`) and run them; metrics `train/*` per member."""
+        draws = draw_chunk(self.updater, self.replay, seeds, epoch, num_updates, num_real, num_model, action_dim)
+        table = self.run(*draws, first_update=epoch * num_updates)
+        return [{f"train/{name}": value for name, value in row.items()} for row in table]
+
     def run(self, indices_UMB: Tensor, noise_UKMBA: Tensor, first_update: int) -> list[dict[str, float]]:
         """All updates of a chunk; the mean of each statistic per member.
 

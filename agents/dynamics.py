@@ -416,6 +416,7 @@ class EnsembleTrainer:
             if together_settings(config) != together_settings(self.config):
                 raise ValueError(f"ensembles trained together may differ in {', '.join(TOGETHER)} only")
         self.device = observations.device
+        self._capture = default_capture(self.device)
         n, size = len(observations), self.config.ensemble_size
         num_holdout = min(int(n * self.config.holdout_fraction), self.config.max_holdout)
         if num_holdout < 1 or n - num_holdout < 1:
@@ -532,12 +533,11 @@ class EnsembleTrainer:
         return torch.stack([self._run(rows) for rows in rows_GN.split(self.config.batch_size, dim=1)]).mean(0)
 
     def _run(self, rows_GB: Tensor) -> Tensor:
-        capture = default_capture(self.device)
-        if capture is None:
+        if self._capture is None:
             return self.step(rows_GB)
         batch = rows_GB.shape[1]
         if batch not in self._captured:
-            self._captured[batch] = _CapturedStep(self.step, capture)
+            self._captured[batch] = _CapturedStep(self.step, self._capture)
         return self._captured[batch](rows_GB)
 
     def holdout_mse(self) -> Tensor:

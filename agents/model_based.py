@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.chunk import ChunkRunner, draw_chunk
+from agents.chunk import ChunkRunner
 from agents.config import SACConfig, actor_lr_scale, check_positive, make_sac
 from agents.dynamics import (
     DynamicsConfig,
@@ -31,7 +31,6 @@ from agents.dynamics import (
 )
 from agents.graphs import default_capture
 from agents.method import BuildTogether, RolloutJob, RolloutResult, Stage, TrainingData
-from agents.networks import StackedMLP
 from agents.policies import squashed_arrays
 from agents.randomness import generator
 from agents.replay import Replay, transition_rows
@@ -187,20 +186,14 @@ class ModelBasedSAC:
         return ChunkRunner(self.sac, self.replay, self.shared.precision, default_capture(self.device))
 
     def train_epoch(self, epoch: int) -> list[dict[str, float]]:
-        cfg, updates = self.shared, self.shared.updates_per_epoch
+        cfg = self.shared
         self.sac.actor_optim.scale_rates(actor_lr_scale(cfg, epoch))
         num_model = cfg.batch_size - self.num_real
-        draws = draw_chunk(
-            self.sac, self.replay, self.seeds, epoch, updates, self.num_real, num_model, self.data.action_dim
+        return self._runner.run_epoch(
+            self.seeds, epoch, cfg.updates_per_epoch, self.num_real, num_model, self.data.action_dim
         )
-        table = self._runner.run(*draws, first_update=epoch * updates)
-        return [{f"train/{name}": value for name, value in row.items()} for row in table]
 
     # ---- members and checkpoints --------------------------------------------------------------------------------
-
-    def actor(self, member: int) -> StackedMLP:
-        """A member's policy for rollouts, a copy."""
-        return self.sac.actor.select([member])
 
     def policy(self, member: int) -> dict[str, np.ndarray]:
         return squashed_arrays(self.sac.actor, member)

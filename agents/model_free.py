@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.chunk import ChunkRunner, Updater, draw_chunk
+from agents.chunk import ChunkRunner, Updater
 from agents.config import ScheduleConfig
 from agents.dynamics import Ensemble
 from agents.graphs import default_capture
@@ -100,12 +100,8 @@ class ModelFree(ABC):
         return ChunkRunner(self.updater, self.replay, self.shared.precision, default_capture(self.device))
 
     def train_epoch(self, epoch: int) -> list[dict[str, float]]:
-        cfg, updates = self.shared, self.shared.updates_per_epoch
-        draws = draw_chunk(
-            self.updater, self.replay, self.seeds, epoch, updates, cfg.batch_size, 0, self.data.action_dim
-        )
-        table = self._runner.run(*draws, first_update=epoch * updates)
-        return [{f"train/{name}": value for name, value in row.items()} for row in table]
+        cfg = self.shared
+        return self._runner.run_epoch(self.seeds, epoch, cfg.updates_per_epoch, cfg.batch_size, 0, self.data.action_dim)
 
     # ---- members and checkpoints --------------------------------------------------------------------------------
 

@@ -202,9 +202,10 @@ def test_a_step_can_be_captured_as_a_cuda_graph(monkeypatch: pytest.MonkeyPatch)
 
 def test_captured_steps_end_with_the_bits_of_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     fit = [config(seed=seed, learning_rate=rate, batch_size=64) for seed, rate in ((0, 1e-3), (1, 3e-3))]
-    trainers = [EnsembleTrainer(*system(300), fit) for _ in range(2)]
+    trainers = [EnsembleTrainer(*system(300), fit)]
     losses = [trainers[0].train_epoch(epoch) for epoch in range(2)]
     monkeypatch.setattr(dynamics, "default_capture", lambda device: recorded_graph)
+    trainers.append(EnsembleTrainer(*system(300), fit))
     for epoch, loss in enumerate(losses):
         assert torch.equal(trainers[1].train_epoch(epoch), loss)
     for eager, captured in zip(*(trainer.ensembles for trainer in trainers), strict=True):

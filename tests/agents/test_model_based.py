@@ -247,7 +247,7 @@ def test_jobs_cover_every_member_in_shards() -> None:
     ]
     assert [tuple(j.starts.shape) for j in jobs[:3]] == [(1, n, OBS) for n in (SHARD_ROWS, SHARD_ROWS, 7)]
     for job in jobs:
-        assert torch.equal(job.actor.flat, method.actor(job.members[0]).flat)
+        assert torch.equal(job.actor.flat, method.sac.actor.select([job.members[0]]).flat)
         assert (job.length, job.termination.env_id) == (3, "Hopper-v4")
 
 
