@@ -10,7 +10,9 @@ Studies of about a minute on embedded datasets are planned in an empty folder of
 each with packs of 1 and of 4 and with 1 and 2 learners at once (`<case>/p<runs per pack>/l<learners>`), 4 runs in all.
 `value` is the time that a pack took and `reference` what was predicted for it; `study_ratio` is the same of the whole
 study, its start left out, `cpu_ratio` with the pack's processor time, which other programs on the machine disturb less,
-and `memory_ratio` the pack's measured peak over the predicted one.
+and `memory_ratio` the pack's measured peak over the predicted one. Each study is planned anew, with new measurements,
+when it has ended: `ratio_between` is the time of a pack over the mean of both predictions, which tells an error of the
+plan from a change of the machine's speed.
 """
 
 from __future__ import annotations
@@ -85,11 +87,11 @@ def measure(name: str, runs_per_pack: int, learners: int, share: float, workdir:
         f"compute.num_learners={learners}", "evaluation.episodes=5", "evaluation.every_epochs=4",
         "compute.checkpoint_minutes=5", f"study.name={study}",
     ]  # fmt: skip
-    shutil.rmtree(workdir / "calibrations", ignore_errors=True)
-    planned = json.loads(offsweep("plan", "--json", "--workdir", str(workdir), *words))
+    planned = plan(workdir, words)
     stages = len(list((workdir / "artifacts").rglob(DESCRIPTION)))
     offsweep("train", "--workdir", str(workdir), *words)
     folder = workdir / "studies" / study
+    [pack_after] = plan(workdir, words)["packs"]
     packs = json.loads((folder / COSTS_FILE).read_text())["packs"]
     [pack] = planned["packs"]
     took = [p["actual_seconds"] for p in packs]
@@ -100,6 +102,8 @@ def measure(name: str, runs_per_pack: int, learners: int, share: float, workdir:
         BENCHMARK, f"{name}/p{runs_per_pack}/l{learners}", statistics.median(took), "s per pack", pack["seconds"], 1,
         command, reference_is="predicted by `offsweep plan`", packs=len(packs), runs=RUNS, updates=updates,
         within_target=abs(statistics.median(took) / pack["seconds"] - 1) <= TARGET, **spread("value", took),
+        reference_after=pack_after["seconds"],
+        ratio_between=statistics.median(took) / statistics.mean((pack["seconds"], pack_after["seconds"])),
         cpu_ratio=statistics.median(p["actual_cpu_seconds"] for p in packs) / pack["seconds"],
         study_seconds=float(tags["plan/actual_seconds"]), study_predicted=predicted,
         study_ratio=float(tags["plan/actual_seconds"]) / predicted, stage_was_built=stages > 0,
@@ -107,6 +111,13 @@ def measure(name: str, runs_per_pack: int, learners: int, share: float, workdir:
         memory_ratio=max(p["actual_bytes"] for p in packs) / pack["memory"],
         calibration_seconds=planned["calibration_seconds"],
     )  # fmt: skip
+
+
+def plan(workdir: Path, words: Sequence[str]) -> dict[str, Any]:
+    """The plan of a study, from new measurements."""
+    shutil.rmtree(workdir / "calibrations", ignore_errors=True)
+    planned: dict[str, Any] = json.loads(offsweep("plan", "--json", "--workdir", str(workdir), *words))
+    return planned
 
 
 def offsweep(*words: str) -> str:
