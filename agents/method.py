@@ -196,8 +196,7 @@ class RolloutJob:
             self.starts.device,
         )  # fmt: skip
         rollout = Rollout(self.actor, ensemble, self.termination, self.penalty, self.penalty_coef)
-        rows, statistics = zip(*rollout(self.starts, draws), strict=True)
-        return RolloutResult(self.members, rows, statistics)
+        return RolloutResult(self.members, *zip(*rollout(self.starts, draws), strict=True))
 
 
 @dataclass(frozen=True)
@@ -206,6 +205,7 @@ class RolloutResult:
 
     members: tuple[int, ...]
     rows: tuple[Tensor, ...]  # (n, W) of each member
+    tags: tuple[Tensor, ...]  # (n,) int8 of each member: step and half of the starts (see `agents.rollout`)
     statistics: tuple[RolloutStatistics, ...]
 
 

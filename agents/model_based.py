@@ -34,7 +34,7 @@ from agents.method import BuildTogether, RolloutJob, RolloutResult, Stage, Train
 from agents.policies import squashed_arrays
 from agents.randomness import generator
 from agents.replay import Replay, transition_rows
-from agents.rollout import Penalty, shard_size
+from agents.rollout import MAX_LENGTH, Penalty, shard_size
 from envs.errors import UserError
 
 
@@ -51,6 +51,8 @@ class ModelBasedConfig(SACConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "rollout_length", "rollout_batch", "rollout_epochs_retained")
+        if self.rollout_length > MAX_LENGTH:
+            raise UserError(f"method.rollout_length={self.rollout_length} must be at most {MAX_LENGTH}")
         if not 0 <= self.real_ratio <= 1:
             raise UserError(f"method.real_ratio={self.real_ratio} must lie between 0 and 1")
 
@@ -165,7 +167,7 @@ class ModelBasedSAC:
                 raise ValueError(f"no rollouts for member {m} of {self.num_members}")
             total = reduce(operator.add, (result.statistics[place] for result, place in mine))
             for result, place in mine:
-                self.replay.add(m, result.rows[place])
+                self.replay.add(m, result.rows[place], result.tags[place])
             count = max(total.transitions, 1)
             metrics = {
                 "rollout/transitions": float(total.transitions),

@@ -8,6 +8,9 @@ with the same numbers:
 - on a GPU *masked*, all members at once: shapes stay fixed, and what is worth keeping is picked at the end, so that no
   step waits for the device.
 
+Every row has a tag of one byte: its step 1..K, negative where its rollout started at an odd place of its shard. So two
+rows whose signs differ are certainly of two rollouts.
+
 Shapes: M member, K step, B start, S observation, A action, D = S + 1 outputs of the dynamics, W = 2S + A + 2 columns
 of a row (see `agents.replay`), R row.
 """
@@ -29,6 +32,7 @@ from agents.sac import squashed_sample
 SHARD_ROWS = 2_500  # starts of a shard on a CPU: its activations stay in a core's cache
 DEVICE_SHARD_ROWS = 25_000  # starts of a shard on a GPU, of each member
 DEVICE_JOB_BYTES = 4 << 30  # of GPU memory that one job may take, unless a single member takes more
+MAX_LENGTH = 127  # steps: what a tag can count
 
 Penalty = Callable[[Tensor], Tensor]  # standard deviations (E, B, D) -> penalty (B,)
 
@@ -46,6 +50,14 @@ class RolloutStatistics:
     def __add__(self, other: RolloutStatistics) -> RolloutStatistics:
         mine, theirs = vars(self), vars(other)
         return RolloutStatistics(**{k: mine[k] + theirs[k] for k in mine})
+
+
+class Gathered(NamedTuple):
+    """What a member gathers in a shard."""
+
+    rows: Tensor  # (n, W)
+    tags: Tensor  # (n,) int8
+    statistics: RolloutStatistics
 
 
 def shard_size(device: torch.device, actor: StackedMLP, ensemble: Ensemble, length: int) -> tuple[int, int]:
@@ -115,8 +127,8 @@ class Rollout:
     penalty_coef_M: Tensor
 
     @torch.inference_mode()
-    def __call__(self, starts_MBS: Tensor, draws: Draws) -> list[tuple[Tensor, RolloutStatistics]]:
-        """Rows (n, W) of every member, step after step, and their statistics; as many steps as `draws` has."""
+    def __call__(self, starts_MBS: Tensor, draws: Draws) -> list[Gathered]:
+        """What every member gathers, step after step; as many steps as `draws` has."""
         if starts_MBS.device.type != "cpu":
             return self.masked(starts_MBS, draws)
         return [
@@ -124,13 +136,15 @@ class Rollout:
             for m in range(len(starts_MBS))
         ]
 
-    def compacting(self, obs_BS: Tensor, noise_KBX: Tensor, elite_KB: Tensor) -> tuple[Tensor, RolloutStatistics]:
+    def compacting(self, obs_BS: Tensor, noise_KBX: Tensor, elite_KB: Tensor) -> Gathered:
         """One member's rollouts; rows that have ended leave the batch."""
         length, num_starts = elite_KB.shape
         rows = obs_BS.new_empty((length * num_starts, self._width))
+        tags = torch.empty(length * num_starts, dtype=torch.int8, device=obs_BS.device)
         filled, dropped, penalty_sum = 0, 0, 0.0
         place = torch.arange(num_starts, device=obs_BS.device)  # of the rows still alive among the starts
-        for noise, elite in zip(noise_KBX, elite_KB, strict=True):
+        half_B = _half(place)
+        for step, (noise, elite) in enumerate(zip(noise_KBX, elite_KB, strict=True)):
             if len(place) < num_starts:
                 noise, elite = noise.index_select(0, place), elite.index_select(0, place)
             new = rows[filled : filled + len(place)]
@@ -144,6 +158,8 @@ class Rollout:
                 rows[filled : filled + len(kept)] = kept
             if cost is not None:
                 penalty_sum += float(cost.sum(dtype=torch.float64))
+            half = half_B if len(place) == num_starts else half_B.index_select(0, place)
+            torch.mul(half, step + 1, out=tags[filled : filled + len(place)])
             filled += len(place)
             if bool(done.any()):
                 next_obs, place = next_obs[~done], place[~done]
@@ -152,9 +168,10 @@ class Rollout:
                 break
         rows = rows[:filled]
         reward_sum, terminals = rows[:, self._reward : self._reward + 2].sum(0, dtype=torch.float64).tolist()
-        return rows, RolloutStatistics(filled, int(terminals), dropped, reward_sum, penalty_sum)
+        statistics = RolloutStatistics(filled, int(terminals), dropped, reward_sum, penalty_sum)
+        return Gathered(rows, tags[:filled], statistics)
 
-    def masked(self, obs_MBS: Tensor, draws: Draws) -> list[tuple[Tensor, RolloutStatistics]]:
+    def masked(self, obs_MBS: Tensor, draws: Draws) -> list[Gathered]:
         """All members' rollouts; rows that have ended go on, unheeded."""
         members, length, num_starts = draws.elite_MKB.shape
         rows = obs_MBS.new_empty((members, length, num_starts, self._width))
@@ -177,8 +194,12 @@ class Rollout:
             RolloutStatistics(int(made), int(ended), int(lost), reward, cost)
             for made, ended, lost, reward, cost in _read(totals)
         ]
-        picked = _pick(rows.view(-1, self._width), kept.view(-1), sum(s.transitions for s in statistics))
-        return list(zip(picked.split([s.transitions for s in statistics]), statistics, strict=True))
+        counts = [s.transitions for s in statistics]
+        places = _kept_places(kept.view(-1), sum(counts))
+        picked = rows.view(-1, self._width).index_select(0, places)
+        steps = places.div(num_starts, rounding_mode="floor") % length
+        tags = (steps + 1).to(torch.int8) * _half(places % num_starts)
+        return [Gathered(*one) for one in zip(picked.split(counts), tags.split(counts), statistics, strict=True)]
 
     def _step(
         self, obs_MBS: Tensor, noise_MBX: Tensor, elite_MB: Tensor, rows_MBW: Tensor
@@ -229,10 +250,15 @@ def _read(totals_MX: Tensor) -> list[list[float]]:
     return rows
 
 
-def _pick(rows_RW: Tensor, kept_R: Tensor, count: int) -> Tensor:
-    """The kept rows `(count, W)` in their order; `count`, their number, is known, so that nothing has to be asked."""
+def _kept_places(kept_R: Tensor, count: int) -> Tensor:
+    """Where the kept rows are, `(count,)`, ascending; `count` is their number, so that nothing has to be asked."""
     # each kept row's place among the kept; the others all write behind the last
     place = torch.where(kept_R, kept_R.cumsum(0) - 1, count)
-    source = torch.empty(count + 1, dtype=torch.int64, device=rows_RW.device)
-    source.scatter_(0, place, torch.arange(len(place), device=rows_RW.device))
-    return rows_RW.index_select(0, source[:count])
+    source = torch.empty(count + 1, dtype=torch.int64, device=kept_R.device)
+    source.scatter_(0, place, torch.arange(len(place), device=kept_R.device))
+    return source[:count]
+
+
+def _half(starts: Tensor) -> Tensor:
+    """1 for the rollouts of starts at even places of a shard, -1 for those at odd ones, int8."""
+    return (1 - 2 * (starts % 2)).to(torch.int8)

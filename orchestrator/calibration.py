@@ -172,7 +172,7 @@ def ring_bytes(config: Config, dataset: Dataset) -> int:
     """Of a member's model rows, once the ring is full."""
     names = ("rollout_batch", "rollout_length", "rollout_epochs_retained")
     rows = math.prod(getattr(config.method, name, 0) for name in names)
-    return 4 * rows * (2 * dataset.observation_dim + dataset.action_dim + 2)
+    return rows * (4 * (2 * dataset.observation_dim + dataset.action_dim + 2) + 1)
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
@@ -406,7 +406,7 @@ class _Bench:
             made = sum(one.transitions for result in results for one in result.statistics)
             starts *= sum(job.starts[..., 0].numel() * job.length for job in some) / max(1, made)
         # a shard of every member costs the same
-        of_one = results[0].rows[:1], results[0].statistics[:1]
+        of_one = results[0].rows[:1], results[0].tags[:1], results[0].statistics[:1]
         results = [RolloutResult((member,), *of_one) for member in members]
         self._shards = sum(len(job.members) for job in jobs) / len(members)
         begun = self.now()
@@ -419,7 +419,7 @@ class _Bench:
         replay = getattr(method, "replay", None)
         if not isinstance(replay, Replay) or not results or not len(results[0].rows[0]):
             return 0
-        row = 4 * replay.width
+        row = 4 * replay.width + 1  # and its tag
         most = min(replay.capacity, RING_FILL_BYTES // (row * method.num_members))
         while replay.sizes[0] + len(results[0].rows[0]) <= most:
             method.add_rollouts(results)

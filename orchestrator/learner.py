@@ -49,7 +49,7 @@ from orchestrator.profiling import TABLE, EpochProfile
 from orchestrator.spool import DatasetRecord, RunInfo, RunSpool
 from orchestrator.workers import Workers
 
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 MAX_PENDING = 2  # evaluations of a pack under way in evaluators while it trains
 PACK_FILE = "pack.json"
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from agents.cpu import configure_cpu
 from agents.dynamics import Ensemble
 from agents.method import RolloutJob, RolloutResult
+from agents.rollout import RolloutStatistics
 from envs.episodes import NonFiniteActionError, run_episodes
 from envs.policies import NetworkPolicy
 
@@ -28,6 +29,8 @@ PolicyArrays = Mapping[str, NDArray[Any]]
 # which others are stepped with them, so it must not depend on the number of evaluators. Measured on MuJoCo's
 # robots, groups of 10 take 3 % less time than groups of 5, and single episodes 25 % more.
 GROUP_EPISODES = 5
+# rows, tags and statistics of a job's members; arrays, which Ray moves without a copy
+Answer = tuple[list[NDArray[Any]], list[NDArray[Any]], tuple[RolloutStatistics, ...]]
 MAX_TRIES = 20  # of one call whose actor keeps dying
 RETRY_SECONDS = 0.5
 
@@ -62,12 +65,12 @@ class RolloutWorker:
             tensors = {name: torch.tensor(value) for name, value in state["tensors"].items()}
             self._ensemble = (key, Ensemble.from_state_dict({**state, "tensors": tensors}))
 
-    def run(self, key: str, state: dict[str, Any], jobs: Sequence[RolloutJob]) -> list[tuple[list[NDArray[Any]], Any]]:
-        """Rows of each member as arrays (Ray moves arrays without a copy) and statistics, in the order of the jobs."""
+    def run(self, key: str, state: dict[str, Any], jobs: Sequence[RolloutJob]) -> list[Answer]:
+        """What each job's members have gathered, in the order of the jobs."""
         self.ensure(key, state)
         assert self._ensemble is not None
         results = [job.run(self._ensemble[1]) for job in jobs]
-        return [([rows.numpy() for rows in r.rows], r.statistics) for r in results]
+        return [([x.numpy() for x in r.rows], [x.numpy() for x in r.tags], r.statistics) for r in results]
 
 
 class Evaluator:
@@ -121,9 +124,9 @@ class Workers:
         answers = _call_all(calls)
         results: list[RolloutResult | None] = [None] * len(jobs)
         for i, answer in enumerate(answers):
-            for job_index, (rows, statistics) in zip(range(i, len(jobs), workers), answer, strict=True):
-                received = tuple(torch.tensor(array) for array in rows)
-                results[job_index] = RolloutResult(jobs[job_index].members, received, statistics)
+            for job_index, (rows, tags, statistics) in zip(range(i, len(jobs), workers), answer, strict=True):
+                received_rows, received_tags = (tuple(map(torch.tensor, arrays)) for arrays in (rows, tags))
+                results[job_index] = RolloutResult(jobs[job_index].members, received_rows, received_tags, statistics)
         return [r for r in results if r is not None]
 
     @property

@@ -109,6 +109,7 @@ def assert_equal(first: ModelBasedSAC, second: ModelBasedSAC, rtol: float = 0.0,
     for member in range(first.num_members):
         mine, other = first.replay.member_rows(member), second.replay.member_rows(member)
         torch.testing.assert_close(mine, other, rtol=rtol, atol=atol)
+        assert torch.equal(first.replay.member_tags(member), second.replay.member_tags(member))
 
 
 @pytest.mark.parametrize("configs", [ravl_configs(), mopo_configs()], ids=["ravl", "mopo"])
@@ -334,6 +335,9 @@ def test_rollout_metrics_are_those_of_the_rows(starts: int) -> None:
     for m in range(4):
         rows = torch.cat([r.rows[0] for r in results if r.members == (m,)])
         assert torch.equal(method.replay.member_rows(m), rows)
+        tags = torch.cat([r.tags[0] for r in results if r.members == (m,)])
+        assert torch.equal(method.replay.member_tags(m), tags)
+        assert sorted(tags.abs().unique().tolist()) == [1, 2, 3]
         assert metrics[m] == pytest.approx({
             "rollout/transitions": len(rows), "rollout/mean_length": len(rows) / starts,
             "rollout/terminal_share": float(rows[:, D].mean()), "rollout/reward_mean": float(rows[:, R].mean()),
@@ -463,6 +467,7 @@ def test_the_stage_names_every_setting_it_depends_on() -> None:
         ({"alpha": 0.0}, r"method\.alpha=0\.0 must be greater than 0"),
         ({"real_ratio": 1.1}, r"method\.real_ratio=1\.1 must lie between 0 and 1"),
         ({"real_ratio": -0.1}, r"method\.real_ratio=-0\.1 must lie between 0 and 1"),
+        ({"rollout_length": 128}, r"method\.rollout_length=128 must be at most 127"),
         ({"gamma": 1.0}, r"method\.gamma=1\.0 must lie between 0 and 1"),
         ({"tau": 0.0}, r"method\.tau=0\.0 must lie in \(0, 1\]"),
         ({"eta": -1.0}, r"method\.eta=-1\.0 must be 0, or greater"),

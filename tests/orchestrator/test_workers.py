@@ -37,7 +37,8 @@ def policies(learner: Learner) -> list[dict[str, np.ndarray]]:
 
 def same_rollouts(one: Sequence[RolloutResult], other: Sequence[RolloutResult]) -> bool:
     return len(one) == len(other) and all(
-        a.members == b.members and all(map(torch.equal, a.rows, b.rows)) and a.statistics == b.statistics
+        (a.members, a.statistics) == (b.members, b.statistics)
+        and all(map(torch.equal, (*a.rows, *a.tags), (*b.rows, *b.tags)))
         for a, b in zip(one, other, strict=True)
     )
 
