@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from agents.diagnostics import expert_value
 from agents.method import load_method
 from benchmarks.common import ROOT, print_line, record
 from envs.dataset import Dataset
@@ -77,6 +78,7 @@ def overrides(case: Case, args: argparse.Namespace) -> list[str]:
         *METHODS[case.method], f"dataset={case.dataset}", f"seed={args.seed}", f"num_seeds={args.seeds}",
         f"method.model_quality={case.quality}", f"method.num_updates={args.updates}",
         f"method.updates_per_epoch={epoch}", f"method.hidden=[{','.join(map(str, args.hidden))}]",
+        *([f"method.rollout_batch={args.rollout_batch}"] if args.rollout_batch else []),
         *dynamics_overrides(case.dataset, args), f"evaluation.every_epochs={max(1, EVALUATE_EVERY // epoch)}",
         f"evaluation.episodes={args.episodes}", "compute.num_learners=0", f"compute.threads={args.threads}",
     ]  # fmt: skip
@@ -171,7 +173,6 @@ def lines_of(case: Case, folder: Path, config: Config, dataset: Dataset, command
     """One line per seed of a trained study."""
     m = config.method
     behaviour = dataset.summary().get("score")
-    gamma, reference = m.gamma, reference_scores(dataset.env_id)
     for seed in config.seeds:
         run = run_summary(folder / "spool" / f"t0000-s{seed}.jsonl")
         score, q = run["normalized_score"], run["mean_q"]
@@ -180,7 +181,7 @@ def lines_of(case: Case, folder: Path, config: Config, dataset: Dataset, command
             config.compute.threads, command, reference_is="mean score of the dataset's episodes",
             dataset=dataset.name, dynamics=case.dynamics, method=case.method, seed=seed,
             log10_q=math.log10(q) if q is not None and 0 < q < math.inf else None, **run,
-            q_of_expert=expert_value(case.env_id, gamma), updates_planned=m.num_updates,
+            q_of_expert=expert_value(dataset.env_id, m.gamma), updates_planned=m.num_updates,
             seeds_in_pack=config.num_seeds, episodes=config.evaluation.episodes, num_critics=m.num_critics, eta=m.eta,
             penalty_coef=getattr(m, "penalty_coef", None), hidden=m.hidden, batch=m.batch_size,
             real_ratio=m.real_ratio, rollout_length=m.rollout_length, rollout_batch=m.rollout_batch,
@@ -214,6 +215,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--updates", type=int, default=20_000, help="of every run (default: %(default)s)")
     parser.add_argument("--hidden", type=int, nargs="+", default=[256, 256], help="actor's and critics' hidden widths")
+    parser.add_argument("--rollout-batch", type=int, help="starts per epoch (default: the methods')")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method, one pack (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the first one")
