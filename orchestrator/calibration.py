@@ -292,7 +292,7 @@ def _artifacts(
     quick = method.stages(_shortened(config.method, max_epochs=2, min_epochs=0))
     rows = min(STAND_IN_ROWS, len(data.observations))
     few = {item.name: getattr(data, item.name) for item in dataclasses.fields(data)}
-    few = {name: v[:rows] if name in _ROW_COLUMNS else v for name, v in few.items()}
+    few = {name: v[:rows] if name in _ROW_COLUMNS and v is not None else v for name, v in few.items()}
     for name, stage in method.stages(config.method).items():
         key = stage_key(stage, dataset.content_hash)
         if store.exists(stage.kind, key):
@@ -303,7 +303,7 @@ def _artifacts(
     return artifacts, measured
 
 
-_ROW_COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals")
+_ROW_COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "states")
 
 
 def _shortened(config: Any, **values: int) -> Any:
@@ -392,7 +392,7 @@ class _Bench:
             return [], 0.0
         members = sorted({member for job in jobs for member in job.members})
         some = jobs[: max(1, self.config.compute.num_rollout_workers)]
-        results = self.workers.rollouts(some, method.ensemble)  # ships the ensemble to workers, allocates
+        results = self.workers.rollouts(some, method.dynamics)  # ships the dynamics to workers, allocates
         starts = sum(job.starts[..., 0].numel() for job in jobs) / sum(job.starts[..., 0].numel() for job in some)
         timing = Clock(seconds)
         times: list[float] = []
@@ -400,7 +400,7 @@ class _Bench:
         now = time.perf_counter if self.config.compute.num_rollout_workers else self.now
         while not times or not timing.over:
             begun = now()
-            results = self.workers.rollouts(some, method.ensemble)
+            results = self.workers.rollouts(some, method.dynamics)
             times.append(now() - begun)
         if self._stands_in:  # dynamics that have learned next to nothing end rollouts early: take them to last
             made = sum(one.transitions for result in results for one in result.statistics)

@@ -291,7 +291,7 @@ class Learner:
         started = time.perf_counter()
         with record_function("rollouts"):
             jobs = self.method.rollout_jobs(self.epoch)
-            results = self.workers.rollouts(jobs, self.method.ensemble) if jobs else []
+            results = self.workers.rollouts(jobs, self.method.dynamics) if jobs else []
             metrics = dict(zip(self.alive, self.method.add_rollouts(results), strict=True))
         rolled_out = time.perf_counter()
         # where no model row could be kept there is nothing to learn from

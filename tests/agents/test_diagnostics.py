@@ -10,17 +10,23 @@ from torch import Tensor
 
 from agents.diagnostics import (
     Standardiser,
+    _distances,
     auroc,
+    collapse,
     ensemble_values,
     expert_value,
+    growth_metrics,
     log10_slope,
+    measure,
     nearest_distances,
     shown_steps,
     value_metrics,
 )
 from agents.networks import StackedMLP
+from agents.replay import Replay, transition_rows
 from agents.sac import LOG_STD_MAX, LOG_STD_MIN
 from envs.dataset import Scaling
+from envs.reach import exact_edge_test
 
 
 def test_distances_are_those_of_a_loop_that_leaves_out_the_own_side():
@@ -170,3 +176,122 @@ def test_a_column_that_hardly_moves_does_not_decide_distances():
     shown = Standardiser(observations)(torch.tensor([[2.0, 5.001], [1e30, 5.0]]))
     torch.testing.assert_close(shown[0], torch.tensor([1.0, 1.0]), rtol=2e-3, atol=1e-3)
     assert float(shown[1, 0]) == 1e6
+
+
+# ---- of whole packs ---------------------------------------------------------------------------------------------
+
+K = 2  # steps of the rollouts below; one starts somewhere in the square, goes along x and to its end
+
+
+def rollout_rows(starts: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of two steps of every rollout and their tags; rollouts at odd places have negative ones."""
+    action, zero = torch.zeros(len(starts), 1), torch.zeros(len(starts))
+    half = torch.where(torch.arange(len(starts)) % 2 == 1, -1, 1)
+    rows = [transition_rows(s, action, zero, zero, t) for s, t in ((starts, first), (first, last))]
+    return torch.cat(rows), torch.cat((half, 2 * half)).to(torch.int8)
+
+
+def replay_of(num_members: int, rows: Tensor, tags: Tensor) -> Replay:
+    g = torch.Generator().manual_seed(1)
+    states = torch.rand(500, 2, generator=g) * 4 - 2
+    zero = torch.zeros(500)
+    replay = Replay(transition_rows(states, zero.unsqueeze(1), zero, zero, states), num_members, len(rows))
+    for m in range(num_members):
+        replay.add(m, rows, tags)
+    return replay
+
+
+def networks(num_members: int) -> tuple[StackedMLP, StackedMLP]:
+    actor, critics = StackedMLP((num_members,), (2, 8, 2)), StackedMLP((num_members, 3), (3, 8, 1))
+    for network in (actor, critics):
+        network.flat.normal_(generator=torch.Generator().manual_seed(2))
+    return actor, critics
+
+
+def measured(
+    rows: Tensor, tags: Tensor, real_ratio: float = 0.0, seeds: tuple[int, ...] = (0,)
+) -> list[dict[str, float]]:
+    replay = replay_of(len(seeds), rows, tags)
+    standardiser = Standardiser(replay.gather(torch.arange(500))[:, :2])
+    test = exact_edge_test("offsweep/EdgeOfReach-v0")
+    return measure(*networks(len(seeds)), replay, seeds, 3, real_ratio, K, standardiser, test)
+
+
+def test_rollouts_that_leave_the_square_end_beyond_what_is_updated():
+    g = torch.Generator().manual_seed(0)
+    starts = torch.rand(400, 2, generator=g) * 4 - 2
+    to_the_edge = starts.clone()
+    to_the_edge[:, 0] = 3.5  # of reach in two steps, and no input
+    (found,) = measured(*rollout_rows(starts, starts, to_the_edge))
+    assert found["reach/share"] == 1.0
+    assert found["reach/share_control"] < 0.05  # 0.01 by the threshold's making
+    assert found["reach/edge_share"] == pytest.approx(0.5, abs=0.05)
+    assert found["reach/q_step_02_edge"] == found["reach/q_edge"]
+    assert "reach/q_step_02_within" not in found
+    (mixed,) = measured(*rollout_rows(starts, starts, to_the_edge), real_ratio=0.5)
+    assert mixed["reach/edge_share"] == pytest.approx(0.25, abs=0.04)
+    (inside,) = measured(*rollout_rows(starts, starts, starts))
+    assert inside["reach/share"] < 0.05
+    assert inside["reach/edge_share"] == 0.0
+    assert "reach/auroc" not in inside
+
+
+def test_the_inputs_of_the_own_half_do_not_count():
+    """Fifty rollouts of one half lead to the same place, far from all else, and go on from there."""
+    g = torch.Generator().manual_seed(0)
+    starts = torch.rand(400, 2, generator=g) * 4 - 2
+    far = starts.clone()
+    far[0:100:2] = torch.tensor([50.0, 0.0])
+    replay = replay_of(1, *rollout_rows(starts, far, far))
+    standardiser = Standardiser(replay.gather(torch.arange(500))[:, :2])
+    queries = standardiser(torch.tensor([[50.0, 0.0], [50.0, 0.0], [0.0, 0.0]]))
+    tags = torch.tensor([1, -1, 1], dtype=torch.int8)
+    distances, threshold = _distances(replay, 0, queries, tags, standardiser, torch.Generator().manual_seed(0))
+    assert distances[0] > 30
+    assert distances[1:].max() < 0.3
+    assert 0 < threshold < 50
+
+
+def test_a_member_is_measured_the_same_alone_and_in_a_pack_and_every_time():
+    g = torch.Generator().manual_seed(0)
+    starts = torch.rand(300, 2, generator=g) * 4 - 2
+    rows, tags = rollout_rows(starts, starts * 1.2, starts * 1.6)
+    pack = measured(rows, tags, 0.1, seeds=(5, 6))
+    assert measured(rows, tags, 0.1, seeds=(5, 6)) == pack
+    replay = replay_of(2, rows, tags)
+    standardiser = Standardiser(replay.gather(torch.arange(500))[:, :2])
+    actor, critics = networks(2)
+    before = [x.clone() for x in (actor.flat, critics.flat, replay.member_rows(0))]
+    for m in range(2):
+        (alone,) = measure(
+            actor.select([m]), critics.select([m]), replay.select([m]), [5 + m], 3, 0.1, K, standardiser,
+            exact_edge_test("offsweep/EdgeOfReach-v0"),
+        )  # fmt: skip
+        assert alone == pytest.approx(pack[m], rel=1e-5)
+    assert pack[0] != pack[1]
+    assert all(map(torch.equal, before, (actor.flat, critics.flat, replay.member_rows(0))))
+
+
+def test_nothing_is_measured_without_model_rows():
+    replay = Replay(torch.zeros(10, 7), 2, 0)
+    actor, critics = networks(2)
+    assert measure(actor, critics, replay, (0, 1), 0, 1.0, K, Standardiser(torch.zeros(10, 2)), None) == [{}, {}]
+
+
+def test_the_growth_of_mean_q_by_hand():
+    history = [(1000 * i, 10.0**i) for i in range(8)]
+    found = growth_metrics(history, 1e5)
+    assert found == pytest.approx({"reach/log10_q": 7, "reach/q_over_qstar": 100, "reach/log10_q_slope": 1})
+    # of the last five only
+    flat = [*history[:3], *((1000 * i, 1.0) for i in range(3, 8))]
+    assert growth_metrics(flat, None) == pytest.approx({"reach/log10_q": 0, "reach/log10_q_slope": 0})
+    assert growth_metrics([(1000, -2.0)], 4.0) == {"reach/q_over_qstar": -0.5}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "slope", "collapsing"), [(3.1, 0.01, True), (3.0, 0.01, False), (9.0, 0.0, False), (9.0, None, False)]
+)
+def test_a_run_collapses_beyond_three_experts_values_and_rising(ratio: float, slope: float | None, collapsing: bool):
+    metrics = {"reach/q_over_qstar": ratio} | ({} if slope is None else {"reach/log10_q_slope": slope})
+    assert collapse(metrics) == (ratio if collapsing else None)
+    assert collapse({"reach/log10_q_slope": 1.0}) is None

@@ -64,7 +64,7 @@ def roll(
 ) -> tuple[Tensor, RolloutStatistics]:
     """One member's rows and statistics, by the form for a CPU; that for a GPU must give the same."""
     kwargs = {"actor": sign_actor(), "termination": never, "penalty": None, **kwargs}
-    rollout = Rollout(ensemble=ensemble, penalty_coef_M=torch.tensor([penalty_coef]), **kwargs)
+    rollout = Rollout(dynamics=ensemble, penalty_coef_M=torch.tensor([penalty_coef]), **kwargs)
     draws = draw([0], 0, 0, len(starts), length, ACT, ensemble, starts.device)
     ((rows, tags, statistics),) = rollout(starts.unsqueeze(0), draws)
     ((masked_rows, masked_tags, masked_statistics),) = rollout.masked(starts.unsqueeze(0), draws)
