@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import fnmatch
 import importlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -42,7 +43,9 @@ class TrainingData:
 
     Shapes: `(N, S)`, `(N, A)`, `(N,)`, `(N, S)`, `(N,)`; mean and standard deviation `(S,)` where the dataset's
     observations are standardised. `return_range` is the best less the worst return of the complete episodes, in the
-    units of `rewards` but without a shift; None where no two episodes differ.
+    units of `rewards` but without a shift; None where no two episodes differ. `states` `(N, X)`, float64, are the
+    dataset's, where it has any: in memory that may be mapped from a file and must not be written to, whatever the
+    device, since the simulator that takes them runs on the CPU.
     """
 
     env_id: str
@@ -54,6 +57,7 @@ class TrainingData:
     observation_mean: Tensor | None = None
     observation_std: Tensor | None = None
     return_range: float | None = None
+    states: Tensor | None = None
 
     @classmethod
     def from_dataset(
@@ -71,7 +75,9 @@ class TrainingData:
         return_range: float | None = None
         if len(returns) > 1 and returns.max() > returns.min():
             return_range = float(returns.max() - returns.min()) * abs(scaling.reward_scale)
-        return cls(dataset.env_id, obs, action, reward, next_obs, done, mean, std, return_range)
+        return cls(
+            dataset.env_id, obs, action, reward, next_obs, done, mean, std, return_range, _shared(dataset.states)
+        )
 
     def standardised(self) -> TrainingData:
         """The same data with observations of zero mean and unit standard deviation, (s - mean) / (std + 1e-3) with the
@@ -117,6 +123,15 @@ class TrainingData:
     @property
     def action_dim(self) -> int:
         return self.actions.shape[1]
+
+
+def _shared(values: np.ndarray | None) -> Tensor | None:
+    """A tensor of an array's own memory: who does not use it does not pay for it."""
+    if values is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's about arrays that are read-only, as mapped ones are
+        return torch.from_numpy(values)
 
 
 @dataclass(frozen=True)

@@ -292,7 +292,7 @@ def _artifacts(
     quick = method.stages(_shortened(config.method, max_epochs=2, min_epochs=0))
     rows = min(STAND_IN_ROWS, len(data.observations))
     few = {item.name: getattr(data, item.name) for item in dataclasses.fields(data)}
-    few = {name: v[:rows] if name in _ROW_COLUMNS else v for name, v in few.items()}
+    few = {name: v[:rows] if name in _ROW_COLUMNS and v is not None else v for name, v in few.items()}
     for name, stage in method.stages(config.method).items():
         key = stage_key(stage, dataset.content_hash)
         if store.exists(stage.kind, key):
@@ -303,7 +303,7 @@ def _artifacts(
     return artifacts, measured
 
 
-_ROW_COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals")
+_ROW_COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "states")
 
 
 def _shortened(config: Any, **values: int) -> Any:
