@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import fnmatch
 import importlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -43,7 +44,8 @@ class TrainingData:
     observations are standardised. `return_range` is the best less the worst return of the complete episodes, in the
     units of `rewards` but without a shift; None where no two episodes differ. `rewards` are reward_scale times the
     environment's plus reward_shift. `action_low` and `action_high`, `(A,)` on the CPU, are the environment's bounds;
-    None: -1 and 1. `states`, `(N, X)` float64, are the simulator's at `observations`, where the dataset has them.
+    None: -1 and 1. `states` `(N, X)`, float64, are the dataset's, where it has any: in memory that may be mapped from a
+    file and must not be written to, whatever the device, since the simulator that takes them runs on the CPU.
     """
 
     env_id: str
@@ -79,7 +81,7 @@ class TrainingData:
             return_range = float(returns.max() - returns.min()) * abs(scaling.reward_scale)
         return cls(
             dataset.env_id, obs, action, reward, next_obs, done, mean, std, return_range, scaling.reward_scale,
-            scaling.reward_shift, torch.tensor(action_low), torch.tensor(action_high),
+            scaling.reward_shift, torch.tensor(action_low), torch.tensor(action_high), _shared(dataset.states),
         )  # fmt: skip
 
     def standardised(self) -> TrainingData:
@@ -129,6 +131,15 @@ class TrainingData:
     @property
     def action_dim(self) -> int:
         return self.actions.shape[1]
+
+
+def _shared(values: np.ndarray | None) -> Tensor | None:
+    """A tensor of an array's own memory: who does not use it does not pay for it."""
+    if values is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's about arrays that are read-only, as mapped ones are
+        return torch.from_numpy(values)
 
 
 @dataclass(frozen=True)

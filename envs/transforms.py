@@ -145,7 +145,7 @@ def apply(request: Request, parts: Sequence[Dataset]) -> Dataset:
         data = _transform_rewards(data, options.reward_scale, options.reward_shift)
     if options.normalize:
         data = _normalize_observations(data)
-    provenance = {
+    provenance: dict[str, Any] = {
         "source": "derived",
         "request": str(request),
         "parts": [
@@ -154,6 +154,9 @@ def apply(request: Request, parts: Sequence[Dataset]) -> Dataset:
             for part, some in zip(parts, taken, strict=True)
         ],
     }  # fmt: skip
+    without = [part.name for part in parts if part.states is None]
+    if without and len(without) < len(parts):
+        provenance["states"] = f"left out: there are none of {', '.join(without)}"
     return replace(data, name=str(request), provenance=provenance)
 
 
@@ -254,7 +257,8 @@ def _take(data: Dataset, index: NDArray[np.int64] | slice, cut: NDArray[np.int64
     columns = {column: getattr(data, column)[index] for column in COLUMNS}
     timeouts = columns["timeouts"].copy()
     timeouts[cut] |= ~columns["terminals"][cut]
-    return replace(data, **(columns | {"timeouts": timeouts}))
+    states = None if data.states is None else data.states[index]
+    return replace(data, **(columns | {"timeouts": timeouts}), states=states)
 
 
 def _first(data: Dataset, count: int) -> Dataset:
@@ -279,7 +283,8 @@ def _subsample(data: Dataset, count: int, seed: int) -> Dataset:
 def _concatenate(parts: Sequence[Dataset]) -> Dataset:
     ended = [_take(part, slice(None), [-1]) for part in parts]  # an episode does not go on in the next part
     columns: dict[str, Any] = {c: np.concatenate([getattr(part, c) for part in ended]) for c in COLUMNS}
-    return replace(ended[0], **columns)
+    states = [part.states for part in ended if part.states is not None]
+    return replace(ended[0], **columns, states=np.concatenate(states) if len(states) == len(ended) else None)
 
 
 def _transform_rewards(data: Dataset, scale: float | str, shift: float) -> Dataset:

@@ -8,7 +8,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agents.dynamics import DynamicsConfig, EnsembleTrainer
 from agents.replay import Replay, transition_rows
-from benchmarks import common, data_bad_inputs, data_collect, data_load, learner_speed, run, true_dynamics
+from benchmarks import (
+    common,
+    data_bad_inputs,
+    data_collect,
+    data_load,
+    learner_speed,
+    run,
+    true_dynamics,
+    true_dynamics_speed,
+)
 from envs.errors import UserError
 from orchestrator.spool import RunInfo, RunSpool
 
@@ -86,6 +95,17 @@ def test_a_collection_is_measured_beside_a_plain_loop(capfd):
     assert (line["case"], line["env_id"], line["workers"], line["rows"]) == ("hopper/0", "Hopper-v5", 0, 300)
     assert line["ratio"] == pytest.approx(line["value"] / line["reference"], rel=1e-4)
     assert len(line["content_hash"]) == 64
+
+
+def test_true_dynamics_are_measured_beside_loops_that_do_the_same(capfd):
+    words = ["--robots", "hopper", "--threads", "2", "--starts", "20", "--steps", "3", "--blocks", "1"]
+    assert true_dynamics_speed.main(words) == 0
+    (text,) = capfd.readouterr().out.splitlines()
+    line = common.parse_line(text, "true_dynamics_speed")
+    assert (line["case"], line["env_id"], line["threads"], line["starts"]) == ("hopper/2", "Hopper-v5", 2, 20)
+    assert line["ratio"] == pytest.approx(line["value"] / line["set_state_per_second"], rel=1e-4)
+    assert line["with_resets_ratio"] > 0
+    assert line["median_difference"] < 1e-12
 
 
 def test_loading_is_measured_cold_and_warm(capfd):

@@ -353,6 +353,20 @@ def test_actions_are_mapped_from_the_environments_bounds() -> None:
     assert float(data.observations.sum() + data.next_observations.sum()) == 15.0
 
 
+def test_states_are_shared_with_the_dataset_and_stay_what_they_are(recwarn: pytest.WarningsRecorder) -> None:
+    states = np.random.default_rng(0).normal(size=(5, 3))
+    states.flags.writeable = False  # as mapped from a file
+    dataset = dataclasses.replace(episodes([1.0, 2.0, 3.0, 4.0, 5.0]), states=states)
+    data = TrainingData.from_dataset(dataset, -np.ones(1), np.ones(1)).standardised().with_return_range(1000.0)
+    assert data.states is not None
+    assert data.states.dtype == torch.float64
+    assert data.states.data_ptr() == states.ctypes.data
+    assert data.states.tolist() == states.tolist()
+    assert not recwarn.list
+    plain = dataclasses.replace(dataset, states=None)
+    assert TrainingData.from_dataset(plain, -np.ones(1), np.ones(1)).states is None
+
+
 def test_standardised_observations_bring_their_units() -> None:
     ones, none = np.ones((4, 2), np.float32), np.zeros(4, bool)
     scaling = Scaling(np.array([1.0, 2.0], np.float32), np.array([3.0, 4.0], np.float32))

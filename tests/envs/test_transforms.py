@@ -119,6 +119,26 @@ def test_other_seeds_draw_other_trajectories():
     assert len({asked(f"a,subsample=0.3,seed={seed}", whole).content_hash for seed in range(4)}) == 4
 
 
+def with_states(data: Dataset) -> Dataset:
+    """The state of row i is its reward, twice."""
+    return replace(data, states=np.repeat(data.rewards[:, None].astype(np.float64), 2, axis=1))
+
+
+@pytest.mark.parametrize("options", ["", ",first=7", ",subsample=0.5", ",normalize=observations", ":0.5+b:3,first=6"])
+def test_states_go_with_their_rows(options):
+    parts = [with_states(made("a", [5, 4, 3])), with_states(made("b", [4], start=100))]
+    data = asked(f"a{options}", *parts[: 1 + ("+b" in options)])
+    assert data.states is not None
+    np.testing.assert_array_equal(data.states, np.repeat(data.rewards[:, None], 2, axis=1))
+    assert "states" not in data.provenance
+
+
+def test_a_mix_with_rows_without_states_has_none_and_says_so():
+    data = asked("a+b", with_states(made("a", [3])), made("b", [4]))
+    assert data.states is None
+    assert data.provenance["states"] == "left out: there are none of b"
+
+
 def test_a_mix_of_whole_sets_is_their_concatenation():
     a, b = made("a", [3, 2]), made("b", [4], start=100)
     open_end = replace(a, timeouts=np.isin(np.arange(5), [2]))
