@@ -71,12 +71,12 @@ class SimulatedDynamics:
         assert carried_MBX is not None
         states_NX = _on_host(carried_MBX)
         action_NA = _on_host(state_action_MBY[..., self.observation_dim :])
-        lost_N: NDArray[np.bool_] = ~np.isfinite(np.concatenate((states_NX, action_NA), axis=1)).all(axis=1)
-        # any state that the simulator takes, and an action within the bounds
-        states_NX, action_NA = (np.where(lost_N[:, None], 0.0, x) for x in (states_NX, action_NA))
+        finite_N = np.isfinite(states_NX).all(axis=1) & np.isfinite(action_NA).all(axis=1)
+        # else MuJoCo goes on from its initial state, as if nothing had happened
+        states_NX, action_NA = (np.where(np.expand_dims(finite_N, 1), x, 0.0) for x in (states_NX, action_NA))
         after = self._true.step(states_NX, self._action_center + self._action_scale * action_NA)
         reward_N = self._reward_scale * after.rewards + self._reward_shift
-        reward_N[lost_N] = np.nan
+        reward_N[~finite_N] = np.nan
         obs_NS = (after.observations - self._mean) / self._std
         next_obs_MBS.copy_(torch.from_numpy(obs_NS).view(next_obs_MBS.shape))
         reward_MB = torch.from_numpy(reward_N).view(choice_MB.shape).to(next_obs_MBS)
