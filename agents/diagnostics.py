@@ -271,8 +271,14 @@ def measure(
         for m in range(num_members)
     ]  # fmt: skip
     names = list(metrics[0])
-    table = torch.stack([torch.stack([one[name].double() for name in names]) for one in metrics]).tolist()
+    table = _read(torch.stack([torch.stack([one[name].double() for name in names]) for one in metrics]))
     return [{name: x for name, x in zip(names, row, strict=True) if math.isfinite(x)} for row in table]
+
+
+def _read(table_MX: Tensor) -> list[list[float]]:
+    """The only point at which a device is waited for."""
+    rows: list[list[float]] = table_MX.tolist()
+    return rows
 
 
 def _distances(

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from agents.diagnostics import (
     Standardiser,
@@ -22,7 +23,9 @@ from agents.diagnostics import (
     shown_steps,
     value_metrics,
 )
+from agents.method import TrainingData
 from agents.networks import StackedMLP
+from agents.ravl import RAVL, RAVLConfig
 from agents.replay import Replay, transition_rows
 from agents.sac import LOG_STD_MAX, LOG_STD_MIN
 from envs.dataset import Scaling
@@ -276,6 +279,48 @@ def test_nothing_is_measured_without_model_rows():
     replay = Replay(torch.zeros(10, 7), 2, 0)
     actor, critics = networks(2)
     assert measure(actor, critics, replay, (0, 1), 0, 1.0, K, Standardiser(torch.zeros(10, 2)), None) == [{}, {}]
+
+
+def test_a_device_is_waited_for_once(monkeypatch: pytest.MonkeyPatch):
+    """On a device whose tensors have no values, so that nothing can be asked before the end."""
+    reads: list[tuple[int, ...]] = []
+
+    def read(table_MX: Tensor) -> list[list[float]]:
+        reads.append(tuple(table_MX.shape))
+        return [[math.nan] * table_MX.shape[1]] * table_MX.shape[0]
+
+    monkeypatch.setattr("agents.diagnostics._read", read)
+    # there is no generator for this device
+    monkeypatch.setattr("agents.diagnostics.generator", lambda *_, device: None)
+    monkeypatch.setattr(
+        Replay,
+        "draw_indices",
+        lambda self, m, u, real, model, _: torch.empty(u, real + model, dtype=torch.int64, device="meta"),
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        replay = Replay(torch.empty(500, 7, device="meta"), 2, 300, "meta")
+        replay.sizes = [300, 300]
+        actor, critics = StackedMLP((2,), (2, 8, 2), "meta"), StackedMLP((2, 3), (3, 8, 1), "meta")
+        standardiser = Standardiser(torch.empty(500, 2, device="meta"))
+        test = exact_edge_test("offsweep/EdgeOfReach-v0")
+        assert measure(actor, critics, replay, (0, 1), 3, 0.1, K, standardiser, test) == [{}, {}]
+    assert len(reads) == 1
+    assert reads[0][0] == 2
+
+
+def test_standardised_observations_are_tested_in_the_environments_units():
+    g = torch.Generator().manual_seed(0)
+    obs = torch.rand(200, 2, generator=g) * 4 - 2
+    zero = torch.zeros(200)
+    data = TrainingData("offsweep/EdgeOfReach-v0", obs, torch.zeros(200, 2), zero, obs, zero)
+    plane = torch.tensor([[11.5, 0.0], [10.9, -3.0], [0.0, -12.0], [12.1, 0.0]])
+    for given in (data, data.standardised()):
+        method = RAVL([RAVLConfig(hidden=[8], rollout_batch=10, model_quality=1.0)], [0], given, {})
+        mean, std = given.observation_mean, given.observation_std
+        test = method._edge_test()
+        assert test is not None
+        shown = plane if mean is None or std is None else (plane - mean) / std
+        assert test(shown, 10).tolist() == [True, False, True, False]
 
 
 def test_the_growth_of_mean_q_by_hand():
