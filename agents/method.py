@@ -286,6 +286,9 @@ def method_settings(name: str, dataset: str, variant: str | None) -> tuple[str, 
 
     Returns:
         The variant and its settings: the blocks whose pattern matches the dataset, later ones over earlier ones.
+
+    Raises:
+        UserError: the method has no such variant, or see `variant_blocks`.
     """
     content = settings_file(name)
     variant = content["default_variant"] if variant is None else variant
@@ -293,8 +296,41 @@ def method_settings(name: str, dataset: str, variant: str | None) -> tuple[str, 
         known = ", ".join(content["variants"])
         raise UserError(f"method {name} has no variant {variant!r}; choose one of: {known}")
     merged: dict[str, Any] = {}
-    for pattern, block in content["variants"][variant].items():
+    for pattern, block in variant_blocks(name, variant).items():
         if fnmatch.fnmatchcase(dataset, pattern):
-            for key, value in block.items():
-                merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+            merged = _over(merged, block)
     return variant, copy.deepcopy(merged)  # the file's content is kept for other callers
+
+
+def variant_blocks(name: str, variant: str) -> dict[str, dict[str, Any]]:
+    """The blocks of a variant by the pattern of their datasets, in the order in which they apply.
+
+    With `extends: other` they are those of the other variant: a block with the same pattern goes over the other's, in
+    its place, and further ones come after all of them.
+
+    Raises:
+        UserError: `extends` names no variant, or leads back to where it came from.
+    """
+    variants, chain = settings_file(name)["variants"], [variant]
+    while (parent := variants[chain[-1]].get("extends")) is not None:
+        if parent not in variants:
+            raise UserError(
+                f"agents/{name}.yaml: {chain[-1]} extends {parent!r}, which is none of {', '.join(variants)}"
+            )
+        if parent in chain:
+            raise UserError(f"agents/{name}.yaml: {' extends '.join([*chain, parent])}: a variant cannot extend itself")
+        chain.append(parent)
+    blocks: dict[str, dict[str, Any]] = {}
+    for link in reversed(chain):
+        for pattern, block in variants[link].items():
+            if pattern != "extends":
+                blocks[pattern] = _over(blocks.get(pattern, {}), block)
+    return blocks
+
+
+def _over(block: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """A block with another's values over its own, key by key, inside `dynamics` too."""
+    merged = dict(block)
+    for key, value in upper.items():
+        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+    return merged

@@ -5,9 +5,10 @@ that `agent_inputs` and `dynamics_inputs` draw with `numpy.random.RandomState`, 
 repeat it, for every case:
 
 - `Actor`, `VectorizedCritic` and `Agent` of agent_training/agent.py, layers of the widths below in place of 256,
-  parameters set to those drawn here (their `target_critic`, too), learning rates 3e-4, auto_alpha; `Agent.update` on the
-  three batches. `Normal.rsample` is replaced by mean + standard deviation * noise. They draw three times in an update, for the
-  temperature, the actor and the target; this project draws once for the first two, so both were given the same noise.
+  parameters set to those drawn here (their `target_critic`, too), learning rates 3e-4, auto_alpha; `Agent.update` on
+  the three batches. `Normal.rsample` is replaced by mean + standard deviation * noise. They draw three times in an
+  update, for the temperature, the actor and the target; this project draws once for the first two, so both were given
+  the same noise.
 - `Ensemble` of dynamics_training/ensemble.py with `hidden_dim`, parameters and bounds set to those drawn here and its
   filters updated with the rows as `load_memory` does; the loss and the optimiser of train_dynamics_model.py:155-162 on
   the same rows for every member; then `get_means_logvars`.
@@ -199,9 +200,11 @@ def test_the_ensembles_prediction_is_the_authors(golden: Mapping[str, Array]) ->
 def test_a_step_of_the_ensemble_is_the_authors_step(golden: Mapping[str, Array]) -> None:
     """Loss and gradients to 1e-5, parameters after three steps of Adam with its L2 terms to 1e-6."""
     inputs = dynamics_inputs()
-    columns = (inputs.observations, inputs.actions, inputs.rewards, inputs.next_observations)
+    obs, action, reward, next_obs = (
+        torch.from_numpy(x) for x in (inputs.observations, inputs.actions, inputs.rewards, inputs.next_observations)
+    )
     config = DynamicsConfig(ensemble_size=MODELS, num_elites=MODELS, hidden=[WIDTH] * 4)
-    trainer = EnsembleTrainer(*(torch.from_numpy(x) for x in columns), [config])
+    trainer = EnsembleTrainer(obs, action, reward, next_obs, [config])
     # inputs normalised by the authors' statistics: theirs are of the next observations
     mean, std = golden["dynamics/filter"]
     normalised = (np.concatenate((inputs.observations, inputs.actions), -1) - mean) / std
@@ -238,7 +241,7 @@ def spread(network: StackedMLP) -> Array:
 
 
 def test_parameters_start_where_the_authors_start(golden: Mapping[str, Array]) -> None:
-    """Four critics and an actor 256 wide, as `Actor` and `VectorizedCritic` draw them: bounds to 3 %, deviations to 5 %.
+    """Four critics and an actor 256 wide, as `VectorizedCritic` and `Actor` draw them: bounds to 3 %, spread 5 %.
 
     Their critics' weights are stored (in, out) and handed to an initialiser that expects (out, in), so their bound is
     1/sqrt(out). Their actor is made of `torch.nn.Linear`, whose bound is 1/sqrt(in).
