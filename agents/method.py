@@ -22,6 +22,7 @@ import torch
 import yaml
 from torch import Tensor
 
+import agents
 from agents.dynamics import Ensemble
 from agents.networks import StackedMLP
 from agents.rollout import Penalty, Rollout, RolloutStatistics, draw
@@ -31,9 +32,26 @@ from envs.termination import termination_rule
 from envs.transforms import STD_OFFSET
 
 
-def per_member(default: Any) -> Any:
-    """A config field that only enters arithmetic: runs that differ in it can share a pack."""
-    return dataclasses.field(default=default, metadata={"per_member": True})
+def per_member(default: Any, *, off_at_zero: bool = False) -> Any:
+    """A config field that only enters arithmetic: runs that differ in it can share a pack.
+
+    Args:
+        off_at_zero: a weight that leaves something out of the computation where it is 0; runs with and without it do
+            not share a pack.
+    """
+    return dataclasses.field(default=default, metadata={"per_member": True, "off_at_zero": off_at_zero})
+
+
+def common_settings(config: Any) -> dict[str, Any]:
+    """What runs of a pack agree in: the config without its fields per member, but with whether those that can be off
+    are."""
+    plain = dataclasses.asdict(config)
+    for item in dataclasses.fields(config):
+        if item.metadata.get("off_at_zero"):
+            plain[item.name] = plain[item.name] != 0
+        elif item.metadata.get("per_member"):
+            del plain[item.name]
+    return plain
 
 
 @dataclass(frozen=True)
@@ -255,9 +273,14 @@ class Method(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+def _settings_files() -> dict[str, Path]:
+    """Every method's settings by its name."""
+    return {path.stem: path for folder in agents.__path__ for path in sorted(Path(folder).glob("*.yaml"))}
+
+
 def method_names() -> list[str]:
     """Every method of this package."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
+    return sorted(_settings_files())
 
 
 def load_method(name: str) -> type[Method]:
@@ -275,7 +298,7 @@ def load_method(name: str) -> type[Method]:
 @cache
 def settings_file(name: str) -> dict[str, Any]:
     """The content of `agents/<name>.yaml`."""
-    return yaml.safe_load((Path(__file__).parent / f"{name}.yaml").read_text())
+    return yaml.safe_load(_settings_files()[name].read_text())
 
 
 def method_settings(name: str, dataset: str, variant: str | None) -> tuple[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""How an error at an edge-of-reach state spreads (Sims et al. 2024), on a chain, with the project's rollouts and targets.
+"""How an error at an edge-of-reach state spreads (Sims et al. 2024): a chain, the project's rollouts and targets.
 
 A state that rollouts of k steps only ever end in is bootstrapped from and never updated. If its value is off by e,
 value iteration carries gamma^(k-t) e to the state at step t of the rollout, and it stays there. Nothing is learned here
