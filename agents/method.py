@@ -23,9 +23,8 @@ import yaml
 from torch import Tensor
 
 import agents
-from agents.dynamics import Ensemble
 from agents.networks import StackedMLP
-from agents.rollout import Penalty, Rollout, RolloutStatistics, draw
+from agents.rollout import Dynamics, Penalty, Rollout, RolloutStatistics, draw
 from envs.dataset import Dataset
 from envs.errors import UserError
 from envs.termination import termination_rule
@@ -60,7 +59,9 @@ class TrainingData:
 
     Shapes: `(N, S)`, `(N, A)`, `(N,)`, `(N, S)`, `(N,)`; mean and standard deviation `(S,)` where the dataset's
     observations are standardised. `return_range` is the best less the worst return of the complete episodes, in the
-    units of `rewards` but without a shift; None where no two episodes differ.
+    units of `rewards` but without a shift; None where no two episodes differ. `rewards` are reward_scale times the
+    environment's plus reward_shift. `action_low` and `action_high`, `(A,)` on the CPU, are the environment's bounds;
+    None: -1 and 1. `states`, `(N, X)` float64, are the simulator's at `observations`, where the dataset has them.
     """
 
     env_id: str
@@ -72,6 +73,11 @@ class TrainingData:
     observation_mean: Tensor | None = None
     observation_std: Tensor | None = None
     return_range: float | None = None
+    reward_scale: float = 1.0
+    reward_shift: float = 0.0
+    action_low: Tensor | None = None
+    action_high: Tensor | None = None
+    states: Tensor | None = None
 
     @classmethod
     def from_dataset(
@@ -89,7 +95,10 @@ class TrainingData:
         return_range: float | None = None
         if len(returns) > 1 and returns.max() > returns.min():
             return_range = float(returns.max() - returns.min()) * abs(scaling.reward_scale)
-        return cls(dataset.env_id, obs, action, reward, next_obs, done, mean, std, return_range)
+        return cls(
+            dataset.env_id, obs, action, reward, next_obs, done, mean, std, return_range, scaling.reward_scale,
+            scaling.reward_shift, torch.tensor(action_low), torch.tensor(action_high),
+        )  # fmt: skip
 
     def standardised(self) -> TrainingData:
         """The same data with observations of zero mean and unit standard deviation, (s - mean) / (std + 1e-3) with the
@@ -119,7 +128,10 @@ class TrainingData:
                 "set method.reward_scale=none, and a number as reward_scale in the dataset's name if one is wanted"
             )
         factor = target / self.return_range
-        return dataclasses.replace(self, rewards=self.rewards * factor, return_range=target)
+        return dataclasses.replace(
+            self, rewards=self.rewards * factor, return_range=target, reward_scale=self.reward_scale * factor,
+            reward_shift=self.reward_shift * factor,
+        )  # fmt: skip
 
     @property
     def termination(self) -> Termination:
@@ -192,7 +204,7 @@ class Termination:
 
 @dataclass(frozen=True)
 class RolloutJob:
-    """One shard of the model rollouts of one or several members: a pure function of its fields and the ensemble.
+    """One shard of the model rollouts of one or several members: a pure function of its fields and the dynamics.
 
     Everything lies on one device, and there the shard is computed.
     """
@@ -207,15 +219,15 @@ class RolloutJob:
     length: int  # steps
     penalty: Penalty | None
     penalty_coef: Tensor  # (M,)
+    start_states: Tensor | None = None  # (M, B, X) float64, of the simulator, where they are known and wanted
 
-    def run(self, ensemble: Ensemble) -> RolloutResult:
+    def run(self, dynamics: Dynamics) -> RolloutResult:
         draws = draw(
-            self.seeds, self.epoch, self.shard, self.starts.shape[1], self.length, self.actor.sizes[-1] // 2, ensemble,
+            self.seeds, self.epoch, self.shard, self.starts.shape[1], self.length, self.actor.sizes[-1] // 2, dynamics,
             self.starts.device,
         )  # fmt: skip
-        rollout = Rollout(self.actor, ensemble, self.termination, self.penalty, self.penalty_coef)
-        rows, statistics = zip(*rollout(self.starts, draws), strict=True)
-        return RolloutResult(self.members, rows, statistics)
+        rollout = Rollout(self.actor, dynamics, self.termination, self.penalty, self.penalty_coef)
+        return RolloutResult(self.members, *zip(*rollout(self.starts, draws, self.start_states), strict=True))
 
 
 @dataclass(frozen=True)
@@ -224,6 +236,7 @@ class RolloutResult:
 
     members: tuple[int, ...]
     rows: tuple[Tensor, ...]  # (n, W) of each member
+    tags: tuple[Tensor, ...]  # (n,) int8 of each member: step and half of the starts (see `agents.rollout`)
     statistics: tuple[RolloutStatistics, ...]
 
 
@@ -235,6 +248,14 @@ class Method(Protocol):
     @staticmethod
     def stages(config: Any) -> dict[str, Stage]:
         """What has to exist before a run can start, by the name under which `__init__` receives it."""
+
+    @staticmethod
+    def check_environment(config: Any, env_id: str) -> None:
+        """Called before any compute is spent.
+
+        Raises:
+            UserError: runs of this configuration need something that is not known of the environment.
+        """
 
     def __init__(
         self,
@@ -249,7 +270,7 @@ class Method(Protocol):
     def num_members(self) -> int: ...
 
     @property
-    def ensemble(self) -> Ensemble:
+    def dynamics(self) -> Dynamics:
         """The dynamics that the rollout jobs are to be run in; asked for only where there are jobs."""
 
     def rollout_jobs(self, epoch: int) -> list[RolloutJob]:

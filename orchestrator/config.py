@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,17 +187,27 @@ def check_space(config: Config) -> StudySpec:
     """The study, if every key of its search space exists and takes the values it may be given."""
     spec = config.study_spec()
     space = spec.validate()
-    for key, entry in config.study.space.items():
+    for key in config.study.space:
         if not key.startswith("method."):
             raise UserError(f"study.space: {key!r} cannot be searched; only keys that begin with method. can")
+    for params in config.study.enqueue:
+        space.check(params)
+    for _ in corner_configs(config):
+        pass
+    return spec
+
+
+def corner_configs(config: Config) -> Iterator[Config]:
+    """The configuration, and what trials can make of it: one for every end and choice of the search space, which is a
+    trial's but for the other keys, and one for every enqueued trial."""
+    yield config
+    for key, entry in config.study.space.items():
         if isinstance(entry, Mapping):
             for value in [entry.get("low"), entry.get("high"), *(entry.get("choices") or [])]:
                 if value is not None:
-                    apply_params(config, {key: value})
+                    yield apply_params(config, {key: value})
     for params in config.study.enqueue:
-        space.check(params)
-        apply_params(config, params)
-    return spec
+        yield apply_params(config, params)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

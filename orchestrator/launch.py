@@ -21,10 +21,9 @@ from envs.dataset import Dataset
 from envs.errors import UserError
 from envs.files import write_atomically
 from envs.registry import check_shapes, load_dataset
-from envs.termination import termination_rule
 from orchestrator.artifacts import save_json, write_text
 from orchestrator.cluster import open_slots
-from orchestrator.config import Config, check_space, load_config, to_dict, to_yaml
+from orchestrator.config import Config, check_space, corner_configs, load_config, to_dict, to_yaml
 from orchestrator.connection import cluster_address
 from orchestrator.display import Display, print_summary, score_label, show_params, value_unit
 from orchestrator.driver import Driver
@@ -129,8 +128,8 @@ def _check_before_compute(config: Config) -> Dataset:
 
 def _check_data(config: Config) -> Dataset:
     dataset = load_dataset(config.dataset, Path(config.workdir), shown)
-    if load_method(config.method_name).stages(config.method):
-        termination_rule(dataset.env_id)
+    for one in corner_configs(config):
+        load_method(one.method_name).check_environment(one.method, dataset.env_id)
     check_shapes(dataset, evaluation_env(config, dataset))
     return dataset
 

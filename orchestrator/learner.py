@@ -49,7 +49,7 @@ from orchestrator.profiling import TABLE, EpochProfile
 from orchestrator.spool import DatasetRecord, RunInfo, RunSpool
 from orchestrator.workers import Workers
 
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 MAX_PENDING = 2  # evaluations of a pack under way in evaluators while it trains
 PACK_FILE = "pack.json"
 
@@ -270,7 +270,7 @@ class Learner:
         started = time.perf_counter()
         with record_function("rollouts"):
             jobs = self.method.rollout_jobs(self.epoch)
-            results = self.workers.rollouts(jobs, self.method.ensemble) if jobs else []
+            results = self.workers.rollouts(jobs, self.method.dynamics) if jobs else []
             metrics = dict(zip(self.alive, self.method.add_rollouts(results), strict=True))
         rolled_out = time.perf_counter()
         # where no model row could be kept there is nothing to learn from

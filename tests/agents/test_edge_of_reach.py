@@ -50,7 +50,7 @@ def learner(starts: Sequence[int], length: int, num_critics: int = 2) -> RAVL:
         rollout_length=length, rollout_batch=n,
     )  # fmt: skip
     method = RAVL([config], [0], data, {"dynamics": exact_ensemble().state_dict()})
-    method.add_rollouts([job.run(method.ensemble) for job in method.rollout_jobs(0)])
+    method.add_rollouts([job.run(method.dynamics) for job in method.rollout_jobs(0)])
     return method
 
 

@@ -361,8 +361,8 @@ def test_methods_are_found_by_name() -> None:
 
 def test_every_method_has_the_interface() -> None:
     interface = [
-        "stages", "num_members", "rollout_jobs", "add_rollouts", "train_epoch", "policy", "select", "state_dict",
-        "load_state_dict",
+        "stages", "check_environment", "num_members", "rollout_jobs", "add_rollouts", "train_epoch",
+        "policy", "select", "state_dict", "load_state_dict",
     ]  # fmt: skip
     for name in method_names():
         assert not [a for a in interface if not hasattr(load_method(name), a)], name
