@@ -1,7 +1,8 @@
 """What a method is to the rest of the system, and how one is found by name.
 
 A method is one module of this package, `agents/<name>.py`, beside `agents/<name>.yaml` with its papers' settings. The
-module defines `METHOD`, a class with the interface of `Method`. Nothing else has to be edited to add one.
+module defines `METHOD`, a class with the interface of `Method`. Nothing else has to be edited to add one:
+docs/adding_a_method.md goes through one.
 """
 
 from __future__ import annotations
