@@ -137,7 +137,8 @@ class TrueDynamics:
     7e-10 (median) and 1e-5 (highest).
 
     MuJoCo clips the controls, while control costs take the whole action. A state that MuJoCo cannot go on from (numbers
-    that are not finite or above 1e10) it replaces by the model's initial one, here as in the environment.
+    that are not finite or above 1e10) it replaces by the model's initial one, as in the environment, which then goes
+    on for the rest of the step.
 
     Can be pickled: the copy builds a simulator of its own. One object must not be used by two threads at once.
 
