@@ -206,5 +206,6 @@ def test_the_cases_share_one_dynamics_ensemble_and_differ_where_they_should():
         assert config.method.dynamics == configs[cases[0]].method.dynamics
         assert config.method.model_quality == case.quality
         assert (config.method.num_critics, config.method.eta) == {"ravl": (10, 1.0)}.get(case.method, (2, 0.0))
-        assert config.method.hidden == [256, 256] and config.method.num_updates == 20000
+        assert config.method.hidden == [256, 256]
+        assert config.method.num_updates == 20000
         assert config.evaluation.every_epochs * config.method.updates_per_epoch == 5000
