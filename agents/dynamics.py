@@ -8,7 +8,7 @@ vectors shared by the ensemble. Loss (released RAVL, `net.py:175-185`; Janner et
 
 with L2 on each layer's weights through Adam. Departures from the released RAVL, each a defect there: the holdout stays
 apart from the training set, elites are chosen once on it, every member keeps its own bootstrap resample, and seeds
-reach the weights.
+reach the weights. Statistics of the inputs are those of the observations themselves; there of the next observations.
 
 All members of an ensemble train until none of them improves on the holdout, as in MOPO and RAVL; what is kept are each
 member's own best weights. Several ensembles on the same data can train in one batch: see `train_ensembles`.
@@ -35,6 +35,7 @@ from torch.nn.functional import softplus
 
 from agents.graphs import WARM_UP, Capture, CaptureError, default_capture, side_stream, warn_eager
 from agents.randomness import generator
+from agents.rollout import Penalty, Step
 from envs.errors import UserError
 
 # what torch.optim.Adam(fused=True) calls, without that class's bookkeeping
@@ -91,6 +92,9 @@ class Ensemble:
 
     `tensors` holds everything: weights `(E, in, out)`, biases `(E, 1, out)`, `max_logvar`, `min_logvar` `(D,)`, and
     the input statistics `mean`, `std` `(S + A,)`. `elites` are indices into E.
+
+    It is a `Dynamics` (`agents.rollout`) that carries nothing from step to step: for every row and step an elite is
+    drawn and its Gaussian sampled, for the state change and for the reward (RAVL `rollout_generation.py:33-46`).
     """
 
     def __init__(self, tensors: dict[str, Tensor], elites: list[int], observation_dim: int) -> None:
@@ -173,6 +177,52 @@ class Ensemble:
         layers = [(self.tensors[f"W{i}"], self.tensors[f"b{i}"]) for i in range(self.num_layers)]
         return [(w.index_select(0, elites), b.index_select(0, elites)) for w, b in layers], position_E
 
+    # ---- as the dynamics of rollouts ----------------------------------------------------------------------------
+
+    @property
+    def num_noises(self) -> int:
+        return self.num_outputs
+
+    @property
+    def choices(self) -> list[int]:
+        return self.elites
+
+    @property
+    def floats_per_row(self) -> int:
+        widest = max(bias.shape[-1] for name, bias in self.tensors.items() if name.startswith("b"))
+        return 3 * self.size * widest
+
+    def begin(self, obs_MBS: Tensor, states_MBX: Tensor | None) -> None:
+        return None
+
+    def step(
+        self, carried_MBX: Tensor | None, state_action_MBY: Tensor, noise_MBZ: Tensor, choice_MB: Tensor,
+        penalty: Penalty | None, next_obs_MBS: Tensor,
+    ) -> Step:  # fmt: skip
+        m, b, y = state_action_MBY.shape
+        inputs, member, cost = state_action_MBY.reshape(m * b, y), choice_MB.reshape(-1), None
+        if penalty is None:
+            mean, std = self.predict_drawn(inputs, member)
+        else:
+            means, stds = self.predict_all(inputs)
+            row = torch.arange(len(member), device=member.device)
+            mean, std, cost = means[member, row], stds[member, row], penalty(stds).view(m, b)
+        sample = torch.addcmul(mean.view(m, b, -1), std.view(m, b, -1), noise_MBZ)
+        torch.add(state_action_MBY[..., : self.observation_dim], sample[..., :-1], out=next_obs_MBS)
+        return Step(sample[..., -1], cost, None)
+
+    # ---- copies -------------------------------------------------------------------------------------------------
+
+    def untrained(self, seed: int) -> Ensemble:
+        """An ensemble of this architecture with the weights that training with a seed begins with; it has the input
+        statistics, the bounds of the log-variances and the elites of this one."""
+        sizes = [self.tensors["W0"].shape[1], *(self.tensors[f"W{i}"].shape[2] for i in range(self.num_layers))]
+        tensors = dict(self.tensors)
+        for i, layer in enumerate(_Networks.layers(sizes, _initial_rows(seed, self.size, sizes))):
+            for name, part in ((f"W{i}", layer[:, :-1]), (f"b{i}", layer[:, -1:])):
+                tensors[name] = part.clone(memory_format=torch.contiguous_format).to(self.device)
+        return Ensemble(tensors, self.elites, self.observation_dim)
+
     def to(self, device: torch.device | str) -> Ensemble:
         return Ensemble({k: v.to(device) for k, v in self.tensors.items()}, self.elites, self.observation_dim)
 
@@ -191,6 +241,19 @@ def _outputs(x_EBX: Tensor, weights: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         if layer < len(weights) - 1:
             x_EBX = torch.nn.functional.silu(x_EBX, inplace=not x_EBX.requires_grad)
     return x_EBX
+
+
+def _initial_rows(seed: int, size: int, sizes: Sequence[int]) -> Tensor:
+    """Parameters `(E, F)` of `size` members before training: truncated normal weights, std 1 / (2 sqrt(fan_in)), cut at
+    two standard deviations; zero biases. Drawn on the CPU."""
+    draw = generator(seed, "init dynamics")
+    rows_EF = torch.zeros(size, _Networks.num_parameters(sizes))
+    for layer in _Networks.layers(sizes, rows_EF):
+        weight = layer[:, :-1]
+        bound = 1.0 / (2.0 * math.sqrt(weight.shape[1]))
+        drawn = torch.empty(weight.shape)
+        weight.copy_(torch.nn.init.trunc_normal_(drawn, 0.0, bound, -2 * bound, 2 * bound, generator=draw))
+    return rows_EF
 
 
 @dataclass(frozen=True)
@@ -444,7 +507,8 @@ class EnsembleTrainer:
 
         self._courses = [_Course(place, config, config.learning_rate) for place, config in enumerate(configs)]
         self._results: dict[int, Ensemble | UserError] = {}
-        self._rows_GF = torch.cat([self._initial(config) for config in configs])
+        rows = [_initial_rows(config.seed, size, self._sizes) for config in configs]
+        self._rows_GF = torch.cat(rows).to(self.device)
         bounds_2D = torch.tensor([[0.5], [-10.0]], device=self.device).expand(2, targets.shape[1])
         self._bounds_P2D = bounds_2D.repeat(len(configs), 1, 1)  # max_logvar, min_logvar
         self._bounds_coef_21 = torch.tensor([[0.01], [-0.01]], device=self.device)
@@ -460,17 +524,6 @@ class EnsembleTrainer:
 
     def _draw(self, config: DynamicsConfig, purpose: str, *counters: int) -> torch.Generator:
         return generator(config.seed, purpose, *counters, device=self.device)
-
-    def _initial(self, config: DynamicsConfig) -> Tensor:
-        """Truncated normal weights, std 1 / (2 sqrt(fan_in)), cut at two standard deviations; zero biases `(E, F)`."""
-        draw = generator(config.seed, "init dynamics")
-        rows_EF = torch.zeros(config.ensemble_size, _Networks.num_parameters(self._sizes))
-        for layer in _Networks.layers(self._sizes, rows_EF):
-            weight = layer[:, :-1]
-            bound = 1.0 / (2.0 * math.sqrt(weight.shape[1]))
-            drawn = torch.empty(weight.shape)
-            weight.copy_(torch.nn.init.trunc_normal_(drawn, 0.0, bound, -2 * bound, 2 * bound, generator=draw))
-        return rows_EF.to(self.device)
 
     def _bind(self) -> None:
         """Make what a step works with from the parameters and moments."""

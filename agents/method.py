@@ -1,7 +1,8 @@
 """What a method is to the rest of the system, and how one is found by name.
 
 A method is one module of this package, `agents/<name>.py`, beside `agents/<name>.yaml` with its papers' settings. The
-module defines `METHOD`, a class with the interface of `Method`. Nothing else has to be edited to add one.
+module defines `METHOD`, a class with the interface of `Method`. Nothing else has to be edited to add one:
+docs/adding_a_method.md goes through one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import difflib
 import fnmatch
 import importlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,18 +24,35 @@ import torch
 import yaml
 from torch import Tensor
 
-from agents.dynamics import Ensemble
+import agents
 from agents.networks import StackedMLP
-from agents.rollout import Penalty, Rollout, RolloutStatistics, draw
+from agents.rollout import Dynamics, Penalty, Rollout, RolloutStatistics, draw
 from envs.dataset import Dataset
 from envs.errors import UserError
 from envs.termination import termination_rule
 from envs.transforms import STD_OFFSET
 
 
-def per_member(default: Any) -> Any:
-    """A config field that only enters arithmetic: runs that differ in it can share a pack."""
-    return dataclasses.field(default=default, metadata={"per_member": True})
+def per_member(default: Any, *, off_at_zero: bool = False) -> Any:
+    """A config field that only enters arithmetic: runs that differ in it can share a pack.
+
+    Args:
+        off_at_zero: a weight that leaves something out of the computation where it is 0; runs with and without it do
+            not share a pack.
+    """
+    return dataclasses.field(default=default, metadata={"per_member": True, "off_at_zero": off_at_zero})
+
+
+def common_settings(config: Any) -> dict[str, Any]:
+    """What runs of a pack agree in: the config without its fields per member, but with whether those that can be off
+    are."""
+    plain = dataclasses.asdict(config)
+    for item in dataclasses.fields(config):
+        if item.metadata.get("off_at_zero"):
+            plain[item.name] = plain[item.name] != 0
+        elif item.metadata.get("per_member"):
+            del plain[item.name]
+    return plain
 
 
 @dataclass(frozen=True)
@@ -42,7 +61,10 @@ class TrainingData:
 
     Shapes: `(N, S)`, `(N, A)`, `(N,)`, `(N, S)`, `(N,)`; mean and standard deviation `(S,)` where the dataset's
     observations are standardised. `return_range` is the best less the worst return of the complete episodes, in the
-    units of `rewards` but without a shift; None where no two episodes differ.
+    units of `rewards` but without a shift; None where no two episodes differ. `rewards` are reward_scale times the
+    environment's plus reward_shift. `action_low` and `action_high`, `(A,)` on the CPU, are the environment's bounds;
+    None: -1 and 1. `states` `(N, X)`, float64, are the dataset's, where it has any: in memory that may be mapped from a
+    file and must not be written to, whatever the device, since the simulator that takes them runs on the CPU.
     """
 
     env_id: str
@@ -54,6 +76,11 @@ class TrainingData:
     observation_mean: Tensor | None = None
     observation_std: Tensor | None = None
     return_range: float | None = None
+    reward_scale: float = 1.0
+    reward_shift: float = 0.0
+    action_low: Tensor | None = None
+    action_high: Tensor | None = None
+    states: Tensor | None = None
 
     @classmethod
     def from_dataset(
@@ -71,7 +98,10 @@ class TrainingData:
         return_range: float | None = None
         if len(returns) > 1 and returns.max() > returns.min():
             return_range = float(returns.max() - returns.min()) * abs(scaling.reward_scale)
-        return cls(dataset.env_id, obs, action, reward, next_obs, done, mean, std, return_range)
+        return cls(
+            dataset.env_id, obs, action, reward, next_obs, done, mean, std, return_range, scaling.reward_scale,
+            scaling.reward_shift, torch.tensor(action_low), torch.tensor(action_high), _shared(dataset.states),
+        )  # fmt: skip
 
     def standardised(self) -> TrainingData:
         """The same data with observations of zero mean and unit standard deviation, (s - mean) / (std + 1e-3) with the
@@ -101,7 +131,10 @@ class TrainingData:
                 "set method.reward_scale=none, and a number as reward_scale in the dataset's name if one is wanted"
             )
         factor = target / self.return_range
-        return dataclasses.replace(self, rewards=self.rewards * factor, return_range=target)
+        return dataclasses.replace(
+            self, rewards=self.rewards * factor, return_range=target, reward_scale=self.reward_scale * factor,
+            reward_shift=self.reward_shift * factor,
+        )  # fmt: skip
 
     @property
     def termination(self) -> Termination:
@@ -117,6 +150,15 @@ class TrainingData:
     @property
     def action_dim(self) -> int:
         return self.actions.shape[1]
+
+
+def _shared(values: np.ndarray | None) -> Tensor | None:
+    """A tensor of an array's own memory: who does not use it does not pay for it."""
+    if values is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's about arrays that are read-only, as mapped ones are
+        return torch.from_numpy(values)
 
 
 @dataclass(frozen=True)
@@ -174,7 +216,7 @@ class Termination:
 
 @dataclass(frozen=True)
 class RolloutJob:
-    """One shard of the model rollouts of one or several members: a pure function of its fields and the ensemble.
+    """One shard of the model rollouts of one or several members: a pure function of its fields and the dynamics.
 
     Everything lies on one device, and there the shard is computed.
     """
@@ -189,15 +231,15 @@ class RolloutJob:
     length: int  # steps
     penalty: Penalty | None
     penalty_coef: Tensor  # (M,)
+    start_states: Tensor | None = None  # (M, B, X) float64, of the simulator, where they are known and wanted
 
-    def run(self, ensemble: Ensemble) -> RolloutResult:
+    def run(self, dynamics: Dynamics) -> RolloutResult:
         draws = draw(
-            self.seeds, self.epoch, self.shard, self.starts.shape[1], self.length, self.actor.sizes[-1] // 2, ensemble,
+            self.seeds, self.epoch, self.shard, self.starts.shape[1], self.length, self.actor.sizes[-1] // 2, dynamics,
             self.starts.device,
         )  # fmt: skip
-        rollout = Rollout(self.actor, ensemble, self.termination, self.penalty, self.penalty_coef)
-        rows, statistics = zip(*rollout(self.starts, draws), strict=True)
-        return RolloutResult(self.members, rows, statistics)
+        rollout = Rollout(self.actor, dynamics, self.termination, self.penalty, self.penalty_coef)
+        return RolloutResult(self.members, *zip(*rollout(self.starts, draws, self.start_states), strict=True))
 
 
 @dataclass(frozen=True)
@@ -206,6 +248,7 @@ class RolloutResult:
 
     members: tuple[int, ...]
     rows: tuple[Tensor, ...]  # (n, W) of each member
+    tags: tuple[Tensor, ...]  # (n,) int8 of each member: step and half of the starts (see `agents.rollout`)
     statistics: tuple[RolloutStatistics, ...]
 
 
@@ -217,6 +260,14 @@ class Method(Protocol):
     @staticmethod
     def stages(config: Any) -> dict[str, Stage]:
         """What has to exist before a run can start, by the name under which `__init__` receives it."""
+
+    @staticmethod
+    def check_environment(config: Any, env_id: str) -> None:
+        """Called before any compute is spent.
+
+        Raises:
+            UserError: runs of this configuration need something that is not known of the environment.
+        """
 
     def __init__(
         self,
@@ -231,7 +282,7 @@ class Method(Protocol):
     def num_members(self) -> int: ...
 
     @property
-    def ensemble(self) -> Ensemble:
+    def dynamics(self) -> Dynamics:
         """The dynamics that the rollout jobs are to be run in; asked for only where there are jobs."""
 
     def rollout_jobs(self, epoch: int) -> list[RolloutJob]:
@@ -242,6 +293,10 @@ class Method(Protocol):
 
     def train_epoch(self, epoch: int) -> list[dict[str, float]]:
         """One epoch of gradient updates; metrics per member."""
+
+    def diagnostics(self, epoch: int) -> list[dict[str, float]]:
+        """What is measured at an evaluation after so many epochs, per member: finite values, nothing where there is
+        nothing to measure. It changes nothing."""
 
     def policy(self, member: int) -> dict[str, np.ndarray]:
         """A member's policy as the arrays of a policy file (`envs.policies`): actions in [-1, 1] for observations as
@@ -255,9 +310,14 @@ class Method(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+def _settings_files() -> dict[str, Path]:
+    """Every method's settings by its name."""
+    return {path.stem: path for folder in agents.__path__ for path in sorted(Path(folder).glob("*.yaml"))}
+
+
 def method_names() -> list[str]:
     """Every method of this package."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
+    return sorted(_settings_files())
 
 
 def load_method(name: str) -> type[Method]:
@@ -275,7 +335,7 @@ def load_method(name: str) -> type[Method]:
 @cache
 def settings_file(name: str) -> dict[str, Any]:
     """The content of `agents/<name>.yaml`."""
-    return yaml.safe_load((Path(__file__).parent / f"{name}.yaml").read_text())
+    return yaml.safe_load(_settings_files()[name].read_text())
 
 
 def method_settings(name: str, dataset: str, variant: str | None) -> tuple[str, dict[str, Any]]:
@@ -286,6 +346,9 @@ def method_settings(name: str, dataset: str, variant: str | None) -> tuple[str, 
 
     Returns:
         The variant and its settings: the blocks whose pattern matches the dataset, later ones over earlier ones.
+
+    Raises:
+        UserError: the method has no such variant, or see `variant_blocks`.
     """
     content = settings_file(name)
     variant = content["default_variant"] if variant is None else variant
@@ -293,8 +356,41 @@ def method_settings(name: str, dataset: str, variant: str | None) -> tuple[str, 
         known = ", ".join(content["variants"])
         raise UserError(f"method {name} has no variant {variant!r}; choose one of: {known}")
     merged: dict[str, Any] = {}
-    for pattern, block in content["variants"][variant].items():
+    for pattern, block in variant_blocks(name, variant).items():
         if fnmatch.fnmatchcase(dataset, pattern):
-            for key, value in block.items():
-                merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+            merged = _over(merged, block)
     return variant, copy.deepcopy(merged)  # the file's content is kept for other callers
+
+
+def variant_blocks(name: str, variant: str) -> dict[str, dict[str, Any]]:
+    """The blocks of a variant by the pattern of their datasets, in the order in which they apply.
+
+    With `extends: other` they are those of the other variant: a block with the same pattern goes over the other's, in
+    its place, and further ones come after all of them.
+
+    Raises:
+        UserError: `extends` names no variant, or leads back to where it came from.
+    """
+    variants, chain = settings_file(name)["variants"], [variant]
+    while (parent := variants[chain[-1]].get("extends")) is not None:
+        if parent not in variants:
+            raise UserError(
+                f"agents/{name}.yaml: {chain[-1]} extends {parent!r}, which is none of {', '.join(variants)}"
+            )
+        if parent in chain:
+            raise UserError(f"agents/{name}.yaml: {' extends '.join([*chain, parent])}: a variant cannot extend itself")
+        chain.append(parent)
+    blocks: dict[str, dict[str, Any]] = {}
+    for link in reversed(chain):
+        for pattern, block in variants[link].items():
+            if pattern != "extends":
+                blocks[pattern] = _over(blocks.get(pattern, {}), block)
+    return blocks
+
+
+def _over(block: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """A block with another's values over its own, key by key, inside `dynamics` too."""
+    merged = dict(block)
+    for key, value in upper.items():
+        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+    return merged

@@ -1,6 +1,8 @@
 """What the model-based methods share: soft actor-critic on a mix of real rows and model rollouts (MBPO, Janner et al.
 2019).
 
+Rollouts step through a learned ensemble, or through dynamics that are better or worse: see `agents.model_quality`.
+
 An epoch is one rollout phase followed by `updates_per_epoch` gradient updates. Each batch holds int(real_ratio *
 batch_size) rows of the dataset, the rest come from the member's own ring of model rows.
 """
@@ -21,9 +23,9 @@ from torch import Tensor
 
 from agents.chunk import ChunkRunner
 from agents.config import SACConfig, actor_lr_scale, check_positive, make_sac
+from agents.diagnostics import EdgeTest, Standardiser, measure
 from agents.dynamics import (
     DynamicsConfig,
-    Ensemble,
     EpochReport,
     together_settings,
     train_ensemble,
@@ -31,11 +33,14 @@ from agents.dynamics import (
 )
 from agents.graphs import default_capture
 from agents.method import BuildTogether, RolloutJob, RolloutResult, Stage, TrainingData
+from agents.model_quality import check_quality, dynamics_of_quality
 from agents.policies import squashed_arrays
 from agents.randomness import generator
 from agents.replay import Replay, transition_rows
-from agents.rollout import Penalty, shard_size
+from agents.rollout import MAX_LENGTH, Penalty, shard_size
 from envs.errors import UserError
+from envs.reach import exact_edge_test
+from envs.termination import termination_rule
 
 
 @dataclass
@@ -46,13 +51,23 @@ class ModelBasedConfig(SACConfig):
     rollout_batch: int = 50_000  # starts per epoch
     rollout_epochs_retained: int = 5  # ring capacity in epochs of full-length rollouts
     real_ratio: float = 0.05  # fraction of the batch, truncated to rows
+    # of the rollouts' dynamics: -1 an untrained ensemble, 0 the learned one, 1 the environment's own; between them
+    # next observations and rewards are interpolated (RAVL, Figure 1)
+    model_quality: float = 0.0
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "rollout_length", "rollout_batch", "rollout_epochs_retained")
+        if self.rollout_length > MAX_LENGTH:
+            raise UserError(f"method.rollout_length={self.rollout_length} must be at most {MAX_LENGTH}")
         if not 0 <= self.real_ratio <= 1:
             raise UserError(f"method.real_ratio={self.real_ratio} must lie between 0 and 1")
+        if not -1 <= self.model_quality <= 1:
+            raise UserError(
+                f"method.model_quality={self.model_quality} must lie between -1 (an untrained model) and 1 (the true "
+                "dynamics); 0 is the learned model"
+            )
 
 
 def ensemble_stage(config: DynamicsConfig) -> Stage:
@@ -107,7 +122,9 @@ class ModelBasedSAC:
         self.configs, self.seeds, self.data = list(configs), list(seeds), data
         self.shared = shared = configs[0]  # what is not per member is equal in a pack
         self.device = torch.device(device)
-        self.ensemble: Ensemble = Ensemble.from_state_dict(artifacts["dynamics"]).to(self.device)
+        self.dynamics = dynamics_of_quality(
+            shared.model_quality, artifacts.get("dynamics"), shared.dynamics.seed, data, self.device
+        )
         self.sac = make_sac(configs, self.seeds, data.observation_dim, data.action_dim, device)
         self.num_real = int(shared.real_ratio * shared.batch_size)
         self.num_starts = shared.rollout_batch
@@ -116,10 +133,16 @@ class ModelBasedSAC:
         needs_model = self.num_real < shared.batch_size
         self.replay = Replay(real, len(self.seeds), capacity if needs_model else 0, device)
         self._runner = self._make_runner()
+        self._standardiser: Standardiser | None = None
 
     @staticmethod
     def stages(config: ModelBasedConfig) -> dict[str, Stage]:
-        return {"dynamics": ensemble_stage(config.dynamics)}
+        return {} if config.model_quality == 1 else {"dynamics": ensemble_stage(config.dynamics)}
+
+    @staticmethod
+    def check_environment(config: ModelBasedConfig, env_id: str) -> None:
+        termination_rule(env_id)
+        check_quality(config.model_quality, env_id)
 
     @property
     def num_members(self) -> int:
@@ -135,7 +158,7 @@ class ModelBasedSAC:
         if not self.replay.capacity:
             return []
         length = self.shared.rollout_length
-        size, rows = shard_size(self.device, self.sac.actor, self.ensemble, length)
+        size, rows = shard_size(self.device, self.sac.actor, self.dynamics, length)
         termination, jobs = self.data.termination, []
         for members in (range(m, min(m + size, self.num_members)) for m in range(0, self.num_members, size)):
             seeds, actor = tuple(self.seeds[m] for m in members), self.sac.actor.select(members)
@@ -144,9 +167,14 @@ class ModelBasedSAC:
             for shard, index_MB in enumerate(starts_MB.split(rows, dim=1)):
                 jobs.append(RolloutJob(
                     tuple(members), seeds, epoch, shard, termination, actor,
-                    self.data.observations[index_MB], length, type(self).penalty, coef,
+                    self.data.observations[index_MB], length, type(self).penalty, coef, self._states(index_MB),
                 ))  # fmt: skip
         return jobs
+
+    def _states(self, index_MB: Tensor) -> Tensor | None:
+        """The simulator's states `(M, B, X)` of rows of the dataset, if rollouts step through it and it is known."""
+        states = self.data.states if self.shared.model_quality > 0 else None
+        return None if states is None else states[index_MB.to(states.device)]
 
     def _draw_starts(self, seed: int, epoch: int) -> Tensor:
         """Row numbers `(num_starts,)` of the dataset, without replacement where it has enough of them."""
@@ -165,7 +193,7 @@ class ModelBasedSAC:
                 raise ValueError(f"no rollouts for member {m} of {self.num_members}")
             total = reduce(operator.add, (result.statistics[place] for result, place in mine))
             for result, place in mine:
-                self.replay.add(m, result.rows[place])
+                self.replay.add(m, result.rows[place], result.tags[place])
             count = max(total.transitions, 1)
             metrics = {
                 "rollout/transitions": float(total.transitions),
@@ -192,6 +220,32 @@ class ModelBasedSAC:
         return self._runner.run_epoch(
             self.seeds, epoch, cfg.updates_per_epoch, self.num_real, num_model, self.data.action_dim
         )
+
+    # ---- diagnostics ------------------------------------------------------------------------------------------
+
+    def diagnostics(self, epoch: int) -> list[dict[str, float]]:
+        """Edge-of-reach metrics `reach/*` of every member (see `agents.diagnostics`); nothing changes by them.
+
+        Args:
+            epoch: number of epochs done; counts the draws.
+
+        Returns:
+            Finite values; what is not defined is left out, everything where there are no model rows.
+        """
+        if self._standardiser is None:  # made once, of the whole dataset
+            self._standardiser = Standardiser(self.data.observations)
+        return measure(
+            self.sac.actor, self.sac.target, self.replay, self.seeds, epoch, self.num_real / self.shared.batch_size,
+            self.shared.rollout_length, self._standardiser, self._edge_test(),
+        )  # fmt: skip
+
+    def _edge_test(self) -> EdgeTest | None:
+        """The environment's exact test, for observations as the rows have them."""
+        test, mean, std = exact_edge_test(self.data.env_id), self.data.observation_mean, self.data.observation_std
+        if test is None or mean is None or std is None:
+            return test
+        mean, std = mean.to(self.device), std.to(self.device)
+        return lambda obs, length: test(obs * std + mean, length)
 
     # ---- members and checkpoints --------------------------------------------------------------------------------
 

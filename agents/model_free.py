@@ -18,12 +18,12 @@ from torch import Tensor
 
 from agents.chunk import ChunkRunner, Updater
 from agents.config import ScheduleConfig
-from agents.dynamics import Ensemble
 from agents.graphs import default_capture
 from agents.method import RolloutJob, RolloutResult, Stage, TrainingData
 from agents.networks import StackedMLP
 from agents.policies import with_standardisation
 from agents.replay import Replay, transition_rows
+from agents.rollout import Dynamics
 
 
 class PackUpdater(Updater, Protocol):
@@ -80,13 +80,17 @@ class ModelFree(ABC):
     def stages(config: Any) -> dict[str, Stage]:
         return {}
 
+    @staticmethod
+    def check_environment(config: Any, env_id: str) -> None:
+        return None
+
     @property
     def num_members(self) -> int:
         return len(self.seeds)
 
     @property
-    def ensemble(self) -> Ensemble:
-        raise ValueError("a model-free method has no dynamics ensemble")
+    def dynamics(self) -> Dynamics:
+        raise ValueError("a model-free method has no dynamics")
 
     def rollout_jobs(self, epoch: int) -> list[RolloutJob]:
         return []
@@ -104,6 +108,9 @@ class ModelFree(ABC):
         return self._runner.run_epoch(self.seeds, epoch, cfg.updates_per_epoch, cfg.batch_size, 0, self.data.action_dim)
 
     # ---- members and checkpoints --------------------------------------------------------------------------------
+
+    def diagnostics(self, epoch: int) -> list[dict[str, float]]:
+        return [{} for _ in range(self.num_members)]
 
     def policy(self, member: int) -> dict[str, np.ndarray]:
         arrays = self.actor_arrays(member)

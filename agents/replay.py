@@ -2,6 +2,9 @@
 
 A row holds one transition, columns `[s, a, r, d, s']` (widths S, A, 1, 1, S), so a minibatch of all members is one
 gather and `[s, a]` is a slice of it. d is 1 for true terminals only: a time limit does not end the value of a state.
+
+Beside every row lies a tag of one byte that says where in which rollout it was made (see `agents.rollout`), 0 for what
+no rollout has made. Updates do not look at it.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ class Replay:
         num_members: M.
         capacity: rows of each member's ring (0: none).
         device: the learner's device; rows are kept and gathered there.
+
+    Attributes:
+        tags: `(N + M * capacity,)` int8, of the row numbers that `gather` takes.
     """
 
     def __init__(self, real: Tensor, num_members: int, capacity: int, device: torch.device | str = "cpu") -> None:
@@ -35,20 +41,24 @@ class Replay:
         self.device = torch.device(device)
         self._rows = torch.empty((self.num_real + num_members * capacity, self.width), device=device)
         self._rows[: self.num_real] = real.to(device)
+        self.tags = torch.zeros(len(self._rows), dtype=torch.int8, device=device)
         self.sizes = [0] * num_members
         self._cursors = [0] * num_members
 
     def _start(self, member: int) -> int:
         return self.num_real + member * self.capacity
 
-    def add(self, member: int, rows: Tensor) -> None:
-        """Append rows `(n, W)` to a member's ring; the oldest are overwritten when it is full."""
+    def add(self, member: int, rows: Tensor, tags: Tensor | None = None) -> None:
+        """Append rows `(n, W)` to a member's ring, with tags `(n,)` or 0; a full ring forgets its oldest."""
         if len(rows) > self.capacity:
             raise ValueError(f"{len(rows)} rows do not fit a ring of {self.capacity}")
         start, cursor = self._start(member), self._cursors[member]
         first = min(len(rows), self.capacity - cursor)
-        self._rows[start + cursor : start + cursor + first] = rows[:first].to(self._rows.device)
-        self._rows[start : start + len(rows) - first] = rows[first:].to(self._rows.device)
+        if tags is None:
+            tags = torch.zeros(len(rows), dtype=torch.int8, device=rows.device)
+        for ring, new in ((self._rows, rows), (self.tags, tags)):
+            ring[start + cursor : start + cursor + first] = new[:first].to(ring.device)
+            ring[start : start + len(new) - first] = new[first:].to(ring.device)
         self._cursors[member] = (cursor + len(rows)) % self.capacity
         self.sizes[member] = min(self.sizes[member] + len(rows), self.capacity)
 
@@ -72,28 +82,41 @@ class Replay:
         """Rows `(M, B, W)` for row numbers `(M, B)`."""
         return self._rows.index_select(0, indices_MB.reshape(-1)).view(*indices_MB.shape, self.width)
 
+    def gather_tagged(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows `(..., W)` and their tags `(...)` for row numbers `(...)`."""
+        return self.gather(indices), self.tags.index_select(0, indices.reshape(-1)).view(indices.shape)
+
     def member_rows(self, member: int) -> Tensor:
         """The filled part of a member's ring, `(n, W)`, oldest not first."""
+        return self._rows[self._filled(member)]
+
+    def member_tags(self, member: int) -> Tensor:
+        """The tags of `member_rows`, `(n,)`."""
+        return self.tags[self._filled(member)]
+
+    def _filled(self, member: int) -> slice:
         start = self._start(member)
-        return self._rows[start : start + self.sizes[member]]
+        return slice(start, start + self.sizes[member])
 
     def select(self, members: Sequence[int]) -> Replay:
         """A replay with some members only; their rings are copied."""
         other = Replay(self._rows[: self.num_real], len(members), self.capacity, self._rows.device)
         for new, old in enumerate(members):
-            other._restore(new, self.member_rows(old), self._cursors[old])
+            other._restore(new, self.member_rows(old), self.member_tags(old), self._cursors[old])
         return other
 
-    def _restore(self, member: int, rows: Tensor, cursor: int) -> None:
-        start = self._start(member)
-        self._rows[start : start + len(rows)] = rows.to(self._rows.device)
+    def _restore(self, member: int, rows: Tensor, tags: Tensor, cursor: int) -> None:
         self.sizes[member], self._cursors[member] = len(rows), cursor
+        filled = self._filled(member)
+        self._rows[filled], self.tags[filled] = rows.to(self._rows.device), tags.to(self.tags.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rings and their cursors; the dataset's rows are not part of a checkpoint."""
+        """The rings, their tags and cursors; the dataset's rows are not part of a checkpoint."""
         rings = [self.member_rows(m).clone() for m in range(self.num_members)]
-        return {"rings": rings, "cursors": list(self._cursors)}
+        tags = [self.member_tags(m).clone() for m in range(self.num_members)]
+        return {"rings": rings, "tags": tags, "cursors": list(self._cursors)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for member, (rows, cursor) in enumerate(zip(state["rings"], state["cursors"], strict=True)):
-            self._restore(member, rows, cursor)
+        of_members = zip(state["rings"], state["tags"], state["cursors"], strict=True)
+        for member, (rows, tags, cursor) in enumerate(of_members):
+            self._restore(member, rows, tags, cursor)

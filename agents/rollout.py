@@ -8,20 +8,25 @@ with the same numbers:
 - on a GPU *masked*, all members at once: shapes stay fixed, and what is worth keeping is picked at the end, so that no
   step waits for the device.
 
-Shapes: M member, K step, B start, S observation, A action, D = S + 1 outputs of the dynamics, W = 2S + A + 2 columns
-of a row (see `agents.replay`), R row.
+What they step through is anything with the interface of `Dynamics`: an ensemble (`agents.dynamics`), the environment's
+simulator (`agents.true_dynamics`), or something between two of these (`agents.model_quality`).
+
+Every row has a tag of one byte: its step 1..K, negative where its rollout started at an odd place of its shard. So two
+rows whose signs differ are certainly of two rollouts.
+
+Shapes: M member, K step, B start, S observation, A action, E ensemble, D = S + 1 outputs of an ensemble, X simulator
+state, Z standard normal draws of a step, W = 2S + A + 2 columns of a row (see `agents.replay`), R row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from agents.dynamics import Ensemble
 from agents.networks import StackedMLP
 from agents.randomness import generator
 from agents.sac import squashed_sample
@@ -29,8 +34,59 @@ from agents.sac import squashed_sample
 SHARD_ROWS = 2_500  # starts of a shard on a CPU: its activations stay in a core's cache
 DEVICE_SHARD_ROWS = 25_000  # starts of a shard on a GPU, of each member
 DEVICE_JOB_BYTES = 4 << 30  # of GPU memory that one job may take, unless a single member takes more
+MAX_LENGTH = 127  # steps: what a tag can count
 
-Penalty = Callable[[Tensor], Tensor]  # standard deviations (E, B, D) -> penalty (B,)
+Penalty = Callable[[Tensor], Tensor]  # standard deviations of an ensemble (E, B, D) -> penalty (B,)
+
+
+class Step(NamedTuple):
+    """What a step of M x B rollouts leaves beside the next observations."""
+
+    reward_MB: Tensor  # without penalty
+    penalty_MB: Tensor | None  # None without a penalty function
+    carried_MBX: Tensor | None
+
+
+class Dynamics(Protocol):
+    """What rollouts step through, in observations and rewards as the dataset has them and actions in [-1, 1].
+
+    A rollout may carry a state of its own from step to step, which belongs to the dynamics: for a simulator its exact
+    state, of which observations show a rounded, perhaps clipped part.
+    """
+
+    @property
+    def observation_dim(self) -> int: ...
+
+    @property
+    def num_noises(self) -> int:
+        """Z, the standard normal draws that a step of a row takes."""
+
+    @property
+    def choices(self) -> Sequence[int]:
+        """Numbers of which a step of a row takes one, drawn uniformly: an ensemble's elites."""
+
+    @property
+    def floats_per_row(self) -> int:
+        """About how many floats of the learner's device a step needs at once for a row."""
+
+    def begin(self, obs_MBS: Tensor, states_MBX: Tensor | None) -> Tensor | None:
+        """What is carried into the first step, `(M, B, X)`, if anything is.
+
+        Args:
+            obs_MBS: the first observations.
+            states_MBX: the simulator's states that belong to them, float64, where they are known.
+        """
+
+    def step(
+        self, carried_MBX: Tensor | None, state_action_MBY: Tensor, noise_MBZ: Tensor, choice_MB: Tensor,
+        penalty: Penalty | None, next_obs_MBS: Tensor,
+    ) -> Step:  # fmt: skip
+        """One step; the next observations are written to `next_obs_MBS`.
+
+        Args:
+            state_action_MBY: columns `[s, a]`, Y = S + A.
+            penalty: of the standard deviations of an ensemble, wherever there is one.
+        """
 
 
 @dataclass(frozen=True)
@@ -48,7 +104,15 @@ class RolloutStatistics:
         return RolloutStatistics(**{k: mine[k] + theirs[k] for k in mine})
 
 
-def shard_size(device: torch.device, actor: StackedMLP, ensemble: Ensemble, length: int) -> tuple[int, int]:
+class Gathered(NamedTuple):
+    """What a member gathers in a shard."""
+
+    rows: Tensor  # (n, W)
+    tags: Tensor  # (n,) int8
+    statistics: RolloutStatistics
+
+
+def shard_size(device: torch.device, actor: StackedMLP, dynamics: Dynamics, length: int) -> tuple[int, int]:
     """How a device's work is divided: members of a job, and starts that it has of each.
 
     The number of starts decides what is drawn, so it does not depend on the pack.
@@ -58,48 +122,45 @@ def shard_size(device: torch.device, actor: StackedMLP, ensemble: Ensemble, leng
     """
     if device.type == "cpu":
         return 1, SHARD_ROWS
-    s, d = ensemble.observation_dim, ensemble.num_outputs
-    a = actor.sizes[-1] // 2
-    widest = max(bias.shape[-1] for name, bias in ensemble.tensors.items() if name.startswith("b"))
+    s, a = dynamics.observation_dim, actor.sizes[-1] // 2
     # of one start: a layer's input and output with something to spare; the rows twice, as made and as picked; the draws
-    floats = 3 * (ensemble.size * widest + max(actor.sizes)) + length * (2 * (2 * s + a + 2) + a + d + 2)
+    per_step = 2 * (2 * s + a + 2) + a + dynamics.num_noises + 2
+    floats = dynamics.floats_per_row + 3 * max(actor.sizes) + length * per_step
     return max(1, DEVICE_JOB_BYTES // (4 * floats * DEVICE_SHARD_ROWS)), DEVICE_SHARD_ROWS
 
 
 class Draws(NamedTuple):
-    """All that is random in a shard of M members; X = A + D."""
+    """All that is random in a shard of M members; V = A + Z."""
 
-    noise_MKBX: Tensor  # standard normal: A columns for the policy, D for the dynamics
-    elite_MKB: Tensor  # the ensemble member that predicts
+    noise_MKBV: Tensor  # standard normal: A columns for the policy, Z for the dynamics
+    choice_MKB: Tensor  # of the dynamics: the ensemble member that predicts
 
 
 def draw(
-    seeds: Sequence[int], epoch: int, shard: int, num_starts: int, length: int, action_dim: int, ensemble: Ensemble,
+    seeds: Sequence[int], epoch: int, shard: int, num_starts: int, length: int, action_dim: int, dynamics: Dynamics,
     device: torch.device,
 ) -> Draws:  # fmt: skip
-    """Draw a shard's noise and elites on its device, by one generator per member.
+    """Draw a shard's noise and choices on its device, by one generator per member.
 
     Args:
         num_starts: B, starts of each member.
         length: K, steps.
     """
-    noise = torch.empty((len(seeds), length, num_starts, action_dim + ensemble.num_outputs), device=device)
+    noise = torch.empty((len(seeds), length, num_starts, action_dim + dynamics.num_noises), device=device)
     which = torch.empty((len(seeds), length, num_starts), dtype=torch.int64, device=device)
     for m, seed in enumerate(seeds):
         source = generator(seed, "rollout", epoch, shard, device=device)
         noise[m].normal_(generator=source)
-        which[m].random_(len(ensemble.elites), generator=source)
-    return Draws(noise, torch.tensor(ensemble.elites, device=device)[which])
+        which[m].random_(len(dynamics.choices), generator=source)
+    return Draws(noise, torch.tensor(dynamics.choices, device=device)[which])
 
 
 @dataclass(frozen=True)
 class Rollout:
     """The rollouts of M members, started by calling it.
 
-    At every step and for every row an elite is drawn uniformly and its Gaussian sampled, for the state change and for
-    the reward (RAVL `rollout_generation.py:33-46`). A terminal transition is kept with d = 1 and its row ends; a
-    transition with a value that is not finite is dropped and ends its row too. Without a penalty only the drawn elites
-    are evaluated.
+    At every step the policy and the dynamics are sampled for every row. A terminal transition is kept with d = 1 and
+    its row ends; a transition with a value that is not finite is dropped and ends its row too.
 
     Args:
         actor: the members' actors, lead `(M,)`.
@@ -109,61 +170,75 @@ class Rollout:
     """
 
     actor: StackedMLP
-    ensemble: Ensemble
+    dynamics: Dynamics
     termination: Callable[[Tensor], Tensor]
     penalty: Penalty | None
     penalty_coef_M: Tensor
 
     @torch.inference_mode()
-    def __call__(self, starts_MBS: Tensor, draws: Draws) -> list[tuple[Tensor, RolloutStatistics]]:
-        """Rows (n, W) of every member, step after step, and their statistics; as many steps as `draws` has."""
-        if starts_MBS.device.type != "cpu":
-            return self.masked(starts_MBS, draws)
-        return [
-            self._of_member(m).compacting(starts_MBS[m], draws.noise_MKBX[m], draws.elite_MKB[m])
-            for m in range(len(starts_MBS))
-        ]
+    def __call__(self, starts_MBS: Tensor, draws: Draws, states_MBX: Tensor | None = None) -> list[Gathered]:
+        """What every member gathers, step after step; as many steps as `draws` has.
 
-    def compacting(self, obs_BS: Tensor, noise_KBX: Tensor, elite_KB: Tensor) -> tuple[Tensor, RolloutStatistics]:
+        Args:
+            states_MBX: the simulator's states of the starts, where they are known.
+        """
+        if starts_MBS.device.type != "cpu":
+            return self.masked(starts_MBS, draws, states_MBX)
+        parts = [starts_MBS, *draws] + ([] if states_MBX is None else [states_MBX])
+        return [self._of_member(m).compacting(*(x[m] for x in parts)) for m in range(len(starts_MBS))]
+
+    def compacting(
+        self, obs_BS: Tensor, noise_KBV: Tensor, choice_KB: Tensor, states_BX: Tensor | None = None
+    ) -> Gathered:
         """One member's rollouts; rows that have ended leave the batch."""
-        length, num_starts = elite_KB.shape
+        length, num_starts = choice_KB.shape
+        carried = self.dynamics.begin(obs_BS.unsqueeze(0), None if states_BX is None else states_BX.unsqueeze(0))
         rows = obs_BS.new_empty((length * num_starts, self._width))
+        tags = torch.empty(length * num_starts, dtype=torch.int8, device=obs_BS.device)
         filled, dropped, penalty_sum = 0, 0, 0.0
         place = torch.arange(num_starts, device=obs_BS.device)  # of the rows still alive among the starts
-        for noise, elite in zip(noise_KBX, elite_KB, strict=True):
+        half_B = _half(place)
+        for step, (noise, choice) in enumerate(zip(noise_KBV, choice_KB, strict=True)):
             if len(place) < num_starts:
-                noise, elite = noise.index_select(0, place), elite.index_select(0, place)
+                noise, choice = noise.index_select(0, place), choice.index_select(0, place)
             new = rows[filled : filled + len(place)]
-            next_obs, done, cost = self._step(*(x.unsqueeze(0) for x in (obs_BS, noise, elite, new)))
+            next_obs, done, cost, carried = self._step(carried, *(x.unsqueeze(0) for x in (obs_BS, noise, choice, new)))
             next_obs, done = next_obs.squeeze(0), done.squeeze(0)
             if not bool(new.sum().isfinite()):  # the sum is cheap; where it is finite, all are
                 finite = torch.isfinite(new).all(-1)
                 dropped += int((~finite).sum())
                 next_obs, done, kept, place = next_obs[finite], done[finite], new[finite], place[finite]
-                cost = None if cost is None else cost[:, finite]
+                cost, carried = (None if x is None else x[:, finite] for x in (cost, carried))
                 rows[filled : filled + len(kept)] = kept
             if cost is not None:
                 penalty_sum += float(cost.sum(dtype=torch.float64))
+            half = half_B if len(place) == num_starts else half_B.index_select(0, place)
+            torch.mul(half, step + 1, out=tags[filled : filled + len(place)])
             filled += len(place)
             if bool(done.any()):
                 next_obs, place = next_obs[~done], place[~done]
+                carried = None if carried is None else carried[:, ~done]
             obs_BS = next_obs
             if not len(place):
                 break
         rows = rows[:filled]
         reward_sum, terminals = rows[:, self._reward : self._reward + 2].sum(0, dtype=torch.float64).tolist()
-        return rows, RolloutStatistics(filled, int(terminals), dropped, reward_sum, penalty_sum)
+        statistics = RolloutStatistics(filled, int(terminals), dropped, reward_sum, penalty_sum)
+        return Gathered(rows, tags[:filled], statistics)
 
-    def masked(self, obs_MBS: Tensor, draws: Draws) -> list[tuple[Tensor, RolloutStatistics]]:
+    def masked(self, obs_MBS: Tensor, draws: Draws, states_MBX: Tensor | None = None) -> list[Gathered]:
         """All members' rollouts; rows that have ended go on, unheeded."""
-        members, length, num_starts = draws.elite_MKB.shape
+        members, length, num_starts = draws.choice_MKB.shape
+        carried = self.dynamics.begin(obs_MBS, states_MBX)
         rows = obs_MBS.new_empty((members, length, num_starts, self._width))
-        kept = torch.empty_like(draws.elite_MKB, dtype=torch.bool)
+        kept = torch.empty_like(draws.choice_MKB, dtype=torch.bool)
         alive = torch.ones_like(kept[:, 0])
         dropped = torch.zeros_like(self.penalty_coef_M, dtype=torch.float64)
         penalty_sum = torch.zeros_like(dropped)
         for t in range(length):
-            obs_MBS, done, cost = self._step(obs_MBS, draws.noise_MKBX[:, t], draws.elite_MKB[:, t], rows[:, t])
+            obs_MBS, done, cost, carried = self._step(
+                carried, obs_MBS, draws.noise_MKBV[:, t], draws.choice_MKB[:, t], rows[:, t]
+            )
             finite = torch.isfinite(rows[:, t]).all(-1)
             dropped += (alive & ~finite).sum(1)
             alive = torch.logical_and(alive, finite, out=kept[:, t])
@@ -177,35 +252,34 @@ class Rollout:
             RolloutStatistics(int(made), int(ended), int(lost), reward, cost)
             for made, ended, lost, reward, cost in _read(totals)
         ]
-        picked = _pick(rows.view(-1, self._width), kept.view(-1), sum(s.transitions for s in statistics))
-        return list(zip(picked.split([s.transitions for s in statistics]), statistics, strict=True))
+        counts = [s.transitions for s in statistics]
+        places = _kept_places(kept.view(-1), sum(counts))
+        picked = rows.view(-1, self._width).index_select(0, places)
+        steps = places.div(num_starts, rounding_mode="floor") % length
+        tags = (steps + 1).to(torch.int8) * _half(places % num_starts)
+        return [Gathered(*one) for one in zip(picked.split(counts), tags.split(counts), statistics, strict=True)]
 
     def _step(
-        self, obs_MBS: Tensor, noise_MBX: Tensor, elite_MB: Tensor, rows_MBW: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Write a transition of every row; next observations (M, B, S), done flags (M, B), penalties (M, B)."""
-        m, b, s = obs_MBS.shape
+        self, carried_MBX: Tensor | None, obs_MBS: Tensor, noise_MBV: Tensor, choice_MB: Tensor, rows_MBW: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Write a transition of every row.
+
+        Returns:
+            Next observations (M, B, S), done flags (M, B), penalties (M, B) and what is carried on (M, B, X).
+        """
+        s = obs_MBS.shape[-1]
         a = self._reward - s
         rows_MBW[..., :s] = obs_MBS
-        rows_MBW[..., s : s + a] = squashed_sample(self.actor.forward(obs_MBS)[0], noise_MBX[..., :a])
-        mean, std, cost = self._predict(rows_MBW[..., : s + a].reshape(m * b, s + a), elite_MB.reshape(-1))
-        sample = torch.addcmul(mean.view(m, b, -1), std.view(m, b, -1), noise_MBX[..., a:])
-        next_obs, reward = rows_MBW[..., s + a + 2 :], sample[..., -1]
-        torch.add(obs_MBS, sample[..., :-1], out=next_obs)
+        rows_MBW[..., s : s + a] = squashed_sample(self.actor.forward(obs_MBS)[0], noise_MBV[..., :a])
+        next_obs = rows_MBW[..., s + a + 2 :]
+        reward, cost, carried_MBX = self.dynamics.step(
+            carried_MBX, rows_MBW[..., : s + a], noise_MBV[..., a:], choice_MB, self.penalty, next_obs
+        )
         if cost is not None:
-            cost = cost.view(m, b)
             reward = torch.addcmul(reward, self.penalty_coef_M.unsqueeze(1), cost, value=-1.0)
         done = self.termination(next_obs)
         rows_MBW[..., s + a], rows_MBW[..., s + a + 1] = reward, done
-        return next_obs, done, cost
-
-    def _predict(self, state_action_BX: Tensor, elite_B: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Mean and standard deviation (B, D) of the drawn elites, and the penalty (B,)."""
-        if self.penalty is None:
-            return *self.ensemble.predict_drawn(state_action_BX, elite_B), None
-        mean, std = self.ensemble.predict_all(state_action_BX)
-        row = torch.arange(len(elite_B), device=elite_B.device)
-        return mean[elite_B, row], std[elite_B, row], self.penalty(std)
+        return next_obs, done, cost, carried_MBX
 
     def _of_member(self, member: int) -> Rollout:
         if self.actor.num_stacked == 1:
@@ -216,11 +290,11 @@ class Rollout:
     @property
     def _reward(self) -> int:
         """The column of the reward; the done flag's is the next."""
-        return self.ensemble.observation_dim + self.actor.sizes[-1] // 2
+        return self.dynamics.observation_dim + self.actor.sizes[-1] // 2
 
     @property
     def _width(self) -> int:
-        return self._reward + 2 + self.ensemble.observation_dim
+        return self._reward + 2 + self.dynamics.observation_dim
 
 
 def _read(totals_MX: Tensor) -> list[list[float]]:
@@ -229,10 +303,15 @@ def _read(totals_MX: Tensor) -> list[list[float]]:
     return rows
 
 
-def _pick(rows_RW: Tensor, kept_R: Tensor, count: int) -> Tensor:
-    """The kept rows `(count, W)` in their order; `count`, their number, is known, so that nothing has to be asked."""
+def _kept_places(kept_R: Tensor, count: int) -> Tensor:
+    """Where the kept rows are, `(count,)`, ascending; `count` is their number, so that nothing has to be asked."""
     # each kept row's place among the kept; the others all write behind the last
     place = torch.where(kept_R, kept_R.cumsum(0) - 1, count)
-    source = torch.empty(count + 1, dtype=torch.int64, device=rows_RW.device)
-    source.scatter_(0, place, torch.arange(len(place), device=rows_RW.device))
-    return rows_RW.index_select(0, source[:count])
+    source = torch.empty(count + 1, dtype=torch.int64, device=kept_R.device)
+    source.scatter_(0, place, torch.arange(len(place), device=kept_R.device))
+    return source[:count]
+
+
+def _half(starts: Tensor) -> Tensor:
+    """1 for the rollouts of starts at even places of a shard, -1 for those at odd ones, int8."""
+    return (1 - 2 * (starts % 2)).to(torch.int8)

@@ -230,7 +230,7 @@ def rollout_work(method: ModelBasedSAC) -> tuple[Callable[[], object], list[floa
     made: list[float] = []
 
     def work() -> None:
-        results = [job.run(method.ensemble) for job in method.rollout_jobs(len(made))]
+        results = [job.run(method.dynamics) for job in method.rollout_jobs(len(made))]
         made.append(method.add_rollouts(results)[0]["rollout/transitions"])
 
     return work, made

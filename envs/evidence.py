@@ -201,8 +201,7 @@ class Evidence:
         if self.misfit:
             return self.misfit
         try:
-            with Simulator(self.dataset.env_id) as simulator:
-                return self._replay(simulator)
+            return self._replay(Simulator(self.dataset.env_id))
         except UserError as error:
             return str(error).rstrip(".")
 

@@ -1,4 +1,4 @@
-"""True dynamics: a simulator put into the state that an observation describes, and recorded rows held against it.
+"""A simulator stepped from the states that observations describe, and recorded rows held against it.
 
 Shape suffixes: N rows, S observation, A action, K entries of an observation that hold the state.
 """
@@ -6,7 +6,7 @@ Shape suffixes: N rows, S observation, A action, K entries of an observation tha
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from envs.episodes import make_env, quiet_mujoco
 from envs.errors import UserError
-from envs.toys import EdgeOfReach
+from envs.true_dynamics import StateLayout, TrueDynamics, has_true_dynamics, mujoco_layout
 
-_MAX_UNSEEN = 2  # Gymnasium's robots leave x, or x and y, out of their observations
 _APART = 1e-3  # standard deviations by which the steps of two versions must differ: well above float32's rounding
 
 
@@ -39,7 +38,7 @@ class Steps:
 
 
 class Simulator:
-    """An environment that can be put into the state of any observation; its time limit does not count.
+    """An environment that is stepped from the states that observations describe; its time limit does not count.
 
     Works for Gymnasium's MuJoCo robots whose observations begin with positions and velocities (Hopper, HalfCheetah,
     Walker2d, Ant, Swimmer, Humanoid, InvertedPendulum; also d4rl/ and neorl/ ones), for Pendulum,
@@ -48,7 +47,8 @@ class Simulator:
 
     A step depends on nothing but the observation and the action: what the solver remembers of earlier rows is
     cleared. Actions beyond the bounds are passed on as they are; MuJoCo clips the control while Gymnasium's control
-    cost takes the whole action.
+    cost takes the whole action. Where there are `TrueDynamics`, they step all rows at once; elsewhere the environment
+    is put into one state after the other.
 
     Ant's reward is exact only to about 1e-2: it reads the torso's position from before the last integration stage,
     which no observation holds.
@@ -65,59 +65,24 @@ class Simulator:
 
     def __init__(self, env_id: str) -> None:
         self.env_id = env_id
-        self._env = make_env(env_id)
-        self._env.reset(seed=0)
-        state = _observed_state(self._env.unwrapped)
-        if state is None:
-            self._env.close()
-            raise SimulationError(
-                f"the state of environment '{env_id}' cannot be set from its observations: they show less than all of"
-                " it, or something else than its positions and velocities."
-            )
-        self._state = state
-        self.state_dim = state.size
+        known = TrueDynamics(env_id) if has_true_dynamics(env_id) else _OneByOne(env_id)
+        self._layout = known.layout
+        self._steps = known.steps if isinstance(known, _OneByOne) else partial(_true_steps, known)
+        self.state_dim = self._layout.size
 
     def restorable(self, observations: NDArray[Any]) -> NDArray[np.bool_]:
         """(N, S) -> (N,) whether an observation holds the whole state.
 
         Hopper and Walker2d clip the velocities that they show to +-10: where one is clipped, the true one is unknown.
         """
-        velocities = np.asarray(observations)[:, self._state.velocities]
-        restorable: NDArray[np.bool_] = (np.abs(velocities) < self._state.velocity_limit).all(axis=1)
-        return restorable
-
-    def set_observation(self, observation: NDArray[Any]) -> None:
-        """Take on the state of this observation (S,); clipped velocities are taken as they are shown."""
-        self._state.restore(np.asarray(observation, dtype=np.float64)[: self.state_dim])
-
-    def step(self, action: NDArray[Any]) -> tuple[NDArray[np.float64], float, bool]:
-        """One step with the environment's own frame skip: next observation (S,), reward, whether it terminated."""
-        observation, reward, terminated, _, _ = self._env.step(action)
-        return np.asarray(observation, dtype=np.float64), float(reward), bool(terminated)
+        return self._layout.complete(observations)
 
     def steps(self, observations: NDArray[Any], actions: NDArray[Any]) -> Steps:
-        """One step from each of the observations (N, S) with its action (N, A)."""
-        rows = []
-        with quiet_mujoco():
-            for observation, action in zip(observations, actions, strict=True):
-                self.set_observation(observation)
-                rows.append(self.step(action))
-        return Steps(
-            np.array([row[0] for row in rows]).reshape(len(rows), -1),
-            np.array([row[1] for row in rows], dtype=np.float64),
-            np.array([row[2] for row in rows], dtype=np.bool_),
-        )
+        """One step with the environment's own frame skip from each of the observations (N, S), with its action (N, A).
 
-    def close(self) -> None:
-        self._env.close()
-
-    def __enter__(self) -> "Simulator":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        Clipped velocities are taken as they are shown.
+        """
+        return self._steps(observations, actions)
 
 
 def versions(env_id: str) -> list[str]:
@@ -205,11 +170,11 @@ def replay(
         if env_id in simulated:
             continue
         try:
-            with Simulator(env_id) as other:
-                if other.state_dim == simulator.state_dim:
-                    simulated[env_id] = other.steps(observations, actions)
+            other = Simulator(env_id)
         except UserError:  # registered, but Gymnasium does not make it any more
             continue
+        if other.state_dim == simulator.state_dim:
+            simulated[env_id] = other.steps(observations, actions)
     state_std = observation_std[: simulator.state_dim]
     return Replay(simulator.env_id, observations, actions, next_observations, rewards, simulated, state_std, reward_std)
 
@@ -222,52 +187,57 @@ def _votes(
     return int((clear & (errors < other_errors)).sum()), int((clear & (other_errors < errors)).sum())
 
 
-@dataclass(frozen=True, eq=False)
-class _State:
-    """Where an observation holds the state, and how to set it."""
-
-    size: int
-    velocities: slice
-    velocity_limit: float  # velocities are shown clipped to it
-    restore: Callable[[NDArray[np.float64]], None]
+def _true_steps(dynamics: TrueDynamics, observations: NDArray[Any], actions: NDArray[Any]) -> Steps:
+    step = dynamics.step(dynamics.states_of(observations), actions)
+    return Steps(step.observations, step.rewards, step.terminals)
 
 
-def _observed_state(env: gymnasium.Env[Any, Any]) -> _State | None:
+class _OneByOne:
+    """An environment that is put into every state before its own step.
+
+    Attributes:
+        layout: where its observations hold the state.
+    """
+
+    def __init__(self, env_id: str) -> None:
+        self._env = make_env(env_id)
+        self._env.reset(seed=0)
+        found = _layout_and_setter(self._env.unwrapped)
+        if found is None:
+            raise SimulationError(
+                f"the state of environment '{env_id}' cannot be set from its observations: they show less than all of"
+                " it, or something else than its positions and velocities."
+            )
+        self.layout, self._set_state = found
+
+    def steps(self, observations: NDArray[Any], actions: NDArray[Any]) -> Steps:
+        rows = []
+        with quiet_mujoco():
+            for state, action in zip(self.layout.states(observations), actions, strict=True):
+                self._set_state(state)
+                rows.append(self._env.step(action))
+        return Steps(
+            np.array([row[0] for row in rows], dtype=np.float64).reshape(len(rows), -1),
+            np.array([row[1] for row in rows], dtype=np.float64),
+            np.array([row[2] for row in rows], dtype=np.bool_),
+        )
+
+
+_SetState = Callable[[NDArray[np.float64]], None]  # of (X,)
+
+
+def _layout_and_setter(env: gymnasium.Env[Any, Any]) -> tuple[StateLayout, _SetState] | None:
     if isinstance(env, MujocoEnv):
-        return _mujoco_state(env)
+        layout = mujoco_layout(env)
+        return None if layout is None else (layout, partial(_set_mujoco_state, env))
     if isinstance(env, PendulumEnv):
         # Observation: cos, sin, angular velocity.
-        return _State(3, slice(2, 3), np.inf, lambda o: setattr(env, "state", np.array([np.arctan2(o[1], o[0]), o[2]])))
+        return StateLayout(0, 2, 1), lambda o: setattr(env, "state", np.array([np.arctan2(o[1], o[0]), o[2]]))
     if isinstance(env, Continuous_MountainCarEnv):
-        return _State(2, slice(1, 2), np.inf, lambda o: setattr(env, "state", o.copy()))
-    if isinstance(env, EdgeOfReach):
-        return _State(2, slice(0, 0), np.inf, lambda o: setattr(env, "_state", o.copy()))
+        return StateLayout(0, 1, 1), lambda o: setattr(env, "state", o)
     return None
 
 
-def _mujoco_state(env: MujocoEnv) -> _State | None:
-    """Found by trying: numbers are put into the simulator and looked for in the observation.
-
-    So a robot's variants (another model, positions kept in the observation) need no table of their own.
-    """
-    nq, nv = env.model.nq, env.model.nv
-    positions, velocities = 2.0 + np.arange(nq), 1000.0 + np.arange(nv)
-    env.data.qpos[:], env.data.qvel[:] = positions, velocities
-    shown = env._get_obs()  # type: ignore[attr-defined]
-    mujoco.mj_resetData(env.model, env.data)
-    unseen = next((k for k in range(_MAX_UNSEEN + 1) if np.array_equal(shown[: nq - k], positions[k:])), None)
-    if unseen is None:
-        return None
-    start, end = nq - unseen, nq - unseen + nv
-    if np.array_equal(shown[start:end], velocities):
-        limit = np.inf
-    elif len(shown) >= end and (shown[start:end] == shown[start]).all():
-        limit = float(shown[start])
-    else:
-        return None
-
-    def restore(observation: NDArray[np.float64]) -> None:
-        mujoco.mj_resetData(env.model, env.data)  # clears the solver's starting point, left by the row before
-        env.set_state(np.concatenate([np.zeros(unseen), observation[:start]]), observation[start:end])
-
-    return _State(end, slice(start, end), limit, restore)
+def _set_mujoco_state(env: MujocoEnv, state: NDArray[np.float64]) -> None:
+    mujoco.mj_resetData(env.model, env.data)  # clears the solver's starting point, left by the row before
+    env.set_state(state[: env.model.nq], state[env.model.nq :])

@@ -533,8 +533,7 @@ def simulator_rewards(evidence: Evidence) -> _Result:
     actions = sample.replay.actions[:n]
     clipped = np.clip(actions, environment.low, environment.high)
     if not np.array_equal(clipped, actions):
-        with Simulator(env_id) as simulator:
-            paid_for_clipped = simulator.steps(sample.replay.observations[:n], clipped).rewards
+        paid_for_clipped = Simulator(env_id).steps(sample.replay.observations[:n], clipped).rewards
         if _within(np.abs(paid_for_clipped - stored) / sample.replay.reward_std, limits):
             return _flaw("they were paid for the clipped actions; clip the actions before training", **figures)
     variance = float(np.var(paid))

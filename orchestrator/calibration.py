@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from agents.cpu import cpu_name
-from agents.method import Method, RolloutResult, Stage, TrainingData, load_method
+from agents.method import Method, RolloutResult, Stage, TrainingData, common_settings, load_method
 from agents.policies import in_environment
 from agents.replay import Replay
 from envs.dataset import Dataset
@@ -132,14 +132,10 @@ def median_of(calibrations: Sequence[Calibration]) -> Calibration:
 
 def work_key(config: Config, dataset: Dataset) -> str:
     """Runs with equal keys have equal work per update, rollout phase, step and stage epoch."""
-    plain = dataclasses.asdict(config.method)
-    for item in dataclasses.fields(config.method):
-        if item.metadata.get("per_member") or item.name in SCHEDULE_FIELDS:
-            del plain[item.name]
-    plain["has_diversity"] = bool(getattr(config.method, "eta", 0.0))
+    common = {name: value for name, value in common_settings(config.method).items() if name not in SCHEDULE_FIELDS}
     shape = [dataset.num_transitions, dataset.observation_dim, dataset.action_dim]
     workers = [config.compute.num_rollout_workers, config.compute.num_evaluators]
-    return digest([VERSION, config.method_name, plain, shape, evaluation_env(config, dataset), workers])
+    return digest([VERSION, config.method_name, common, shape, evaluation_env(config, dataset), workers])
 
 
 def machine_kind(compute: ComputeConfig, busy: int) -> dict[str, Any]:
@@ -172,7 +168,7 @@ def ring_bytes(config: Config, dataset: Dataset) -> int:
     """Of a member's model rows, once the ring is full."""
     names = ("rollout_batch", "rollout_length", "rollout_epochs_retained")
     rows = math.prod(getattr(config.method, name, 0) for name in names)
-    return 4 * rows * (2 * dataset.observation_dim + dataset.action_dim + 2)
+    return rows * (4 * (2 * dataset.observation_dim + dataset.action_dim + 2) + 1)
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
@@ -292,7 +288,7 @@ def _artifacts(
     quick = method.stages(_shortened(config.method, max_epochs=2, min_epochs=0))
     rows = min(STAND_IN_ROWS, len(data.observations))
     few = {item.name: getattr(data, item.name) for item in dataclasses.fields(data)}
-    few = {name: v[:rows] if name in _ROW_COLUMNS else v for name, v in few.items()}
+    few = {name: v[:rows] if name in _ROW_COLUMNS and v is not None else v for name, v in few.items()}
     for name, stage in method.stages(config.method).items():
         key = stage_key(stage, dataset.content_hash)
         if store.exists(stage.kind, key):
@@ -303,7 +299,7 @@ def _artifacts(
     return artifacts, measured
 
 
-_ROW_COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals")
+_ROW_COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "states")
 
 
 def _shortened(config: Any, **values: int) -> Any:
@@ -392,7 +388,7 @@ class _Bench:
             return [], 0.0
         members = sorted({member for job in jobs for member in job.members})
         some = jobs[: max(1, self.config.compute.num_rollout_workers)]
-        results = self.workers.rollouts(some, method.ensemble)  # ships the ensemble to workers, allocates
+        results = self.workers.rollouts(some, method.dynamics)  # ships the dynamics to workers, allocates
         starts = sum(job.starts[..., 0].numel() for job in jobs) / sum(job.starts[..., 0].numel() for job in some)
         timing = Clock(seconds)
         times: list[float] = []
@@ -400,13 +396,13 @@ class _Bench:
         now = time.perf_counter if self.config.compute.num_rollout_workers else self.now
         while not times or not timing.over:
             begun = now()
-            results = self.workers.rollouts(some, method.ensemble)
+            results = self.workers.rollouts(some, method.dynamics)
             times.append(now() - begun)
         if self._stands_in:  # dynamics that have learned next to nothing end rollouts early: take them to last
             made = sum(one.transitions for result in results for one in result.statistics)
             starts *= sum(job.starts[..., 0].numel() * job.length for job in some) / max(1, made)
         # a shard of every member costs the same
-        of_one = results[0].rows[:1], results[0].statistics[:1]
+        of_one = results[0].rows[:1], results[0].tags[:1], results[0].statistics[:1]
         results = [RolloutResult((member,), *of_one) for member in members]
         self._shards = sum(len(job.members) for job in jobs) / len(members)
         begun = self.now()
@@ -419,7 +415,7 @@ class _Bench:
         replay = getattr(method, "replay", None)
         if not isinstance(replay, Replay) or not results or not len(results[0].rows[0]):
             return 0
-        row = 4 * replay.width
+        row = 4 * replay.width + 1  # and its tag
         most = min(replay.capacity, RING_FILL_BYTES // (row * method.num_members))
         while replay.sizes[0] + len(results[0].rows[0]) <= most:
             method.add_rollouts(results)

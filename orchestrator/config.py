@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from agents.method import load_method, method_settings
+from agents.method import common_settings, load_method, method_settings
 from envs.errors import UserError
 from envs.transforms import base_name
 from sweeps.spec import PrunerSpec, SamplerSpec, StudySpec
@@ -46,6 +46,7 @@ class EvaluationConfig:
     episodes: int = 10  # deterministic policy; episode i is reset with seed first_seed + i every time
     first_seed: int = 10_000
     env_id: str | None = None  # None: the dataset's
+    diagnostics: bool = True  # edge-of-reach metrics `reach/*` of model-based runs; results are the same without
 
 
 @dataclass
@@ -187,17 +188,27 @@ def check_space(config: Config) -> StudySpec:
     """The study, if every key of its search space exists and takes the values it may be given."""
     spec = config.study_spec()
     space = spec.validate()
-    for key, entry in config.study.space.items():
+    for key in config.study.space:
         if not key.startswith("method."):
             raise UserError(f"study.space: {key!r} cannot be searched; only keys that begin with method. can")
+    for params in config.study.enqueue:
+        space.check(params)
+    for _ in corner_configs(config):
+        pass
+    return spec
+
+
+def corner_configs(config: Config) -> Iterator[Config]:
+    """The configuration, and what trials can make of it: one for every end and choice of the search space, which is a
+    trial's but for the other keys, and one for every enqueued trial."""
+    yield config
+    for key, entry in config.study.space.items():
         if isinstance(entry, Mapping):
             for value in [entry.get("low"), entry.get("high"), *(entry.get("choices") or [])]:
                 if value is not None:
-                    apply_params(config, {key: value})
+                    yield apply_params(config, {key: value})
     for params in config.study.enqueue:
-        space.check(params)
-        apply_params(config, params)
-    return spec
+        yield apply_params(config, params)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -223,6 +234,7 @@ def run_config(config: Config, params: Mapping[str, Any], seed: int) -> Config:
 def identity(config: Config, dataset_hash: str) -> dict[str, Any]:
     """What the result of a run depends on: not where or how it is computed."""
     plain = to_dict(config)
+    del plain["evaluation"]["diagnostics"]
     return {k: plain[k] for k in ("method", "seed", "evaluation")} | {"dataset": dataset_hash}
 
 
@@ -233,13 +245,8 @@ def digest(content: Any) -> str:
 
 def pack_key(config: Config) -> str:
     """Runs with equal keys can be trained by one learner: they differ only in seed and per-member hyperparameters."""
-    plain = dataclasses.asdict(config.method)
-    for item in dataclasses.fields(config.method):
-        if item.metadata.get("per_member"):
-            del plain[item.name]
-    # no diversity term at all is another computation than one with weight > 0
-    plain["has_diversity"] = bool(getattr(config.method, "eta", 0.0))
-    return digest([config.method_name, config.dataset, plain, dataclasses.asdict(config.evaluation)])
+    common = common_settings(config.method)
+    return digest([config.method_name, config.dataset, common, dataclasses.asdict(config.evaluation)])
 
 
 def _read(file: Path | Mapping[str, Any]) -> dict[str, Any]:

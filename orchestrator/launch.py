@@ -21,10 +21,9 @@ from envs.dataset import Dataset
 from envs.errors import UserError
 from envs.files import write_atomically
 from envs.registry import check_shapes, load_dataset
-from envs.termination import termination_rule
 from orchestrator.artifacts import save_json, write_text
 from orchestrator.cluster import open_slots
-from orchestrator.config import Config, check_space, load_config, to_dict, to_yaml
+from orchestrator.config import Config, check_space, corner_configs, load_config, to_dict, to_yaml
 from orchestrator.connection import cluster_address
 from orchestrator.display import Display, print_summary, score_label, show_params, value_unit
 from orchestrator.driver import Driver
@@ -37,7 +36,7 @@ from orchestrator.spool import RunInfo, RunSpool, check_run_key
 from orchestrator.tracking import Tracker, check_reachable, default_tracking_uri
 from sweeps.spec import StudySpec
 from sweeps.study import SPEC_FILE, Study
-from sweeps.summary import history_figure, parameter_importances, slice_figure, trial_rows
+from sweeps.summary import collapsing_runs, history_figure, parameter_importances, slice_figure, trial_rows
 
 DRAIN_SECONDS = 120.0  # how long the end of a study waits for MLflow
 RESUMABLE = ("compute.", "tracking_uri")  # what may change when a study is resumed: not the results
@@ -129,8 +128,8 @@ def _check_before_compute(config: Config) -> Dataset:
 
 def _check_data(config: Config) -> Dataset:
     dataset = load_dataset(config.dataset, Path(config.workdir), shown)
-    if load_method(config.method_name).stages(config.method):
-        termination_rule(dataset.env_id)
+    for one in corner_configs(config):
+        load_method(one.method_name).check_environment(one.method, dataset.env_id)
     check_shapes(dataset, evaluation_env(config, dataset))
     return dataset
 
@@ -269,10 +268,11 @@ def _conclude(spool: RunSpool, study: Study, unit: str) -> None:
             spool.artifact(study.folder / "importances.json")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["rank", "trial", "state", unit, "hyperparameters"])
+    writer.writerow(["rank", "trial", "state", unit, "collapsing", "hyperparameters"])
+    collapsing = {record.number: " ".join(collapsing_runs(record)) for record in records}
     for row in trial_rows(records, direction):
         state = "diverged" if row.diverged else row.state
-        writer.writerow([row.rank, row.number, state, row.value, show_params(row.params)])
+        writer.writerow([row.rank, row.number, state, row.value, collapsing[row.number], show_params(row.params)])
     write_text(study.folder / "trials.csv", text.getvalue())
     spool.artifact(study.folder / "trials.csv")
     best = study.best

@@ -10,6 +10,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from agents.cpu import configure_cpu
-from agents.dynamics import Ensemble
 from agents.method import RolloutJob, RolloutResult
+from agents.rollout import Dynamics, RolloutStatistics
 from envs.episodes import NonFiniteActionError, run_episodes
 from envs.policies import NetworkPolicy
 
@@ -28,6 +29,8 @@ PolicyArrays = Mapping[str, NDArray[Any]]
 # which others are stepped with them, so it must not depend on the number of evaluators. Measured on MuJoCo's
 # robots, groups of 10 take 3 % less time than groups of 5, and single episodes 25 % more.
 GROUP_EPISODES = 5
+# rows, tags and statistics of a job's members; arrays, which Ray moves without a copy
+Answer = tuple[list[NDArray[Any]], list[NDArray[Any]], tuple[RolloutStatistics, ...]]
 MAX_TRIES = 20  # of one call whose actor keeps dying
 RETRY_SECONDS = 0.5
 
@@ -50,24 +53,34 @@ def groups(seeds: Sequence[int]) -> list[list[int]]:
     return [list(seeds[i : i + GROUP_EPISODES]) for i in range(0, len(seeds), GROUP_EPISODES)]
 
 
+@dataclass(frozen=True)
+class Shipped:
+    """Dynamics in the object store. Ray hands the reference on as it is, since it is not an argument itself: only a
+    worker that does not have the dynamics yet builds them, which for a simulator takes a while."""
+
+    key: str
+    reference: Any
+
+
 class RolloutWorker:
-    """Runs shards of model rollouts; keeps the ensemble it was given last."""
+    """Runs shards of model rollouts; keeps the dynamics it was given last."""
 
     def __init__(self, threads: int = 1) -> None:
         configure_cpu(threads)
-        self._ensemble: tuple[str, Ensemble] | None = None
+        self._kept: tuple[str, Dynamics] | None = None
 
-    def ensure(self, key: str, state: dict[str, Any]) -> None:
-        if self._ensemble is None or self._ensemble[0] != key:
-            tensors = {name: torch.tensor(value) for name, value in state["tensors"].items()}
-            self._ensemble = (key, Ensemble.from_state_dict({**state, "tensors": tensors}))
+    def _dynamics(self, shipped: Shipped) -> Dynamics:
+        import ray
 
-    def run(self, key: str, state: dict[str, Any], jobs: Sequence[RolloutJob]) -> list[tuple[list[NDArray[Any]], Any]]:
-        """Rows of each member as arrays (Ray moves arrays without a copy) and statistics, in the order of the jobs."""
-        self.ensure(key, state)
-        assert self._ensemble is not None
-        results = [job.run(self._ensemble[1]) for job in jobs]
-        return [([rows.numpy() for rows in r.rows], r.statistics) for r in results]
+        if self._kept is None or self._kept[0] != shipped.key:
+            self._kept = shipped.key, ray.get(shipped.reference)
+        return self._kept[1]
+
+    def run(self, shipped: Shipped, jobs: Sequence[RolloutJob]) -> list[Answer]:
+        """What each job's members have gathered, in the order of the jobs."""
+        dynamics = self._dynamics(shipped)
+        results = [job.run(dynamics) for job in jobs]
+        return [([x.numpy() for x in r.rows], [x.numpy() for x in r.tags], r.statistics) for r in results]
 
 
 class Evaluator:
@@ -95,7 +108,7 @@ class Workers:
         self._rollout_workers = [_actor(RolloutWorker, threads) for _ in range(num_rollout_workers)]
         self._evaluators = [_actor(Evaluator, threads) for _ in range(num_evaluators)]
         self._turns = itertools.cycle(self._evaluators)
-        self._shipped: tuple[Ensemble, str, Any] | None = None
+        self._shipped: tuple[Dynamics, Shipped] | None = None
 
     def pids(self) -> dict[str, list[int]]:
         """Process ids of the actors, for tests and for `ps`."""
@@ -104,26 +117,24 @@ class Workers:
         groups = {"rollout_workers": self._rollout_workers, "evaluators": self._evaluators}
         return {name: ray.get([a.__ray_call__.remote(_pid) for a in actors]) for name, actors in groups.items()}
 
-    def rollouts(self, jobs: Sequence[RolloutJob], ensemble: Ensemble) -> list[RolloutResult]:
+    def rollouts(self, jobs: Sequence[RolloutJob], dynamics: Dynamics) -> list[RolloutResult]:
         """The results of the jobs, in their order.
 
         Jobs of a learner on a GPU are run here: the GPU is faster than any number of workers, and what it draws is not
         what they would draw.
         """
         if not self._rollout_workers or not jobs or jobs[0].starts.device.type != "cpu":
-            return [job.run(ensemble) for job in jobs]
-        key, reference = self._ship(ensemble)
+            return [job.run(dynamics) for job in jobs]
+        shipped = self._ship(dynamics)
         workers = len(self._rollout_workers)
         shares = [list(jobs[i::workers]) for i in range(workers)]
-        calls = [
-            partial(w.run.remote, key, reference, share) for w, share in zip(self._rollout_workers, shares, strict=True)
-        ]
+        calls = [partial(w.run.remote, shipped, share) for w, share in zip(self._rollout_workers, shares, strict=True)]
         answers = _call_all(calls)
         results: list[RolloutResult | None] = [None] * len(jobs)
         for i, answer in enumerate(answers):
-            for job_index, (rows, statistics) in zip(range(i, len(jobs), workers), answer, strict=True):
-                received = tuple(torch.tensor(array) for array in rows)
-                results[job_index] = RolloutResult(jobs[job_index].members, received, statistics)
+            for job_index, (rows, tags, statistics) in zip(range(i, len(jobs), workers), answer, strict=True):
+                received_rows, received_tags = (tuple(map(torch.tensor, arrays)) for arrays in (rows, tags))
+                results[job_index] = RolloutResult(jobs[job_index].members, received_rows, received_tags, statistics)
         return [r for r in results if r is not None]
 
     @property
@@ -161,17 +172,15 @@ class Workers:
 
         return collect
 
-    def _ship(self, ensemble: Ensemble) -> tuple[str, Any]:
-        """Put the ensemble into the object store, once."""
+    def _ship(self, dynamics: Dynamics) -> Shipped:
+        """Put the dynamics into the object store, once."""
         import ray
 
-        if self._shipped is None or self._shipped[0] is not ensemble:
-            state = ensemble.to("cpu").state_dict()
-            arrays = {name: tensor.numpy() for name, tensor in state["tensors"].items()}
-            reference = ray.put({**state, "tensors": arrays})
-            # the ensemble itself, not its id: a later pack's may lie at the same address
-            self._shipped = (ensemble, reference.hex(), reference)
-        return self._shipped[1], self._shipped[2]
+        if self._shipped is None or self._shipped[0] is not dynamics:
+            reference = ray.put(dynamics)
+            # the dynamics themselves, not their id: a later pack's may lie at the same address
+            self._shipped = (dynamics, Shipped(reference.hex(), reference))
+        return self._shipped[1]
 
 
 def _pid(_: Any) -> int:

@@ -89,7 +89,7 @@ def learner(configs: Sequence[ModelBasedConfig], seeds: Sequence[int]) -> ModelB
 def train(method: ModelBasedSAC, epochs: Sequence[int]) -> Metrics:
     seen: Metrics = []
     for epoch in epochs:
-        results = [job.run(method.ensemble) for job in method.rollout_jobs(epoch)]
+        results = [job.run(method.dynamics) for job in method.rollout_jobs(epoch)]
         seen.append(method.add_rollouts(results))
         seen.append(method.train_epoch(epoch))
     return seen
@@ -109,6 +109,7 @@ def assert_equal(first: ModelBasedSAC, second: ModelBasedSAC, rtol: float = 0.0,
     for member in range(first.num_members):
         mine, other = first.replay.member_rows(member), second.replay.member_rows(member)
         torch.testing.assert_close(mine, other, rtol=rtol, atol=atol)
+        assert torch.equal(first.replay.member_tags(member), second.replay.member_tags(member))
 
 
 @pytest.mark.parametrize("configs", [ravl_configs(), mopo_configs()], ids=["ravl", "mopo"])
@@ -189,7 +190,7 @@ def test_a_restored_selection_goes_on_bitwise() -> None:
 
 
 def run_jobs(method: ModelBasedSAC, epoch: int) -> list[RolloutResult]:
-    return [job.run(method.ensemble) for job in method.rollout_jobs(epoch)]
+    return [job.run(method.dynamics) for job in method.rollout_jobs(epoch)]
 
 
 def test_a_batch_holds_the_truncated_share_of_real_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +269,7 @@ def test_on_a_gpu_a_job_has_several_members(monkeypatch: pytest.MonkeyPatch) -> 
         for shard, n in enumerate((25, 25, 10))
     ]
     assert [j.penalty_coef.tolist() for j in jobs[::3]] == [[0.0, 1.0, 3.0], [1.0]]
-    metrics = pack.add_rollouts([job.run(pack.ensemble) for job in jobs])
+    metrics = pack.add_rollouts([job.run(pack.dynamics) for job in jobs])
     for m, method in enumerate(alone):
         own = method.add_rollouts(run_jobs(method, 1))
         torch.testing.assert_close(pack.replay.member_rows(m), method.replay.member_rows(0))
@@ -298,7 +299,7 @@ def test_a_rollout_phase_on_a_gpu_reads_one_thing_per_job(monkeypatch: pytest.Mo
             {"dynamics": {**there, "tensors": tensors}}, "meta",
         )  # fmt: skip
         for epoch in range(8):  # the rings wrap
-            metrics = method.add_rollouts([job.run(method.ensemble) for job in method.rollout_jobs(epoch)])
+            metrics = method.add_rollouts([job.run(method.dynamics) for job in method.rollout_jobs(epoch)])
     assert reads == [(4, 5)] * 8
     assert [m["rollout/transitions"] for m in metrics] == [50.0, 51.0, 52.0, 53.0]
     assert method.replay.sizes == [2 * 60 * 3] * 4
@@ -319,11 +320,11 @@ def test_what_is_trained_as_on_a_gpu_is_as_on_a_cpu(
 def test_a_job_keeps_the_policy_it_was_made_with() -> None:
     method = learner(ravl_configs(), SEEDS)
     job = method.rollout_jobs(0)[0]
-    before = job.run(method.ensemble).rows[0]
+    before = job.run(method.dynamics).rows[0]
     method.add_rollouts(run_jobs(method, 0))
     method.train_epoch(0)
-    assert torch.equal(job.run(method.ensemble).rows[0], before)
-    assert not torch.equal(method.rollout_jobs(0)[0].run(method.ensemble).rows[0][:60], before[:60])
+    assert torch.equal(job.run(method.dynamics).rows[0], before)
+    assert not torch.equal(method.rollout_jobs(0)[0].run(method.dynamics).rows[0][:60], before[:60])
 
 
 @pytest.mark.parametrize("starts", [60, SHARD_ROWS + 60], ids=["one shard", "two shards"])
@@ -334,6 +335,9 @@ def test_rollout_metrics_are_those_of_the_rows(starts: int) -> None:
     for m in range(4):
         rows = torch.cat([r.rows[0] for r in results if r.members == (m,)])
         assert torch.equal(method.replay.member_rows(m), rows)
+        tags = torch.cat([r.tags[0] for r in results if r.members == (m,)])
+        assert torch.equal(method.replay.member_tags(m), tags)
+        assert sorted(tags.abs().unique().tolist()) == [1, 2, 3]
         assert metrics[m] == pytest.approx({
             "rollout/transitions": len(rows), "rollout/mean_length": len(rows) / starts,
             "rollout/terminal_share": float(rows[:, D].mean()), "rollout/reward_mean": float(rows[:, R].mean()),
@@ -364,9 +368,10 @@ def test_mopo_lowers_rewards_by_the_penalty_and_ravl_has_none() -> None:
     free = MOPOConfig(penalty_coef=0.0, **SMALL)
     penalised, plain = (learner([c], [3]) for c in (config, free))
     with_penalty, without = penalised.rollout_jobs(0)[0], plain.rollout_jobs(0)[0]
-    result = with_penalty.run(penalised.ensemble)
-    mine, other = result.rows[0], without.run(plain.ensemble).rows[0]
-    _, std = penalised.ensemble.predict_all(mine[:, : OBS + ACT])
+    result = with_penalty.run(penalised.dynamics)
+    mine, other = result.rows[0], without.run(plain.dynamics).rows[0]
+    assert isinstance(penalised.dynamics, Ensemble)
+    _, std = penalised.dynamics.predict_all(mine[:, : OBS + ACT])
     norm = std.square().sum(-1).sqrt().max(0).values  # over all 3 members, 2 are elites
     torch.testing.assert_close(mine[:, R], other[:, R] - 2.0 * norm, rtol=1e-4, atol=1e-5)
     assert norm.min() > 0.01
@@ -376,7 +381,7 @@ def test_mopo_lowers_rewards_by_the_penalty_and_ravl_has_none() -> None:
     ravl = learner([RAVLConfig(num_critics=2, **SMALL)], [3])
     job = ravl.rollout_jobs(0)[0]
     assert job.penalty is None
-    (rows,) = job.run(ravl.ensemble).rows
+    (rows,) = job.run(ravl.dynamics).rows
     torch.testing.assert_close(rows[:60, R], other[:60, R], rtol=1e-4, atol=1e-5)
     assert "rollout/penalty_mean" not in ravl.add_rollouts(run_jobs(ravl, 0))[0]
 
@@ -385,7 +390,8 @@ def test_the_penalty_reaches_the_values() -> None:
     configs = [MOPOConfig(penalty_coef=p, **{**SMALL, "real_ratio": 0.0}) for p in (0.0, 5.0)]
     pack = learner(configs, [3, 3])
     q = [m["train/target_q"] for m in train(pack, [0, 1])[-1]]
-    _, std = pack.ensemble.predict_all(torch.cat((data().observations, data().actions), 1))
+    assert isinstance(pack.dynamics, Ensemble)
+    _, std = pack.dynamics.predict_all(torch.cat((data().observations, data().actions), 1))
     assert q[1] < q[0] - 2.5 * float(max_aleatoric(std).mean())
 
 
@@ -463,6 +469,7 @@ def test_the_stage_names_every_setting_it_depends_on() -> None:
         ({"alpha": 0.0}, r"method\.alpha=0\.0 must be greater than 0"),
         ({"real_ratio": 1.1}, r"method\.real_ratio=1\.1 must lie between 0 and 1"),
         ({"real_ratio": -0.1}, r"method\.real_ratio=-0\.1 must lie between 0 and 1"),
+        ({"rollout_length": 128}, r"method\.rollout_length=128 must be at most 127"),
         ({"gamma": 1.0}, r"method\.gamma=1\.0 must lie between 0 and 1"),
         ({"tau": 0.0}, r"method\.tau=0\.0 must lie in \(0, 1\]"),
         ({"eta": -1.0}, r"method\.eta=-1\.0 must be 0, or greater"),

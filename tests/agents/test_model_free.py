@@ -330,7 +330,7 @@ def test_nothing_is_built_or_rolled_out(name: str) -> None:
     assert METHODS[name][0].stages(METHODS[name][1][0]) == {}
     assert (method.rollout_jobs(0), method.add_rollouts([])) == ([], [{}] * 4)
     with pytest.raises(ValueError, match="no dynamics"):
-        method.ensemble  # noqa: B018
+        method.dynamics  # noqa: B018
 
 
 # ---- CUDA graphs ----------------------------------------------------------------------------------------------------

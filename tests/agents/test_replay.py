@@ -20,6 +20,19 @@ def values(x: Tensor) -> list[float]:
     return sorted(x[:, 0].tolist())
 
 
+def tags(first: int, last: int) -> Tensor:
+    """Of rows(first, last), so that it shows whose they are."""
+    return (torch.arange(first, last) % 100 + 1).to(torch.int8)
+
+
+def assert_tagged(replay: Replay) -> None:
+    """Every model row has the tag it came with, every row of the dataset 0."""
+    for member in range(replay.num_members):
+        made = replay.member_rows(member)[:, 0]
+        assert torch.equal(replay.member_tags(member), (made % 100 + 1).to(torch.int8))
+    assert not replay.gather_tagged(torch.arange(replay.num_real))[1].any()
+
+
 @pytest.fixture
 def replay() -> Replay:
     """10 real rows (0..9); rings of 6 rows for 3 members."""
@@ -58,6 +71,34 @@ def test_rings_do_not_touch_each_other_or_the_dataset(replay: Replay) -> None:
     for member in range(3):
         assert values(replay.member_rows(member)) == [100 * member + 103 + i for i in range(6)]
     assert torch.equal(replay.gather(torch.arange(10).view(1, -1))[0], rows(0, 10))
+
+
+def test_tags_stay_beside_their_rows(replay: Replay) -> None:
+    for first, last in ((0, 4), (4, 9), (9, 10)):  # the ring wraps twice
+        for member in range(3):
+            replay.add(member, rows(100 * member + first + 100, 100 * member + last + 100), tags(first, last))
+    assert_tagged(replay)
+    g = torch.Generator().manual_seed(0)
+    index = torch.stack([replay.draw_indices(m, 3, 2, 5, g) for m in range(3)])
+    drawn, drawn_tags = replay.gather_tagged(index)
+    assert torch.equal(drawn, replay.gather(index))
+    assert tuple(drawn_tags.shape) == (3, 3, 7)
+    expected = torch.where(drawn[..., 0] < 10, 0, drawn[..., 0] % 100 + 1)
+    assert torch.equal(drawn_tags, expected.to(torch.int8))
+    part = replay.select([2, 0])
+    assert_tagged(part)
+    restored = Replay(rows(0, 10), 2, 6)
+    restored.load_state_dict(part.state_dict())
+    assert_tagged(restored)
+    for one in (part, restored):
+        one.add(1, rows(104, 108), tags(4, 8))
+        assert_tagged(one)
+
+
+def test_rows_of_no_rollout_have_no_tag(replay: Replay) -> None:
+    replay.add(0, rows(100, 103), tags(0, 3))
+    replay.add(0, rows(103, 109))  # over them
+    assert replay.member_tags(0).tolist() == [0] * 6
 
 
 def test_more_rows_than_the_ring_holds_are_refused(replay: Replay) -> None:

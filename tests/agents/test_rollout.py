@@ -64,11 +64,12 @@ def roll(
 ) -> tuple[Tensor, RolloutStatistics]:
     """One member's rows and statistics, by the form for a CPU; that for a GPU must give the same."""
     kwargs = {"actor": sign_actor(), "termination": never, "penalty": None, **kwargs}
-    rollout = Rollout(ensemble=ensemble, penalty_coef_M=torch.tensor([penalty_coef]), **kwargs)
+    rollout = Rollout(dynamics=ensemble, penalty_coef_M=torch.tensor([penalty_coef]), **kwargs)
     draws = draw([0], 0, 0, len(starts), length, ACT, ensemble, starts.device)
-    ((rows, statistics),) = rollout(starts.unsqueeze(0), draws)
-    ((masked_rows, masked_statistics),) = rollout.masked(starts.unsqueeze(0), draws)
+    ((rows, tags, statistics),) = rollout(starts.unsqueeze(0), draws)
+    ((masked_rows, masked_tags, masked_statistics),) = rollout.masked(starts.unsqueeze(0), draws)
     torch.testing.assert_close(masked_rows, rows)
+    assert torch.equal(masked_tags, tags)
     assert vars(masked_statistics) == pytest.approx(vars(statistics))
     return rows, statistics
 
@@ -281,6 +282,7 @@ def assert_same(one: RolloutResult, other: RolloutResult) -> None:
     assert one.members == other.members
     for mine, theirs in zip(one.rows, other.rows, strict=True):
         torch.testing.assert_close(mine, theirs)
+    assert all(map(torch.equal, one.tags, other.tags))
     for ours, others in zip(one.statistics, other.statistics, strict=True):
         assert vars(ours) == pytest.approx(vars(others), rel=1e-5)
 
@@ -318,9 +320,29 @@ def test_a_member_of_a_job_gathers_what_it_gathers_alone(
             pack, members=pack.members[m : m + 1], seeds=pack.seeds[m : m + 1], actor=pack.actor.select([m]),
             starts=pack.starts[m : m + 1], penalty_coef=pack.penalty_coef[m : m + 1],
         )  # fmt: skip
-        mine = RolloutResult(together.members[m : m + 1], together.rows[m : m + 1], together.statistics[m : m + 1])
+        mine = RolloutResult(**{name: part[m : m + 1] for name, part in vars(together).items()})
         assert_same(alone.run(noisy()), mine)
     assert len({s.transitions for s in together.statistics}) == 3
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_tag_is_the_step_and_the_half_of_the_starts(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if gpu:
+        on_gpu(monkeypatch)
+    # ends at its 2nd step (0.5, 0.6, 0.7), is dropped, never ends, ends at its 1st, ends at its 1st, never ends
+    s0 = [0.5, math.nan, -0.25, 1.0, 1.0, -1.0]
+    starts = torch.tensor([[[x, 0.0] for x in s0]]).repeat(2, 1, 1)
+    actor = sign_actor().select([0, 0])
+    result = job(
+        members=(0, 1), seeds=(7, 8), starts=starts, actor=actor, length=4, penalty_coef=torch.zeros(2),
+        termination=lambda s: s[..., 0] > 0.65,
+    ).run(linear_ensemble([0.0]))  # fmt: skip
+    for rows, tags in zip(result.rows, result.tags, strict=True):
+        assert tags.dtype == torch.int8
+        assert tags.tolist() == [1, 1, -1, 1, -1, 2, 2, -2, 3, -3, 4, -4]
+        assert rows[:, 0].tolist() == pytest.approx(
+            [0.5, -0.25, 1.0, 1.0, -1.0, 0.6, -0.35, -1.1, -0.45, -1.2, -0.55, -1.3]
+        )
 
 
 @penalties
@@ -347,12 +369,12 @@ def test_on_a_gpu_only_the_totals_are_read(penalty: Penalty | None, monkeypatch:
         result = job.run(ensemble)
         replay = Replay(torch.empty((10, width)), 3, 6, "meta")
         for m in (0, 1):
-            replay.add(m, result.rows[m])
+            replay.add(m, result.rows[m], result.tags[m])
         with pytest.raises(DataDependentOutputException):
             reads[0].tolist()
     assert [tuple(r.shape) for r in reads] == [(3, 5)]
     assert [tuple(rows.shape) for rows in result.rows] == [(n, width) for n in (4, 0, 9)]
-    assert {rows.device.type for rows in result.rows} == {"meta"}
+    assert {x.device.type for x in (*result.rows, *result.tags)} == {"meta"}
     assert replay.sizes == [4, 0, 0]
 
 

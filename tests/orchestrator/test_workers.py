@@ -17,6 +17,7 @@ import torch
 
 from agents.dynamics import Ensemble
 from agents.method import RolloutJob, RolloutResult
+from agents.rollout import Dynamics
 from orchestrator.learner import Learner
 from orchestrator.workers import GROUP_EPISODES, Workers
 from tests.orchestrator.studies import copied, make_learner, make_pack
@@ -37,7 +38,8 @@ def policies(learner: Learner) -> list[dict[str, np.ndarray]]:
 
 def same_rollouts(one: Sequence[RolloutResult], other: Sequence[RolloutResult]) -> bool:
     return len(one) == len(other) and all(
-        a.members == b.members and all(map(torch.equal, a.rows, b.rows)) and a.statistics == b.statistics
+        (a.members, a.statistics) == (b.members, b.statistics)
+        and all(map(torch.equal, (*a.rows, *a.tags), (*b.rows, *b.tags)))
         for a, b in zip(one, other, strict=True)
     )
 
@@ -77,10 +79,10 @@ evaluators = pytest.mark.parametrize("pool", ["evaluators"], indirect=True)
 def test_one_and_two_actors_give_the_rollouts_of_the_parent_process(learner: Learner, pool: Workers):
     jobs = learner.method.rollout_jobs(0)
     assert len(jobs) == 3
-    here = Workers().rollouts(jobs, learner.method.ensemble)
+    here = Workers().rollouts(jobs, learner.method.dynamics)
     assert len({tuple(r.rows[0][0].tolist()) for r in here}) == 3
-    assert same_rollouts(here, pool.rollouts(jobs, learner.method.ensemble))
-    assert same_rollouts(here, first_of(pool).rollouts(jobs, learner.method.ensemble))
+    assert same_rollouts(here, pool.rollouts(jobs, learner.method.dynamics))
+    assert same_rollouts(here, first_of(pool).rollouts(jobs, learner.method.dynamics))
 
 
 @rollout_workers
@@ -91,20 +93,22 @@ def test_jobs_on_a_gpu_do_not_go_to_workers(learner: Learner, pool: Workers):
         pass
 
     class GPUJob(RolloutJob):
-        def run(self, ensemble: Ensemble) -> RolloutResult:
+        def run(self, dynamics: Dynamics) -> RolloutResult:
             raise Stay
 
     fields = vars(learner.method.rollout_jobs(0)[0]) | {"starts": torch.empty((1, 5, 3), device="meta")}
     with pytest.raises(Stay):
-        pool.rollouts([GPUJob(**fields)], learner.method.ensemble)
+        pool.rollouts([GPUJob(**fields)], learner.method.dynamics)
 
 
 @rollout_workers
 def test_a_worker_never_uses_the_ensemble_of_an_earlier_pack(learner: Learner, pool: Workers):
     """Ensembles come and go with their packs; a new one may lie where an old one lay."""
     jobs, workers = learner.method.rollout_jobs(0), first_of(pool)
-    elites, width = learner.method.ensemble.elites, learner.method.ensemble.observation_dim
-    weights = [{k: v * factor for k, v in learner.method.ensemble.tensors.items()} for factor in (0.9, 1.1)]
+    learned = learner.method.dynamics
+    assert isinstance(learned, Ensemble)
+    elites, width = learned.elites, learned.observation_dim
+    weights = [{k: v * factor for k, v in learned.tensors.items()} for factor in (0.9, 1.1)]
     ensemble = Ensemble(weights[0], elites, width)
     address = id(ensemble)
     workers.rollouts(jobs, ensemble)
@@ -136,13 +140,13 @@ def killed_in_mid_work(work: Callable[[], Any], pid: int, after: float = 0.1) ->
 def test_a_killed_rollout_worker_is_asked_again(learner: Learner, pool: Workers):
     jobs: list[RolloutJob] = [job for epoch in range(120) for job in learner.method.rollout_jobs(epoch)]
     pids = pool.pids()["rollout_workers"]
-    here = Workers().rollouts(jobs, learner.method.ensemble)
-    there = killed_in_mid_work(lambda: pool.rollouts(jobs, learner.method.ensemble), pids[0])
+    here = Workers().rollouts(jobs, learner.method.dynamics)
+    there = killed_in_mid_work(lambda: pool.rollouts(jobs, learner.method.dynamics), pids[0])
     assert same_rollouts(here, there)
     after = pool.pids()["rollout_workers"]
     assert (after[0] != pids[0], after[1]) == (True, pids[1])
     # and the restarted one goes on
-    assert same_rollouts(here[:3], pool.rollouts(jobs[:3], learner.method.ensemble))
+    assert same_rollouts(here[:3], pool.rollouts(jobs[:3], learner.method.dynamics))
 
 
 @evaluators
@@ -189,4 +193,4 @@ def test_returns_of_a_policy_that_overflows_are_not_numbers(learner: Learner):
 
 
 def test_no_jobs_are_no_work(learner: Learner):
-    assert Workers().rollouts([], learner.method.ensemble) == []
+    assert Workers().rollouts([], learner.method.dynamics) == []
