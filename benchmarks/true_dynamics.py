@@ -80,7 +80,8 @@ def overrides(case: Case, args: argparse.Namespace) -> list[str]:
         f"method.updates_per_epoch={epoch}", f"method.hidden=[{','.join(map(str, args.hidden))}]",
         *([f"method.rollout_batch={args.rollout_batch}"] if args.rollout_batch else []),
         *dynamics_overrides(case.dataset, args), f"evaluation.every_epochs={max(1, EVALUATE_EVERY // epoch)}",
-        f"evaluation.episodes={args.episodes}", "compute.num_learners=0", f"compute.threads={args.threads}",
+        f"evaluation.episodes={args.episodes}", "compute.num_learners=0", f"compute.runs_per_pack={args.seeds}",
+        f"compute.threads={args.threads}",
     ]  # fmt: skip
 
 
