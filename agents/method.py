@@ -264,6 +264,10 @@ class Method(Protocol):
     def train_epoch(self, epoch: int) -> list[dict[str, float]]:
         """One epoch of gradient updates; metrics per member."""
 
+    def diagnostics(self, epoch: int) -> list[dict[str, float]]:
+        """What is measured at an evaluation after so many epochs, per member: finite values, nothing where there is
+        nothing to measure. It changes nothing."""
+
     def policy(self, member: int) -> dict[str, np.ndarray]:
         """A member's policy as the arrays of a policy file (`envs.policies`): actions in [-1, 1] for observations as
         the `TrainingData` given to `__init__` has them."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from agents.chunk import ChunkRunner
 from agents.config import SACConfig, actor_lr_scale, check_positive, make_sac
+from agents.diagnostics import EdgeTest, Standardiser, measure
 from agents.dynamics import (
     DynamicsConfig,
     EpochReport,
@@ -38,6 +39,7 @@ from agents.randomness import generator
 from agents.replay import Replay, transition_rows
 from agents.rollout import MAX_LENGTH, Penalty, shard_size
 from envs.errors import UserError
+from envs.reach import exact_edge_test
 from envs.termination import termination_rule
 
 
@@ -131,6 +133,7 @@ class ModelBasedSAC:
         needs_model = self.num_real < shared.batch_size
         self.replay = Replay(real, len(self.seeds), capacity if needs_model else 0, device)
         self._runner = self._make_runner()
+        self._standardiser: Standardiser | None = None
 
     @staticmethod
     def stages(config: ModelBasedConfig) -> dict[str, Stage]:
@@ -217,6 +220,32 @@ class ModelBasedSAC:
         return self._runner.run_epoch(
             self.seeds, epoch, cfg.updates_per_epoch, self.num_real, num_model, self.data.action_dim
         )
+
+    # ---- diagnostics ------------------------------------------------------------------------------------------
+
+    def diagnostics(self, epoch: int) -> list[dict[str, float]]:
+        """Edge-of-reach metrics `reach/*` of every member (see `agents.diagnostics`); nothing changes by them.
+
+        Args:
+            epoch: number of epochs done; counts the draws.
+
+        Returns:
+            Finite values; what is not defined is left out, everything where there are no model rows.
+        """
+        if self._standardiser is None:  # made once, of the whole dataset
+            self._standardiser = Standardiser(self.data.observations)
+        return measure(
+            self.sac.actor, self.sac.target, self.replay, self.seeds, epoch, self.num_real / self.shared.batch_size,
+            self.shared.rollout_length, self._standardiser, self._edge_test(),
+        )  # fmt: skip
+
+    def _edge_test(self) -> EdgeTest | None:
+        """The environment's exact test, for observations as the rows have them."""
+        test, mean, std = exact_edge_test(self.data.env_id), self.data.observation_mean, self.data.observation_std
+        if test is None or mean is None or std is None:
+            return test
+        mean, std = mean.to(self.device), std.to(self.device)
+        return lambda obs, length: test(obs * std + mean, length)
 
     # ---- members and checkpoints --------------------------------------------------------------------------------
 

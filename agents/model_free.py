@@ -109,6 +109,9 @@ class ModelFree(ABC):
 
     # ---- members and checkpoints --------------------------------------------------------------------------------
 
+    def diagnostics(self, epoch: int) -> list[dict[str, float]]:
+        return [{} for _ in range(self.num_members)]
+
     def policy(self, member: int) -> dict[str, np.ndarray]:
         arrays = self.actor_arrays(member)
         mean, std = self.data.observation_mean, self.data.observation_std

@@ -46,6 +46,7 @@ class EvaluationConfig:
     episodes: int = 10  # deterministic policy; episode i is reset with seed first_seed + i every time
     first_seed: int = 10_000
     env_id: str | None = None  # None: the dataset's
+    diagnostics: bool = True  # edge-of-reach metrics `reach/*` of model-based runs; results are the same without
 
 
 @dataclass
@@ -233,6 +234,7 @@ def run_config(config: Config, params: Mapping[str, Any], seed: int) -> Config:
 def identity(config: Config, dataset_hash: str) -> dict[str, Any]:
     """What the result of a run depends on: not where or how it is computed."""
     plain = to_dict(config)
+    del plain["evaluation"]["diagnostics"]
     return {k: plain[k] for k in ("method", "seed", "evaluation")} | {"dataset": dataset_hash}
 
 

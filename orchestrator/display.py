@@ -18,7 +18,7 @@ from orchestrator.config import Config
 from orchestrator.driver import Progress
 from orchestrator.learner import evaluation_env
 from sweeps.study import Study
-from sweeps.summary import trial_rows
+from sweeps.summary import collapse_sentences, collapsing_runs, trial_rows
 
 
 class Display:
@@ -132,13 +132,16 @@ def print_summary(console: Console, study: Study, config: Config, dataset: Datas
     records = {record.number: record for record in study.trials()}
     for row in trial_rows(list(records.values()), study.spec.direction):
         returns = records[row.number].attrs.get("run_returns", {}).values()
+        state, collapsing = "diverged" if row.diverged else row.state, len(collapsing_runs(records[row.number]))
         table.add_row(
-            str(row.rank or ""), str(row.number), "diverged" if row.diverged else row.state,
+            str(row.rank or ""), str(row.number), f"{state}, {collapsing} collapsing" if collapsing else state,
             "" if row.value is None else f"{row.value:.1f}",
             f"{sum(returns) / len(returns):.1f}" if returns else "",
             _duration(row.duration), show_params(row.params),
         )  # fmt: skip
     console.print(table)
+    for sentence in collapse_sentences(list(records.values())):
+        console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
     console.print(f"{unit + ':':<12}{score_label(config, dataset)}")
     best = study.best
     summary = dataset.summary()

@@ -26,6 +26,7 @@ from orchestrator.memory import is_out_of_memory
 from orchestrator.packing import COSTS_FILE, PackCosts, Packing, balanced, trials_at_once
 from orchestrator.spool import RunSpool, read_records
 from sweeps.study import Study, TrialRecord, TrialTicket
+from sweeps.summary import COLLAPSING
 
 MAX_DEATHS = 10  # of a learner's process while the same pack makes no progress
 MAX_TOGETHER = 16  # stages built in one go, whose memory adds up
@@ -50,6 +51,7 @@ class TrialProgress:
     run_keys: list[str]
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
     diverged: dict[str, int] = field(default_factory=dict)
+    collapsing: dict[str, dict[int, float]] = field(default_factory=dict)  # as a `PackReport` has it
     updates: dict[str, int] = field(default_factory=dict)  # run key -> done, as reported last
     finished: set[str] = field(default_factory=set)  # runs whose pack has ended
     judged: int = -1  # step up to which the pruner has been asked
@@ -417,6 +419,10 @@ class Driver:
             trial = self._trial_of(key)
             if trial is not None:
                 trial.diverged[key] = updates
+        for key, ratios in report.collapsing.items():
+            trial = self._trial_of(key)
+            if trial is not None:
+                trial.collapsing[key] = ratios
         for key in report.evaluations if report.finished else ():
             trial = self._trial_of(key)
             if trial is not None:
@@ -449,13 +455,18 @@ class Driver:
             self._end(trial)
 
     def _keep(self, trial: TrialProgress, until: float = math.inf) -> None:
-        """Each run's last evaluation, at no more than so many updates, kept with the trial."""
+        """Each run's last evaluation, at no more than so many updates, and which runs were collapsing at it, kept with
+        the trial."""
         known = {key: [e for e in evals if e.updates <= until] for key, evals in trial.evaluations.items()}
         last = {key: evals[-1] for key, evals in known.items() if evals}
         self.study.set_attr(trial.number, "run_values", {key: e.value for key, e in last.items()})
         self.study.set_attr(
             trial.number, "run_returns", {key: sum(e.returns) / len(e.returns) for key, e in last.items()}
         )
+        ratios = {key: trial.collapsing.get(key, {}).get(e.updates) for key, e in last.items()}
+        collapsing = {key: ratio for key, ratio in ratios.items() if ratio is not None}
+        if collapsing:
+            self.study.set_attr(trial.number, COLLAPSING, collapsing)
 
     def _end(self, trial: TrialProgress) -> None:
         self._dropped |= set(trial.run_keys)

@@ -36,7 +36,7 @@ from orchestrator.spool import RunInfo, RunSpool, check_run_key
 from orchestrator.tracking import Tracker, check_reachable, default_tracking_uri
 from sweeps.spec import StudySpec
 from sweeps.study import SPEC_FILE, Study
-from sweeps.summary import history_figure, parameter_importances, slice_figure, trial_rows
+from sweeps.summary import collapsing_runs, history_figure, parameter_importances, slice_figure, trial_rows
 
 DRAIN_SECONDS = 120.0  # how long the end of a study waits for MLflow
 RESUMABLE = ("compute.", "tracking_uri")  # what may change when a study is resumed: not the results
@@ -268,10 +268,11 @@ def _conclude(spool: RunSpool, study: Study, unit: str) -> None:
             spool.artifact(study.folder / "importances.json")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["rank", "trial", "state", unit, "hyperparameters"])
+    writer.writerow(["rank", "trial", "state", unit, "collapsing", "hyperparameters"])
+    collapsing = {record.number: " ".join(collapsing_runs(record)) for record in records}
     for row in trial_rows(records, direction):
         state = "diverged" if row.diverged else row.state
-        writer.writerow([row.rank, row.number, state, row.value, show_params(row.params)])
+        writer.writerow([row.rank, row.number, state, row.value, collapsing[row.number], show_params(row.params)])
     write_text(study.folder / "trials.csv", text.getvalue())
     spool.artifact(study.folder / "trials.csv")
     best = study.best

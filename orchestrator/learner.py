@@ -27,11 +27,13 @@ import torch
 from torch.profiler import record_function
 
 from agents.cpu import configure_cpu
+from agents.diagnostics import collapse, expert_value, growth_metrics
 from agents.method import Method, Stage, TrainingData, load_method
 from agents.policies import in_environment
 from envs.dataset import Dataset
 from envs.episodes import make_env
 from envs.errors import UserError
+from envs.files import write_atomically
 from envs.scores import normalized_score, reference_scores
 from orchestrator import memory
 from orchestrator.artifacts import (
@@ -46,8 +48,9 @@ from orchestrator.artifacts import (
 )
 from orchestrator.config import ComputeConfig, Config, digest, identity, load_config, to_dict, to_yaml
 from orchestrator.profiling import TABLE, EpochProfile
-from orchestrator.spool import DatasetRecord, RunInfo, RunSpool
+from orchestrator.spool import DatasetRecord, RunInfo, RunSpool, RunStatus
 from orchestrator.workers import Workers
+from sweeps.plots import RunCourse, diagnostics_figure
 
 CHECKPOINT_VERSION = 3
 MAX_PENDING = 2  # evaluations of a pack under way in evaluators while it trains
@@ -111,6 +114,14 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Diagnosis:
+    """What was measured of one run at one evaluation."""
+
+    updates: int
+    metrics: dict[str, float]  # reach/*
+
+
+@dataclass(frozen=True)
 class PackReport:
     """How a pack stands after `Learner.advance`.
 
@@ -123,6 +134,8 @@ class PackReport:
     evaluations: dict[str, list[Evaluation]]  # run key -> all that have been taken in, in the order of updates
     diverged: dict[str, int] = field(default_factory=dict)  # run key -> updates
     cost: PackCost | None = None  # if this process has trained all of it so far
+    # run key -> updates -> mean Q over an expert's value, of the evaluations at which the run was collapsing
+    collapsing: dict[str, dict[int, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -192,6 +205,8 @@ class Learner:
         self.epoch = 0
         self.evaluations: dict[str, list[Evaluation]] = {run.run_key: [] for run in pack.runs}
         self.diverged: dict[str, int] = {}
+        self.diagnoses: dict[str, list[Diagnosis]] = {run.run_key: [] for run in pack.runs}
+        self.expert_value = expert_value(self.dataset.env_id, config.method.gamma, self.dataset.scaling)
         self.num_epochs = config.method.num_epochs
         self._pending: list[PendingEvaluation] = []
         self._saved_at = time.monotonic()
@@ -264,7 +279,13 @@ class Learner:
         if finished and self.alive:
             self._log_waiting()
             self._finish()
-        return PackReport(self.pack.pack_id, self.updates, finished, dict(self.evaluations), dict(self.diverged))
+        collapsing = {
+            key: {d.updates: ratio for d in known if (ratio := collapse(d.metrics)) is not None}
+            for key, known in self.diagnoses.items()
+        }
+        return PackReport(
+            self.pack.pack_id, self.updates, finished, dict(self.evaluations), dict(self.diverged), None, collapsing
+        )
 
     def _train_epoch(self) -> None:
         started = time.perf_counter()
@@ -309,7 +330,26 @@ class Learner:
         self._diverge_now([key for key, policy in policies.items() if not _finite(policy)])
         with record_function("evaluation"):
             self._start_evaluation(self.updates, {key: policies[key] for key in self.alive})
+        if self.alive and self.configs[0].evaluation.diagnostics:
+            with record_function("diagnostics"):
+                self._diagnose()
         self._take_evaluations(left)
+
+    def _diagnose(self) -> None:
+        """Measure the runs as they are."""
+        started = time.perf_counter()
+        measured = self.method.diagnostics(self.epoch)
+        seconds = time.perf_counter() - started
+        for key, metrics in zip(self.alive, measured, strict=True):
+            if not metrics:
+                continue
+            known = self.diagnoses[key]
+            if "reach/q_mean" in metrics:
+                means = [(d.updates, d.metrics["reach/q_mean"]) for d in known if "reach/q_mean" in d.metrics]
+                now = (self.updates, metrics["reach/q_mean"])
+                metrics = {**metrics, **growth_metrics([*means, now], self.expert_value)}
+            known.append(Diagnosis(self.updates, metrics))
+            self._spools[key].metrics(self.updates, {**metrics, "time/diagnostics_seconds": seconds})
 
     def _start_evaluation(self, updates: int, policies: dict[str, dict[str, np.ndarray]]) -> None:
         evaluation = self.configs[0].evaluation
@@ -372,12 +412,11 @@ class Learner:
         self.diverged |= dict.fromkeys(keys, updates)
         self._drop(keys, "FAILED", "diverged")
 
-    def _drop(self, keys: Sequence[str], status: Any, reason: str) -> None:
+    def _drop(self, keys: Sequence[str], status: RunStatus, reason: str) -> None:
         if not keys:
             return
         for key in keys:
-            self._spools[key].set_tags({"outcome": reason})
-            self._spools[key].end(status)
+            self._end(key, status, reason)
         kept = [m for m, key in enumerate(self.alive) if key not in keys]
         self.alive = [self.alive[m] for m in kept]
         if kept:
@@ -400,9 +439,14 @@ class Learner:
             str(self.device), "config_hash": digest(identity(config, self.dataset.content_hash)),
             "score_reference": self.reference.label if self.reference else "none: values are raw returns",
         }  # fmt: skip
-        name = f"t{run.trial:03d}-s{run.seed}" if "study" in run.tags else run.run_key
-        self._spools[run.run_key].start(RunInfo(name, params, tags, [dataset_record(self.dataset)]))
+        info = RunInfo(self._name(run.run_key), params, tags, [dataset_record(self.dataset)])
+        self._spools[run.run_key].start(info)
         self._spools[run.run_key].artifact(path)
+
+    def _name(self, run_key: str) -> str:
+        """What a run is called in MLflow's table."""
+        run = next(run for run in self.pack.runs if run.run_key == run_key)
+        return f"t{run.trial:03d}-s{run.seed}" if "study" in run.tags else run_key
 
     def _finish(self) -> None:
         for m, key in enumerate(self.alive):
@@ -414,8 +458,24 @@ class Learner:
             save_tensors(folder / "checkpoint.pt", state)
             for name in ("policy.npz", "evaluations.json", "checkpoint.pt"):
                 spool.artifact(folder / name)
-            spool.set_tags({"outcome": "finished"})
-            spool.end("FINISHED")
+            self._end(key, "FINISHED", "finished")
+
+    def _end(self, key: str, status: RunStatus, outcome: str) -> None:
+        """Draw what was measured of a run, say how it ended and close its spool."""
+        spool, known, tags = self._spools[key], self.diagnoses[key], {"outcome": outcome}
+        if known:
+            course = RunCourse(
+                self._name(key), [d.updates for d in known], [d.metrics for d in known],
+                [(e.updates, e.value) for e in self.evaluations[key]], self.expert_value,
+                "mean return" if self.reference is None else "score",
+            )  # fmt: skip
+            figure, path = diagnostics_figure(course), self.run_folder(key) / "diagnostics.png"
+            write_atomically(path, lambda p: figure.savefig(p, format="png", dpi=100))
+            spool.artifact(path)
+            if collapse(known[-1].metrics) is not None:
+                tags["collapsing"] = "true"
+        spool.set_tags(tags)
+        spool.end(status)
 
     def _save(self, force: bool = False) -> None:
         if not force and time.monotonic() - self._saved_at < 60 * self.compute.checkpoint_minutes:
@@ -430,6 +490,7 @@ class Learner:
                 "version": CHECKPOINT_VERSION, "runs": [run.run_key for run in self.pack.runs], "alive": self.alive,
                 "epoch": self.epoch, "diverged": self.diverged, "method": self.method.state_dict(),
                 "evaluations": {key: [asdict(e) for e in done] for key, done in self.evaluations.items()},
+                "diagnoses": {key: [asdict(d) for d in known] for key, known in self.diagnoses.items()},
                 "pending": pending,
             })  # fmt: skip
         self._saved_at = time.monotonic()
@@ -454,6 +515,7 @@ class Learner:
         self.alive, self.epoch = [keys[m] for m in kept], state["epoch"]
         self.diverged = {key: updates for key, updates in state["diverged"].items() if key in keys}
         self.evaluations = {key: [Evaluation(**e) for e in state["evaluations"][key]] for key in keys}
+        self.diagnoses = {key: [Diagnosis(**d) for d in state["diagnoses"][key]] for key in keys}
         for updates, policies in state["pending"]:
             mine = {key: _as_arrays(policy) for key, policy in policies.items() if key in self.alive}
             self._start_evaluation(updates, mine)

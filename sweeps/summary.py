@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sweeps.errors import StudyError
+from sweeps.plots import new_figure
 from sweeps.space import Params, SearchSpace
 from sweeps.study import State, TrialRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+COLLAPSING = "run_collapsing"  # what a trial keeps: run key -> mean Q over an expert's value, of the collapsing runs
 
 _COLORS = {"complete": "#2a6f97", "pruned": "#b0b0b0", "diverged": "#c1121f", "best": "#e09f3e"}
 
@@ -76,6 +79,23 @@ def trial_rows(records: Sequence[TrialRecord], direction: str) -> list[TrialRow]
         )
         for record in (*ranked, *others)
     ]
+
+
+def collapsing_runs(record: TrialRecord) -> dict[str, float]:
+    """Name of every run of a trial that was collapsing at its last evaluation (its critics' mean value far above an
+    expert's, and rising) -> that value over the expert's."""
+    runs = record.attrs.get(COLLAPSING, {})
+    return {f"t{record.number:03d}-{key.partition('-')[2]}": ratio for key, ratio in sorted(runs.items())}
+
+
+def collapse_sentences(records: Sequence[TrialRecord], most: int = 10) -> list[str]:
+    """One sentence for every collapsing run, by trial; beyond `most` of them only how many more there are."""
+    runs = [item for record in sorted(records, key=lambda r: r.number) for item in collapsing_runs(record).items()]
+    sentences = [
+        f"{name} is collapsing: mean Q {ratio:.1f} times the value of an expert and rising" for name, ratio in runs
+    ]
+    more = len(sentences) - most
+    return sentences if more <= 0 else [*sentences[:most], f"and {more} more runs are collapsing"]
 
 
 def history(records: Sequence[TrialRecord], direction: str, optimum: float | None = None) -> History:
@@ -147,7 +167,7 @@ def history_figure(records: Sequence[TrialRecord], direction: str, value_name: s
     """
     from matplotlib.ticker import MaxNLocator
 
-    figure = _figure(6.4, 4.0)
+    figure = new_figure(6.4, 4.0)
     axes = figure.add_subplot()
     finished = sorted((r for r in records if r.value is not None and r.finished), key=_finishing_order)
     place = {record.number: index for index, record in enumerate(finished, start=1)}
@@ -184,7 +204,7 @@ def slice_figure(
     keys = list(space.parameters)
     columns = max(1, min(columns, len(keys)))
     rows = max(1, math.ceil(len(keys) / columns))
-    figure = _figure(3.4 * columns, 2.8 * rows)
+    figure = new_figure(3.4 * columns, 2.8 * rows)
     finished = [record for record in records if record.value is not None and record.finished]
     first: Axes | None = None
     for index, key in enumerate(keys):
@@ -204,16 +224,6 @@ def slice_figure(
         axes.set_xlabel(key)
         if index % columns == 0:
             axes.set_ylabel(value_name)
-    return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-    # Not pyplot, which would keep the figure and choose a window system.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure
 
 

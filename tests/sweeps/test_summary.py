@@ -8,7 +8,15 @@ from matplotlib.figure import Figure
 from envs.errors import UserError
 from sweeps.space import SearchSpace
 from sweeps.study import TrialRecord
-from sweeps.summary import history, history_figure, parameter_importances, slice_figure, trial_rows
+from sweeps.summary import (
+    collapse_sentences,
+    collapsing_runs,
+    history,
+    history_figure,
+    parameter_importances,
+    slice_figure,
+    trial_rows,
+)
 
 SPACE = SearchSpace.from_config(
     {
@@ -142,3 +150,15 @@ def test_the_slice_figure_shows_a_parameter_where_it_applied(tmp_path):
     assert [tick.get_text() for tick in figure.axes[2].get_xticklabels()] == ["a", "None"]
     figure.savefig(tmp_path / "slices.png")
     slice_figure([], SearchSpace.from_config({})).savefig(tmp_path / "empty.png")
+
+
+def test_collapsing_runs_are_named_by_trial_and_seed():
+    ratios = {"t0003-s1": 12.34, "t0003-s0": 4.0}
+    found = replace(record(3, 1.0), attrs={"run_collapsing": ratios})
+    assert collapsing_runs(found) == {"t003-s0": 4.0, "t003-s1": 12.34}
+    assert collapsing_runs(record(4, 1.0)) == {}
+    sentences = collapse_sentences([record(4, 1.0), found])
+    assert sentences[1] == "t003-s1 is collapsing: mean Q 12.3 times the value of an expert and rising"
+    many = [replace(found, number=n) for n in range(7)]
+    assert len(collapse_sentences(many)) == 11
+    assert collapse_sentences(many)[-1] == "and 4 more runs are collapsing"

@@ -1,0 +1,126 @@
+"""How figures look. Everything here takes plain numbers; matplotlib is imported when the first one is drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_EDGE, _WITHIN, _PLAIN, _REFERENCE = "#c1121f", "#2a6f97", "#333333", "#e09f3e"
+
+
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+    """An empty figure of so many inches, on a canvas that needs no window system.
+
+    Args:
+        layout: "constrained" makes room for all texts when it is drawn; None keeps the margins as they are set.
+    """
+    # not pyplot, which would keep the figure and choose a window system
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+@dataclass(frozen=True)
+class RunCourse:
+    """What was measured of a run at its evaluations."""
+
+    name: str
+    updates: Sequence[int]  # of the measurements
+    metrics: Sequence[Mapping[str, float]]  # reach/* of each of them; some may lack some
+    values: Sequence[tuple[int, float]]  # (updates, score or mean return)
+    expert_value: float | None  # roughly an expert's Q, for comparison
+    value_name: str  # score or mean return
+
+
+def diagnostics_figure(course: RunCourse) -> Figure:
+    """Five panels: mean Q, Q by step of the last rollouts, share of edge-of-reach targets, effective penalty, score.
+
+    Args:
+        course: with at least one measurement.
+    """
+    figure = new_figure(13.0, 7.0, layout=None)  # working the margins out would double the time of drawing
+    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.08, top=0.9, wspace=0.22, hspace=0.32)
+    figure.suptitle(f"{course.name}: edge-of-reach diagnostics")
+    places = figure.subplots(2, 3).ravel()
+    _mean_q(places[0], course)
+    _q_by_step(places[1], course)
+    _share(places[2], course)
+    _penalty(places[3], course)
+    axes = places[4]
+    axes.plot([u for u, _ in course.values], [v for _, v in course.values], marker=".", color=_PLAIN)
+    _describe(axes, course.value_name, "updates", course.value_name)
+    places[5].remove()
+    return figure
+
+
+def _mean_q(axes: Axes, course: RunCourse) -> None:
+    points = [p for p in _series(course, "q_mean") if p[1] > 0]
+    axes.plot([u for u, _ in points], [math.log10(q) for _, q in points], marker=".", color=_PLAIN, label="mean Q")
+    if course.expert_value is not None:
+        label = "value of an expert"
+        axes.axhline(math.log10(course.expert_value), linestyle="--", color=_REFERENCE, label=label)
+    _describe(axes, "log10 of mean Q, where positive", "updates", "log10 Q")
+
+
+def _q_by_step(axes: Axes, course: RunCourse) -> None:
+    last = course.metrics[-1]
+    prefix, within, edge = "reach/q_step_", {}, {}
+    for name in sorted(last):
+        step, _, group = name.removeprefix(prefix).partition("_")
+        if not name.startswith(prefix) or group:
+            continue
+        if f"{name}_edge" in last:
+            edge[int(step)] = last[f"{name}_edge"]
+            if f"{name}_within" in last:
+                within[int(step)] = last[f"{name}_within"]
+        else:
+            within[int(step)] = last[name]
+    axes.plot(list(within), list(within.values()), marker="o", color=_WITHIN, label="within reach")
+    axes.plot(list(edge), list(edge.values()), marker="s", linestyle="none", color=_EDGE, label="edge of reach")
+    if course.expert_value is not None:
+        axes.axhline(course.expert_value, linestyle="--", color=_REFERENCE, label="value of an expert")
+    _describe(axes, f"Q by step of the rollout, at {course.updates[-1]} updates", "step that made the state", "Q")
+
+
+def _share(axes: Axes, course: RunCourse) -> None:
+    _lines(axes, course, {
+        "share": ("beyond the threshold, last step", _EDGE), "share_control": ("beyond it, other steps", _WITHIN),
+        "edge_share": ("edge of reach, of all targets (exact)", _PLAIN),
+    })  # fmt: skip
+    axes.set_ylim(bottom=0.0)
+    _describe(axes, "share of targets", "updates", "share")
+
+
+def _penalty(axes: Axes, course: RunCourse) -> None:
+    _lines(axes, course, {"penalty_edge": ("edge of reach", _EDGE), "penalty_within": ("within reach", _WITHIN)})
+    _describe(axes, "effective penalty: mean less minimum of the critics", "updates", "penalty")
+
+
+def _lines(axes: Axes, course: RunCourse, shown: Mapping[str, tuple[str, str]]) -> None:
+    for name, (label, color) in shown.items():
+        points = _series(course, name)
+        if points:
+            axes.plot([u for u, _ in points], [x for _, x in points], marker=".", color=color, label=label)
+
+
+def _series(course: RunCourse, name: str) -> list[tuple[int, float]]:
+    key = f"reach/{name}"
+    return [(u, m[key]) for u, m in zip(course.updates, course.metrics, strict=True) if key in m]
+
+
+def _describe(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize="medium")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.locator_params(axis="x", nbins=6, integer=True)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
