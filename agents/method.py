@@ -44,6 +44,7 @@ class TrainingData:
     units of `rewards` but without a shift; None where no two episodes differ. `rewards` are reward_scale times the
     environment's plus reward_shift. `action_low` and `action_high`, `(A,)` on the CPU, are the environment's bounds;
     None: -1 and 1. `states`, `(N, X)` float64, are the simulator's at `observations`, where the dataset has them.
+    `episode_starts`, `(E,)` int64, are the numbers of the rows that episodes begin with.
     """
 
     env_id: str
@@ -60,6 +61,7 @@ class TrainingData:
     action_low: Tensor | None = None
     action_high: Tensor | None = None
     states: Tensor | None = None
+    episode_starts: Tensor | None = None
 
     @classmethod
     def from_dataset(
@@ -80,6 +82,7 @@ class TrainingData:
         return cls(
             dataset.env_id, obs, action, reward, next_obs, done, mean, std, return_range, scaling.reward_scale,
             scaling.reward_shift, torch.tensor(action_low), torch.tensor(action_high),
+            episode_starts=torch.tensor(dataset.episodes.starts, device=device),
         )  # fmt: skip
 
     def standardised(self) -> TrainingData:

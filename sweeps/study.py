@@ -181,8 +181,9 @@ class Study:
     def ask(self) -> TrialTicket | None:
         """The next trial to run, or None when all `spec.num_trials` have been asked for.
 
-        Listed trials come in their order, enqueued ones before those of the sampler. Depends on nothing but the spec and the journal: the same results told in
-        the same order lead to the same trials, whether or not the study was resumed between.
+        Listed trials come in their order, enqueued ones before those of the sampler. Depends on nothing but the spec
+        and the journal: the same results told in the same order lead to the same trials, whether or not the study was
+        resumed between.
         """
         self._check_driver()
         trials = self._frozen()
