@@ -24,9 +24,9 @@ def exact_edge_test(env_id: str) -> Callable[[Tensor, int], Tensor] | None:
 
 
 def optimal_values(
-    gamma: float, half_width: float, spacing: float, tolerance: float = 1e-6
+    gamma: float, half_width: float, spacing: float, tolerance: float = 1e-6, horizon: int | None = None
 ) -> tuple[NDArray[np.float64], int]:
-    """V* of `EdgeOfReach` on a grid, by value iteration from V = 0, with infinite horizon and without entropy:
+    """V* of `EdgeOfReach` on a grid, by value iteration from V = 0, without entropy:
 
         V(s) <- r(s) + gamma max_a V(s + a)
 
@@ -39,6 +39,7 @@ def optimal_values(
         spacing: between points; an action of 1 must be a whole number of spacings.
         tolerance: largest change of a value in the last sweep, so that no value is off by more than gamma /
             (1 - gamma) times as much.
+        horizon: steps to be valued; None: infinitely many.
 
     Returns:
         Values `(X, Y)` and the number of sweeps.
@@ -52,7 +53,7 @@ def optimal_values(
         updated = reward + gamma * _largest_within(_largest_within(values, steps).T, steps).T
         change = np.abs(updated - values).max()
         values, sweeps = updated, sweeps + 1
-        if change <= tolerance:
+        if change <= tolerance if horizon is None else sweeps == horizon:
             return values, sweeps
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def test_the_oracle_is_reward_and_discounted_value_also_for_scaled_rewards(value
     assert optimal(torch.tensor([[11.5, 0.0]]), torch.zeros(1, 2)).item() < away
 
 
-CONFIG = {"hidden": [8], "rollout_length": LENGTH, "rollout_batch": 20, "real_ratio": 0.0, "model_quality": 1.0}
+CONFIG: dict[str, Any] = {"hidden": [8], "rollout_length": LENGTH, "rollout_batch": 20, "real_ratio": 0.0, "model_quality": 1.0}
 
 
 def test_rollouts_start_where_episodes_do() -> None:
@@ -148,6 +149,6 @@ def test_a_run_with_a_patch_is_trained(values: Tensor) -> None:
         ({"rollout_starts": "first"}, "must be one of all, initial"),
     ],
 )
-def test_what_cannot_be_patched(changes: dict[str, str], sentence: str) -> None:
+def test_what_cannot_be_patched(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        RAVLConfig(**changes)  # type: ignore[arg-type]
+        RAVLConfig(**changes)
