@@ -105,7 +105,7 @@ def show(config: Config, study: Study, spool: RunSpool, console: Console) -> lis
 
     Runs that diverged are left out, and counted in a line of their own.
     """
-    best = _best_return()
+    best = best_return()
     settings: list[list[_Measured]] = []
     diverged = 0
     for record in study.trials():
@@ -150,8 +150,26 @@ def read_runs(folder: Path) -> list[LabRun]:
         rows = list(csv.DictReader((folder / RUNS_FILE).read_text().splitlines()))
     except OSError as error:
         raise UserError(f"cannot read {folder / RUNS_FILE}: {error.strerror}; run `offsweep lab` first") from None
-    kinds = {"method": str, "seed": int, "k": int, "success": lambda text: text == "True"}
-    return [LabRun(**{key: kinds.get(key, float)(value) for key, value in row.items()}) for row in rows]
+    return [
+        LabRun(
+            row["method"], int(row["seed"]), int(row["k"]), float(row["mean_return"]), float(row["mean_q"]),
+            float(row["edge_share"]), float(row["patched_share"]), float(row["penalty_auroc"]),
+            row["success"] == "True",
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def best_return() -> float:
+    """The largest mean return of an episode from the environment's start states, by dynamic programming."""
+    env = make_env(EDGE_OF_REACH)
+    horizon = env.spec.max_episode_steps if env.spec else None
+    env.close()
+    assert horizon is not None
+    half_width, spacing = EdgeOfReach.START + horizon, 0.25
+    values, _ = optimal_values(1.0, half_width, spacing, horizon=horizon)
+    inside = np.abs(grid_points(half_width, spacing)).max(-1) <= EdgeOfReach.START
+    return float(values[inside].mean())
 
 
 # ---- what is measured of a run ----------------------------------------------------------------------------------
@@ -169,7 +187,7 @@ class _Measured:
     edge_share: list[float]
     patched_share: list[float]  # of every epoch, empty without a patch
     penalty_within: Tensor  # variance of the critics at random states (B,)
-    penalty_edge: Tensor
+    penalty_edge: Tensor  # (B,)
 
     def result(self, best: float) -> LabRun:
         scores = torch.cat((self.penalty_edge, self.penalty_within))
@@ -195,9 +213,9 @@ def _measure(config: Config, folder: Path, trial: int) -> _Measured | None:
             logged.setdefault(name, {})[record["step"]] = value  # type: ignore[index]
     updates = [evaluation["updates"] for evaluation in evaluations]
     within, edge = _penalties(config, run)
+    mean_q, share = ([logged[name].get(u, math.nan) for u in updates] for name in ("reach/q_mean", "reach/edge_share"))
     return _Measured(
-        config, run, updates, [evaluation["value"] for evaluation in evaluations],
-        *([logged.get(name, {}).get(u, math.nan) for u in updates] for name in ("reach/q_mean", "reach/edge_share")),
+        config, run, updates, [evaluation["value"] for evaluation in evaluations], mean_q, share,
         list(logged.get("train/patched_share", {}).values()), within, edge,
     )  # fmt: skip
 
@@ -208,7 +226,7 @@ def _penalties(config: Config, run: Path) -> tuple[Tensor, Tensor]:
     sac = make_sac([config.method], [config.seed], 2, 2)
     sac.load_state_dict(load_tensors(run / "checkpoint.pt")["sac"])
     draw, reach = torch.Generator().manual_seed(0), EdgeOfReach.START + config.method.rollout_length
-    states = (torch.rand(20 * _PENALTY_STATES, 2, generator=draw) * 2 - 1) * reach
+    states = (torch.rand(40 * _PENALTY_STATES, 2, generator=draw) * 2 - 1) * reach
     edge = EdgeOfReach.edge_of_reach(states, config.method.rollout_length)
     groups = (states[~edge][:_PENALTY_STATES], states[edge][:_PENALTY_STATES])
     variances = []
@@ -216,18 +234,6 @@ def _penalties(config: Config, run: Path) -> tuple[Tensor, Tensor]:
         noise = torch.randn(1, len(group), 2, generator=draw)
         variances.append(ensemble_values(sac.actor, sac.target, group.unsqueeze(0), noise)[0].var(0, correction=0))
     return variances[0], variances[1]
-
-
-def _best_return() -> float:
-    """The largest mean return of an episode from the environment's start states, by dynamic programming."""
-    env = make_env(EDGE_OF_REACH)
-    horizon = env.spec.max_episode_steps if env.spec else None
-    env.close()
-    assert horizon is not None
-    half_width, spacing = EdgeOfReach.START + horizon, 0.25
-    values, _ = optimal_values(1.0, half_width, spacing, horizon=horizon)
-    inside = np.abs(grid_points(half_width, spacing)).max(-1) <= EdgeOfReach.START
-    return float(values[inside].mean())
 
 
 # ---- how it is shown --------------------------------------------------------------------------------------------

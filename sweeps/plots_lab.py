@@ -112,7 +112,7 @@ def _penalty(box: Axes, histogram: Axes, content: LabFigure) -> None:
         logs = [v for v in values if v > 0]
         low, high = min(min(g) for g in groups if len(g)), max(max(g) for g in groups if len(g))
         bins = [max(low, 1e-12) * (high / max(low, 1e-12)) ** (i / 40) for i in range(41)]
-        histogram.hist(logs, bins=bins, color=color, alpha=0.6, density=False, label=label)
+        histogram.hist(logs, bins=bins, color=color, alpha=0.6, label=label)
     histogram.set(title="RAVL: variance of the critics", xscale="log", xlabel="variance", ylabel="states")
     histogram.legend()
 

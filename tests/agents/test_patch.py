@@ -110,7 +110,13 @@ def test_the_oracle_is_reward_and_discounted_value_also_for_scaled_rewards(value
     assert optimal(torch.tensor([[11.5, 0.0]]), torch.zeros(1, 2)).item() < away
 
 
-CONFIG: dict[str, Any] = {"hidden": [8], "rollout_length": LENGTH, "rollout_batch": 20, "real_ratio": 0.0, "model_quality": 1.0}
+CONFIG: dict[str, Any] = {
+    "hidden": [8],
+    "rollout_length": LENGTH,
+    "rollout_batch": 20,
+    "real_ratio": 0.0,
+    "model_quality": 1.0,
+}
 
 
 def test_rollouts_start_where_episodes_do() -> None:
