@@ -24,7 +24,8 @@ class EdgeOfReach(gymnasium.Env[FloatArray, FloatArray]):
     state can be reached at step k and not before exactly where START + k - 1 < |s|_inf <= START + k.
 
     A reconstruction: of the paper's task the plane, the rollout length 10 and the 30 steps are known from its reviews;
-    start states, step size and bumps are chosen here. Both bumps lie well within reach of 10 steps.
+    start states, step size and bumps are chosen here. Both bumps lie well within reach of 10 steps: nothing in the task
+    calls for going to the edge. `offsweep lab edge-of-reach` trains on it (docs/edge_of_reach.md).
     """
 
     START = 2.0
