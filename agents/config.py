@@ -77,7 +77,7 @@ class SACConfig(ScheduleConfig):
 
     num_critics: int = 2  # N; targets and policy use the minimum over all
     initialisation: str = "torch"  # torch | edac | edac-fan-in | orthogonal
-    eta: float = per_member(0.0)  # weight of the diversity term; 0 leaves it out
+    eta: float = per_member(0.0, off_at_zero=True)  # weight of the diversity term
     actor_lr: float = per_member(3e-4)
     critic_lr: float = per_member(3e-4)
     alpha_lr: float = per_member(3e-4)

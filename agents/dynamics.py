@@ -8,7 +8,7 @@ vectors shared by the ensemble. Loss (released RAVL, `net.py:175-185`; Janner et
 
 with L2 on each layer's weights through Adam. Departures from the released RAVL, each a defect there: the holdout stays
 apart from the training set, elites are chosen once on it, every member keeps its own bootstrap resample, and seeds
-reach the weights.
+reach the weights. Statistics of the inputs are those of the observations themselves; there of the next observations.
 
 All members of an ensemble train until none of them improves on the holdout, as in MOPO and RAVL; what is kept are each
 member's own best weights. Several ensembles on the same data can train in one batch: see `train_ensembles`.

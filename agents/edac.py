@@ -21,7 +21,7 @@ from agents.sac_n import SACN, SACNConfig
 class EDACConfig(SACNConfig):
     """EDAC's hyperparameters; per-dataset values in agents/edac.yaml."""
 
-    eta: float = per_member(1.0)
+    eta: float = per_member(1.0, off_at_zero=True)
 
 
 class EDAC(SACN):

@@ -1,7 +1,8 @@
 """What a method is to the rest of the system, and how one is found by name.
 
 A method is one module of this package, `agents/<name>.py`, beside `agents/<name>.yaml` with its papers' settings. The
-module defines `METHOD`, a class with the interface of `Method`. Nothing else has to be edited to add one.
+module defines `METHOD`, a class with the interface of `Method`. Nothing else has to be edited to add one:
+docs/adding_a_method.md goes through one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import difflib
 import fnmatch
 import importlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +24,7 @@ import torch
 import yaml
 from torch import Tensor
 
+import agents
 from agents.networks import StackedMLP
 from agents.rollout import Dynamics, Penalty, Rollout, RolloutStatistics, draw
 from envs.dataset import Dataset
@@ -30,9 +33,26 @@ from envs.termination import termination_rule
 from envs.transforms import STD_OFFSET
 
 
-def per_member(default: Any) -> Any:
-    """A config field that only enters arithmetic: runs that differ in it can share a pack."""
-    return dataclasses.field(default=default, metadata={"per_member": True})
+def per_member(default: Any, *, off_at_zero: bool = False) -> Any:
+    """A config field that only enters arithmetic: runs that differ in it can share a pack.
+
+    Args:
+        off_at_zero: a weight that leaves something out of the computation where it is 0; runs with and without it do
+            not share a pack.
+    """
+    return dataclasses.field(default=default, metadata={"per_member": True, "off_at_zero": off_at_zero})
+
+
+def common_settings(config: Any) -> dict[str, Any]:
+    """What runs of a pack agree in: the config without its fields per member, but with whether those that can be off
+    are."""
+    plain = dataclasses.asdict(config)
+    for item in dataclasses.fields(config):
+        if item.metadata.get("off_at_zero"):
+            plain[item.name] = plain[item.name] != 0
+        elif item.metadata.get("per_member"):
+            del plain[item.name]
+    return plain
 
 
 @dataclass(frozen=True)
@@ -43,7 +63,8 @@ class TrainingData:
     observations are standardised. `return_range` is the best less the worst return of the complete episodes, in the
     units of `rewards` but without a shift; None where no two episodes differ. `rewards` are reward_scale times the
     environment's plus reward_shift. `action_low` and `action_high`, `(A,)` on the CPU, are the environment's bounds;
-    None: -1 and 1. `states`, `(N, X)` float64, are the simulator's at `observations`, where the dataset has them.
+    None: -1 and 1. `states` `(N, X)`, float64, are the dataset's, where it has any: in memory that may be mapped from a
+    file and must not be written to, whatever the device, since the simulator that takes them runs on the CPU.
     `episode_starts`, `(E,)` int64, are the numbers of the rows that episodes begin with.
     """
 
@@ -81,8 +102,8 @@ class TrainingData:
             return_range = float(returns.max() - returns.min()) * abs(scaling.reward_scale)
         return cls(
             dataset.env_id, obs, action, reward, next_obs, done, mean, std, return_range, scaling.reward_scale,
-            scaling.reward_shift, torch.tensor(action_low), torch.tensor(action_high),
-            episode_starts=torch.tensor(dataset.episodes.starts, device=device),
+            scaling.reward_shift, torch.tensor(action_low), torch.tensor(action_high), _shared(dataset.states),
+            torch.tensor(dataset.episodes.starts, device=device),
         )  # fmt: skip
 
     def standardised(self) -> TrainingData:
@@ -132,6 +153,15 @@ class TrainingData:
     @property
     def action_dim(self) -> int:
         return self.actions.shape[1]
+
+
+def _shared(values: np.ndarray | None) -> Tensor | None:
+    """A tensor of an array's own memory: who does not use it does not pay for it."""
+    if values is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's about arrays that are read-only, as mapped ones are
+        return torch.from_numpy(values)
 
 
 @dataclass(frozen=True)
@@ -283,9 +313,14 @@ class Method(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+def _settings_files() -> dict[str, Path]:
+    """Every method's settings by its name."""
+    return {path.stem: path for folder in agents.__path__ for path in sorted(Path(folder).glob("*.yaml"))}
+
+
 def method_names() -> list[str]:
     """Every method of this package."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
+    return sorted(_settings_files())
 
 
 def load_method(name: str) -> type[Method]:
@@ -303,7 +338,7 @@ def load_method(name: str) -> type[Method]:
 @cache
 def settings_file(name: str) -> dict[str, Any]:
     """The content of `agents/<name>.yaml`."""
-    return yaml.safe_load((Path(__file__).parent / f"{name}.yaml").read_text())
+    return yaml.safe_load(_settings_files()[name].read_text())
 
 
 def method_settings(name: str, dataset: str, variant: str | None) -> tuple[str, dict[str, Any]]:
@@ -314,6 +349,9 @@ def method_settings(name: str, dataset: str, variant: str | None) -> tuple[str, 
 
     Returns:
         The variant and its settings: the blocks whose pattern matches the dataset, later ones over earlier ones.
+
+    Raises:
+        UserError: the method has no such variant, or see `variant_blocks`.
     """
     content = settings_file(name)
     variant = content["default_variant"] if variant is None else variant
@@ -321,8 +359,41 @@ def method_settings(name: str, dataset: str, variant: str | None) -> tuple[str, 
         known = ", ".join(content["variants"])
         raise UserError(f"method {name} has no variant {variant!r}; choose one of: {known}")
     merged: dict[str, Any] = {}
-    for pattern, block in content["variants"][variant].items():
+    for pattern, block in variant_blocks(name, variant).items():
         if fnmatch.fnmatchcase(dataset, pattern):
-            for key, value in block.items():
-                merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+            merged = _over(merged, block)
     return variant, copy.deepcopy(merged)  # the file's content is kept for other callers
+
+
+def variant_blocks(name: str, variant: str) -> dict[str, dict[str, Any]]:
+    """The blocks of a variant by the pattern of their datasets, in the order in which they apply.
+
+    With `extends: other` they are those of the other variant: a block with the same pattern goes over the other's, in
+    its place, and further ones come after all of them.
+
+    Raises:
+        UserError: `extends` names no variant, or leads back to where it came from.
+    """
+    variants, chain = settings_file(name)["variants"], [variant]
+    while (parent := variants[chain[-1]].get("extends")) is not None:
+        if parent not in variants:
+            raise UserError(
+                f"agents/{name}.yaml: {chain[-1]} extends {parent!r}, which is none of {', '.join(variants)}"
+            )
+        if parent in chain:
+            raise UserError(f"agents/{name}.yaml: {' extends '.join([*chain, parent])}: a variant cannot extend itself")
+        chain.append(parent)
+    blocks: dict[str, dict[str, Any]] = {}
+    for link in reversed(chain):
+        for pattern, block in variants[link].items():
+            if pattern != "extends":
+                blocks[pattern] = _over(blocks.get(pattern, {}), block)
+    return blocks
+
+
+def _over(block: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """A block with another's values over its own, key by key, inside `dynamics` too."""
+    merged = dict(block)
+    for key, value in upper.items():
+        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+    return merged

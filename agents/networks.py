@@ -244,8 +244,8 @@ def initialise(network: StackedMLP, generators: Sequence[torch.Generator], *, sc
     Args:
         scheme: "torch": weights and biases of every layer uniform in +-1/sqrt(in), torch's default.
             "edac-fan-in": hidden weights likewise, hidden biases 0.1, last layer uniform in +-`last_bound`.
-            "edac": the same but +-1/sqrt(out) for the hidden weights, as the released RAVL and CORL's EDAC have it
-            (their `(in, out)` weights go to an initialiser that expects `(out, in)`).
+            "edac": the same but +-1/sqrt(out) for the hidden weights, as the critics of the released RAVL and of CORL's
+            EDAC have it (their `(in, out)` weights go to an initialiser that expects `(out, in)`; actors are as above).
             "orthogonal": orthogonal weights times sqrt(2) in every layer, no biases, as jaxrl and IQL have it.
     """
     if scheme not in INITIALISATIONS:

@@ -31,7 +31,7 @@ class RAVLConfig(ModelBasedConfig):
     """RAVL's hyperparameters; the defaults are those of the released code (agents/ravl.yaml)."""
 
     num_critics: int = 10
-    eta: float = per_member(1.0)
+    eta: float = per_member(1.0, off_at_zero=True)
     hidden: list[int] = field(default_factory=lambda: [256, 256, 256])
     initialisation: str = "edac"
     patch: str = "none"  # of the targets' values, where edge-of-reach states are known: see agents.patch

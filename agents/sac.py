@@ -128,7 +128,9 @@ class SAC:
         self.actor = StackedMLP((m,), (s, *settings.actor_hidden, 2 * a), device)
         self.critic = StackedMLP((m, n), (s + a, *settings.critic_hidden, 1), device)
         scheme = settings.initialisation
-        initialise(self.actor, [generator(x, "init actor") for x in seeds], scheme=scheme, last_bound=1e-3)
+        # the released actors are made of torch.nn.Linear: only the critics have the other bound
+        actor_scheme = "edac-fan-in" if scheme == "edac" else scheme
+        initialise(self.actor, [generator(x, "init actor") for x in seeds], scheme=actor_scheme, last_bound=1e-3)
         initialise(self.critic, [generator(x, "init critic") for x in seeds], scheme=scheme, last_bound=3e-3)
         self.target = self.critic.clone()
         self.log_alpha = StackedScalar(m, math.log(settings.alpha), device)

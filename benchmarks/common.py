@@ -6,11 +6,14 @@ A benchmark is a module `benchmarks.<name>` that prints one JSON object per line
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -95,6 +98,74 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value
+
+
+# ---- what is timed in processes of its own --------------------------------------------------------------------------
+
+
+def timing_parser(benchmark: str, description: str | None, blocks: int, seconds: float) -> argparse.ArgumentParser:
+    """The options of a benchmark that times each thing in fresh processes."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{benchmark}", description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--blocks", type=int, default=blocks, help="measurements of each thing (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=seconds, help="length of a block (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=3,
+        help="processes in which each thing is measured; the one with the median ratio is shown (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--in-process", action="store_true", help="time a single thing in this process")
+    return parser
+
+
+def timing_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """The words that hand `--blocks` and `--seconds` on; an error for numbers that are not positive."""
+    if min(args.blocks, args.repeats) < 1 or args.seconds <= 0:
+        parser.error("blocks, seconds and repeats must be greater than 0")
+    return ["--blocks", str(args.blocks), "--seconds", f"{args.seconds:g}"]
+
+
+def timed_apart(benchmark: str, words: Sequence[str], threads: int = 1) -> dict[str, Any]:
+    """The line that a benchmark prints for a single thing, timed in a fresh process: OpenMP reads its variables when
+    it is loaded.
+
+    Raises:
+        UserError: it failed.
+    """
+    env = os.environ | {
+        "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive",
+    }  # fmt: skip
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}", *words, "--in-process"]
+    done = subprocess.run(command, cwd=ROOT, env=env, check=False, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError(f"benchmark {benchmark} failed with exit code {done.returncode} at {' '.join(words)}")
+    return parse_line(done.stdout, benchmark)
+
+
+def print_medians(benchmark: str, repeats: int, measure: Callable[[], list[dict[str, Any]]]) -> int:
+    """Measure everything `repeats` times, all of it in turn so that a slow hour meets all; print of each line the
+    repeat with the median ratio.
+
+    Args:
+        measure: the lines of one repeat, in the same order every time.
+
+    Returns:
+        The exit code.
+    """
+    rounds = []
+    for i in range(repeats):
+        print(f"{benchmark}: repeat {i + 1} of {repeats}", file=sys.stderr, flush=True)
+        try:
+            rounds.append(measure())
+        except UserError as error:
+            print(f"benchmarks: {error}", file=sys.stderr)
+            return 1
+    for lines in zip(*rounds, strict=True):
+        ordered = sorted(lines, key=lambda line: line["ratio"])
+        ratios = [line["ratio"] for line in ordered]
+        print_line({**ordered[len(ordered) // 2], "ratios_of_repeats": ratios})
+    return 0
 
 
 # ---- timing ---------------------------------------------------------------------------------------------------------

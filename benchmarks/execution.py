@@ -8,17 +8,14 @@ Lines are named `<case>/<form>`, with the cases of `learner_speed` and these for
     mixed       `method.precision=mixed`: products of bfloat16 inputs
 
 `value` is updates per second of processor time, one thread, a pack of 1; `reference` the same of the update as it is,
-in turns in the same process. `setup_seconds` is the first call, compilation included. Every line comes from a fresh
-process.
+in turns in the same process. `setup_seconds` is the first call, compilation included. Every line is the one with the
+median ratio of several fresh processes.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,7 +28,16 @@ from agents.chunk import Updater, matrix_precision
 from agents.cpu import configure_cpu
 from agents.optim import Adam
 from agents.replay import Replay, transition_rows
-from benchmarks.common import ROOT, Block, print_line, record, spread
+from benchmarks.common import (
+    Block,
+    print_line,
+    print_medians,
+    record,
+    spread,
+    timed_apart,
+    timing_options,
+    timing_parser,
+)
 from benchmarks.learner_speed import NUM_ROWS, UPDATES, hopper_shaped, work_of
 
 BENCHMARK = "execution"
@@ -108,38 +114,19 @@ def measure(case: str, form: str, blocks: int, seconds: float, command: str) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{BENCHMARK}", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = timing_parser(BENCHMARK, __doc__, blocks=7, seconds=0.8)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
-    parser.add_argument("--blocks", type=int, default=7, help="measurements of each (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=0.8, help="length of a block (default: %(default)s)")
-    parser.add_argument("--in-process", action="store_true", help="time one case in one form in this process")
     args = parser.parse_args(argv)
-    if args.blocks < 1 or args.seconds <= 0:
-        parser.error("blocks and seconds must be greater than 0")
-    chosen = [(case, form) for case in args.cases for form in args.forms]
-    options = ["--blocks", str(args.blocks), "--seconds", f"{args.seconds:g}"]
+    options = timing_options(parser, args)
+    chosen = [["--cases", case, "--forms", form, *options] for case in args.cases for form in args.forms]
     if args.in_process:
         if len(chosen) != 1:
             parser.error("--in-process times one case in one form")
-        (case, form), *_ = chosen
-        words = ["--cases", case, "--forms", form, *options]
-        command = " ".join(["python", "-m", f"benchmarks.{BENCHMARK}", *words])
-        print_line(measure(case, form, args.blocks, args.seconds, command))
+        command = " ".join(["python", "-m", f"benchmarks.{BENCHMARK}", *chosen[0]])
+        print_line(measure(args.cases[0], args.forms[0], args.blocks, args.seconds, command))
         return 0
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    for case, form in chosen:
-        words = ["--cases", case, "--forms", form, *options, "--in-process"]
-        result = subprocess.run(
-            [sys.executable, "-m", f"benchmarks.{BENCHMARK}", *words], cwd=ROOT, env=env, check=False
-        )
-        if result.returncode:
-            print(f"{BENCHMARK}: {case}/{form} failed with exit code {result.returncode}", file=sys.stderr)
-            return 1
-    return 0
+    return print_medians(BENCHMARK, args.repeats, lambda: [timed_apart(BENCHMARK, words) for words in chosen])
 
 
 if __name__ == "__main__":

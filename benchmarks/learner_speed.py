@@ -26,12 +26,9 @@ processor, else what the matrix products alone would allow; for larger packs it 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -51,7 +48,17 @@ from agents.ravl import RAVL, RAVLConfig
 from agents.replay import Replay, transition_rows
 from agents.sac import SAC, SACHyperparameters, SACSettings, rows_pay
 from agents.td3_bc import TD3BCConfig, TD3BCUpdater
-from benchmarks.common import ROOT, Block, MatrixRate, parse_line, print_line, record, spread
+from benchmarks.common import (
+    Block,
+    MatrixRate,
+    print_line,
+    print_medians,
+    record,
+    spread,
+    timed_apart,
+    timing_options,
+    timing_parser,
+)
 
 BENCHMARK = "learner_speed"
 PEERS = Path(__file__).parent / "peers.json"  # speed of other implementations, per second of processor time
@@ -354,63 +361,29 @@ def best_peer(case: str) -> dict[str, Any] | None:
 # ---- command --------------------------------------------------------------------------------------------------------
 
 
-def measure_apart(case: str, pack: int, threads: int, options: Sequence[str]) -> dict[str, Any]:
-    """Time one case in a fresh process: its line. OpenMP reads its variables when it is loaded."""
-    words = ["--cases", case, "--packs", str(pack), "--threads", str(threads), *options, "--in-process"]
-    env = os.environ | {
-        "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive",
-    }  # fmt: skip
-    command = [sys.executable, "-m", f"benchmarks.{BENCHMARK}", *words]
-    done = subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.PIPE, text=True)
-    return parse_line(done.stdout, BENCHMARK)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{BENCHMARK}", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = timing_parser(BENCHMARK, __doc__, blocks=9, seconds=0.8)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--packs", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
-    parser.add_argument("--blocks", type=int, default=9, help="measurements of each thing (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=0.8, help="length of a block (default: %(default)s)")
-    parser.add_argument(
-        "--repeats", type=int, default=3,
-        help="processes in which each thing is measured; the one with the median ratio is shown (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--in-process", action="store_true", help="time a single case in this process")
     args = parser.parse_args(argv)
-    if min(*args.packs, *args.threads, args.blocks, args.repeats) < 1 or args.seconds <= 0:
-        parser.error("packs, threads, blocks, seconds and repeats must be greater than 0")
-    options = ["--blocks", str(args.blocks), "--seconds", f"{args.seconds:g}"]
+    options = timing_options(parser, args)
+    if min(*args.packs, *args.threads, 1) < 1:
+        parser.error("packs and threads must be greater than 0")
     chosen = [
-        (case, pack, threads)
+        (["--cases", case, "--packs", str(pack), "--threads", str(threads), *options], threads)
         for case in args.cases
         for threads in args.threads
         for pack in (args.packs if case in UPDATES else [1])
     ]
-    if args.in_process:
-        if len(chosen) != 1:
-            parser.error("--in-process times one case with one pack and one number of threads")
-        case, pack, threads = chosen[0]
-        words = ["--cases", case, "--packs", str(pack), "--threads", str(threads), *options]
-        command = " ".join(["python", "-m", f"benchmarks.{BENCHMARK}", *words])
-        print_line(measure(case, pack, threads, args.blocks, args.seconds, command))
-        return 0
-    lines: dict[tuple[str, int, int], list[dict[str, Any]]] = {what: [] for what in chosen}
-    for i in range(args.repeats):  # of everything in turn, so that a slow hour meets all of it
-        for case, pack, threads in chosen:
-            text = f"[{i + 1}/{args.repeats}] {case}, pack of {pack}, {threads} thread(s)"
-            print(text, file=sys.stderr, flush=True)
-            try:
-                lines[case, pack, threads].append(measure_apart(case, pack, threads, options))
-            except subprocess.CalledProcessError as error:
-                print(f"{BENCHMARK}: {case} failed with exit code {error.returncode}", file=sys.stderr)
-                return 1
-    for of_one in lines.values():
-        of_one.sort(key=lambda line: line["ratio"])
-        print_line({**of_one[len(of_one) // 2], "ratios_of_repeats": [line["ratio"] for line in of_one]})
+    if not args.in_process:
+        return print_medians(BENCHMARK, args.repeats, lambda: [timed_apart(BENCHMARK, *one) for one in chosen])
+    if len(chosen) != 1:
+        parser.error("--in-process times one case with one pack and one number of threads")
+    [(words, threads)] = chosen
+    command = " ".join(["python", "-m", f"benchmarks.{BENCHMARK}", *words])
+    pack = args.packs[0] if args.cases[0] in UPDATES else 1
+    print_line(measure(args.cases[0], pack, threads, args.blocks, args.seconds, command))
     return 0
 
 

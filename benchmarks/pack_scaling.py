@@ -7,7 +7,7 @@ beforehand, on a GPU as captured graphs. `<case>/<M>` is a pack of M runs.
 pack of 1 measured in turns in the same process. `time_of_one` is the time of an update of the pack in updates of a pack
 of 1. `memory` is what the process (on a GPU its allocator) grew by from before the pack to its peak, `memory_predicted`
 what the packer would take it for from the smaller packs of the same case. On a GPU `<case>/<M>/eager` executes the
-updates without a graph. Every line comes from a fresh process.
+updates without a graph. Every line is the one with the median ratio of several fresh processes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,7 +26,16 @@ from agents.chunk import ChunkRunner
 from agents.cpu import configure_cpu
 from agents.graphs import default_capture
 from agents.replay import Replay, transition_rows
-from benchmarks.common import ROOT, MatrixRate, print_line, record, spread
+from benchmarks.common import (
+    MatrixRate,
+    print_line,
+    print_medians,
+    record,
+    spread,
+    timed_apart,
+    timing_options,
+    timing_parser,
+)
 from benchmarks.learner_speed import ACTION_DIM, BATCH, UPDATES, hopper_shaped
 from orchestrator import memory
 from orchestrator.packing import Curve
@@ -125,53 +132,47 @@ def measure(
     )  # fmt: skip
 
 
+def measure_case(case: str, packs: Sequence[int], options: Sequence[str]) -> list[dict[str, Any]]:
+    """The lines of all packs of a case, each measured in a fresh process."""
+    lines: list[dict[str, Any]] = []
+    known: list[tuple[float, float]] = []
+    for pack in sorted(packs):
+        words = ["--cases", case, "--packs", str(pack), *options, "--smaller", json.dumps(known)]
+        lines.append(timed_apart(BENCHMARK, words))
+        known.append((pack, lines[-1]["memory"]))
+        if "cuda" in options:
+            lines.append(timed_apart(BENCHMARK, [*words, "--eager"]))
+    return lines
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{BENCHMARK}", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = timing_parser(BENCHMARK, __doc__, blocks=5, seconds=1.0)
     gpu = torch.cuda.is_available()
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--packs", nargs="+", type=int, default=[1, 4, 16, 64] if gpu else [1, 4, 16])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
-    parser.add_argument("--blocks", type=int, default=5, help="measurements of each (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="length of a block (default: %(default)s)")
     parser.add_argument("--eager", action="store_true", help="of one pack: no graphs")
     parser.add_argument("--smaller", type=json.loads, default=[], help=argparse.SUPPRESS)
-    parser.add_argument("--in-process", action="store_true", help="measure one pack of one case in this process")
     args = parser.parse_args(argv)
-    if min(*args.packs, args.blocks, 1) < 1 or args.seconds <= 0:
-        parser.error("packs, blocks and seconds must be greater than 0")
+    options = ["--device", args.device, *timing_options(parser, args)]
+    if min(args.packs) < 1:
+        parser.error("packs must be greater than 0")
     if args.device == "cuda" and not gpu:
         parser.error("there is no GPU here; say --device cpu")
-    options = ["--device", args.device, "--blocks", str(args.blocks), "--seconds", f"{args.seconds:g}"]
-    if args.in_process:
-        if len(args.cases) * len(args.packs) != 1:
-            parser.error("--in-process measures one pack of one case")
-        words = ["--cases", args.cases[0], "--packs", str(args.packs[0]), *options, *["--eager"][: args.eager]]
-        command = " ".join(["python", "-m", f"benchmarks.{BENCHMARK}", *words])
-        print_line(measure(
-            args.cases[0], args.packs[0], torch.device(args.device), not args.eager, args.blocks, args.seconds,
-            command, args.smaller,
-        ))  # fmt: skip
-        return 0
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    for case in args.cases:
-        known: list[tuple[float, float]] = []
-        for pack in sorted(args.packs):
-            for eager in (False, True)[: 2 if args.device == "cuda" else 1]:
-                words = ["--cases", case, "--packs", str(pack), *options, *["--eager"][:eager]]
-                words += ["--smaller", json.dumps(known), "--in-process"]
-                result = subprocess.run(
-                    [sys.executable, "-m", f"benchmarks.{BENCHMARK}", *words], cwd=ROOT, env=env, check=False,
-                    stdout=subprocess.PIPE, text=True,
-                )  # fmt: skip
-                print(result.stdout, end="", flush=True)
-                if result.returncode:
-                    print(f"{BENCHMARK}: {case}/{pack} failed with exit code {result.returncode}", file=sys.stderr)
-                    return 1
-                if not eager:
-                    known.append((pack, json.loads(result.stdout)["memory"]))
+    if not args.in_process:
+
+        def measure_all() -> list[dict[str, Any]]:
+            return [line for case in args.cases for line in measure_case(case, args.packs, options)]
+
+        return print_medians(BENCHMARK, args.repeats, measure_all)
+    if len(args.cases) * len(args.packs) != 1:
+        parser.error("--in-process measures one pack of one case")
+    words = ["--cases", args.cases[0], "--packs", str(args.packs[0]), *options, *["--eager"][: args.eager]]
+    command = " ".join(["python", "-m", f"benchmarks.{BENCHMARK}", *words])
+    print_line(measure(
+        args.cases[0], args.packs[0], torch.device(args.device), not args.eager, args.blocks, args.seconds, command,
+        args.smaller,
+    ))  # fmt: skip
     return 0
 
 

@@ -8,15 +8,20 @@ Studies of about a minute on embedded datasets are planned in an empty folder of
     mopo          MOPO with its published networks, on the same data
 
 each with packs of 1 and of 4 and with 1 and 2 learners at once (`<case>/p<runs per pack>/l<learners>`), 4 runs in all.
-`value` is the time that a pack took and `reference` what was predicted for it; `study_ratio` is the same of the whole
-study, its start left out, `cpu_ratio` with the pack's processor time, which other programs on the machine disturb less,
-and `memory_ratio` the pack's measured peak over the predicted one.
+
+A plan for a CPU counts on cores that nobody else uses, so there `value` is the processor time that a pack took (on a
+GPU its time by the clock) and `reference` what was predicted for it. `wall_ratio` is the same by the clock,
+`study_ratio` that of the whole study, its start left out: they also show who else wanted the cores. Each study is
+planned anew, with new measurements, when it has ended: `ratio_between` is `value` over the mean of both predictions,
+which tells an error of the plan from a change of the machine's speed. `memory_ratio` is the pack's measured peak over
+the predicted one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -85,28 +90,40 @@ def measure(name: str, runs_per_pack: int, learners: int, share: float, workdir:
         f"compute.num_learners={learners}", "evaluation.episodes=5", "evaluation.every_epochs=4",
         "compute.checkpoint_minutes=5", f"study.name={study}",
     ]  # fmt: skip
-    shutil.rmtree(workdir / "calibrations", ignore_errors=True)
-    planned = json.loads(offsweep("plan", "--json", "--workdir", str(workdir), *words))
+    planned = plan(workdir, words)
     stages = len(list((workdir / "artifacts").rglob(DESCRIPTION)))
     offsweep("train", "--workdir", str(workdir), *words)
     folder = workdir / "studies" / study
+    [pack_after] = plan(workdir, words)["packs"]
     packs = json.loads((folder / COSTS_FILE).read_text())["packs"]
     [pack] = planned["packs"]
-    took = [p["actual_seconds"] for p in packs]
+    on_cpu = planned["device"] == "cpu"
+    took = [p["actual_cpu_seconds" if on_cpu else "actual_seconds"] for p in packs]
+    wall = statistics.median(p["actual_seconds"] for p in packs)
     tags = _study_tags(folder)
     predicted = json.loads((folder / PACKING_FILE).read_text())["predicted_seconds"]
     assert planned["runs_per_pack"] == runs_per_pack
     return record(
-        BENCHMARK, f"{name}/p{runs_per_pack}/l{learners}", statistics.median(took), "s per pack", pack["seconds"], 1,
-        command, reference_is="predicted by `offsweep plan`", packs=len(packs), runs=RUNS, updates=updates,
+        BENCHMARK, f"{name}/p{runs_per_pack}/l{learners}", statistics.median(took),
+        "CPU-s per pack" if on_cpu else "s per pack", pack["seconds"], 1, command,
+        reference_is="predicted by `offsweep plan`", packs=len(packs), runs=RUNS, updates=updates,
         within_target=abs(statistics.median(took) / pack["seconds"] - 1) <= TARGET, **spread("value", took),
-        cpu_ratio=statistics.median(p["actual_cpu_seconds"] for p in packs) / pack["seconds"],
+        reference_after=pack_after["seconds"],
+        ratio_between=statistics.median(took) / statistics.mean((pack["seconds"], pack_after["seconds"])),
+        wall_seconds=wall, wall_ratio=wall / pack["seconds"], load_average=os.getloadavg()[0],
         study_seconds=float(tags["plan/actual_seconds"]), study_predicted=predicted,
         study_ratio=float(tags["plan/actual_seconds"]) / predicted, stage_was_built=stages > 0,
         memory=max(p["actual_bytes"] for p in packs), memory_predicted=pack["memory"],
         memory_ratio=max(p["actual_bytes"] for p in packs) / pack["memory"],
         calibration_seconds=planned["calibration_seconds"],
     )  # fmt: skip
+
+
+def plan(workdir: Path, words: Sequence[str]) -> dict[str, Any]:
+    """The plan of a study, from new measurements."""
+    shutil.rmtree(workdir / "calibrations", ignore_errors=True)
+    planned: dict[str, Any] = json.loads(offsweep("plan", "--json", "--workdir", str(workdir), *words))
+    return planned
 
 
 def offsweep(*words: str) -> str:

@@ -1,6 +1,7 @@
 """The flat store: every dataset once, under its content hash, as columns that are mapped into memory.
 
     <folder>/sets/<content hash>/observations.npy, actions.npy, ...   what `np.load(..., mmap_mode="r")` reads
+    <folder>/sets/<content hash>-states/...                           the same and states.npy, which the hash leaves out
     <folder>/sources/<key>.json                                       what a source gave: its set, name, provenance
 
 A source is looked up by what it is made of (a file's path, size and time; a recipe; the hashes that a mix is made of),
@@ -24,7 +25,7 @@ from envs.dataset import COLUMNS, Dataset, Scaling
 from envs.errors import UserError
 from envs.files import locked, write_atomically
 
-_LAYOUT = 1  # raised when readers give other rows for the same source, or the files below change
+_LAYOUT = 2  # raised when readers give other rows for the same source, or the files below change
 _SCALING_ARRAYS = ("observation_mean", "observation_std")
 
 
@@ -81,14 +82,15 @@ class FlatStore:
         text = json.dumps([_LAYOUT, source], sort_keys=True)
         return self.folder / "sources" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
-    def _set_folder(self, content_hash: str) -> Path:
-        return self.folder / "sets" / content_hash[:32]
+    def _set_folder(self, content_hash: str, with_states: bool) -> Path:
+        return self.folder / "sets" / (content_hash[:32] + ("-states" if with_states else ""))
 
     def _open(self, path: Path) -> Dataset | None:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            folder = self._set_folder(record["content_hash"])
-            columns = {column: _mapped(folder / f"{column}.npy") for column in COLUMNS}
+            folder = self._set_folder(record["content_hash"], record["states"])
+            names = (*COLUMNS, "states") if record["states"] else COLUMNS
+            columns = {column: _mapped(folder / f"{column}.npy") for column in names}
             scaling = {k: _mapped(folder / f"{k}.npy") for k in _SCALING_ARRAYS if record["scaling"][k]}
             if {len(column) for column in columns.values()} != {record["rows"]}:
                 return None
@@ -101,17 +103,20 @@ class FlatStore:
 
     def _store(self, path: Path, source: Mapping[str, Any], dataset: Dataset) -> None:
         arrays = {column: getattr(dataset, column) for column in COLUMNS}
+        if dataset.states is not None:
+            arrays["states"] = dataset.states
         kept = {name: getattr(dataset.scaling, name) for name in _SCALING_ARRAYS}
         arrays |= {name: values for name, values in kept.items() if values is not None}
         record = {
             "source": source, "name": dataset.name, "env_id": dataset.env_id, "rows": dataset.num_transitions,
-            "content_hash": dataset.content_hash, "provenance": dict(dataset.provenance),
+            "content_hash": dataset.content_hash, "states": dataset.states is not None,
+            "provenance": dict(dataset.provenance),
             "scaling": {
                 "reward_scale": dataset.scaling.reward_scale, "reward_shift": dataset.scaling.reward_shift,
                 **{name: values is not None for name, values in kept.items()},
             },
         }  # fmt: skip
-        target = self._set_folder(dataset.content_hash)
+        target = self._set_folder(dataset.content_hash, dataset.states is not None)
         temporary: Path | None = None
         try:
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -51,9 +51,12 @@ class Shard:
         Raises:
             EpisodeError: the policy returns a wrong shape or a value that is not finite.
         """
+        from envs.true_dynamics import robot_layout, simulator_state  # bring MuJoCo
+
         resets, noise = np.random.SeedSequence(self.seed, spawn_key=self.place).spawn(2)
         act = partial(self.policy.act, rng=None if self.deterministic else np.random.default_rng(noise))
-        return record_episodes(self.env_id, act, resets.generate_state(self.episodes).tolist())
+        state = simulator_state if robot_layout(self.env_id) else None
+        return record_episodes(self.env_id, act, resets.generate_state(self.episodes).tolist(), state)
 
 
 RunShards = Callable[[Iterable[Shard]], Generator[list[Trajectory], None, None]]
@@ -93,7 +96,7 @@ def collect(
     as a timeout. Several policies follow one another in the order given, each with a contiguous share of the
     rows, like a replay buffer over training; a policy's last trajectory is finished before the next policy
     starts. The same arguments give the same rows on the same machine and library versions, whatever
-    `run_shards` is.
+    `run_shards` is. Of robots with true dynamics the simulator's states are kept, too.
 
     Args:
         env_id: Gymnasium id.
@@ -123,6 +126,8 @@ def collect(
         raise CollectError(f"policy weights must be positive numbers, they are {weights}.")
     if path is not None:
         check_writable(path)
+    from envs.true_dynamics import robot_layout  # brings MuJoCo
+
     with borrow_envs(env_id, 1) as (env,):
         assert env.observation_space.shape
         assert env.action_space.shape
@@ -137,7 +142,8 @@ def collect(
                 f" gives {policy.action_dim} actions, '{env_id}' has {observation_dim} and {action_dim}."
             )
 
-    rows = _Rows(num_transitions, observation_dim, action_dim)
+    layout = robot_layout(env_id)
+    rows = _Rows(num_transitions, observation_dim, action_dim, layout.state_dim if layout else None)
     targets = np.rint(np.cumsum(weights) / sum(weights) * num_transitions).astype(np.int64).tolist()
     targets[-1] = num_transitions
     shares = []
@@ -176,6 +182,7 @@ def collect(
         next_observations=rows.next_observations,
         terminals=rows.terminals,
         timeouts=rows.timeouts,
+        states=rows.states,
         provenance={**provenance, **(about or {})},
     )
     if path is not None:
@@ -210,7 +217,7 @@ def _trajectories(first: Shard, needed: int, time_limit: int, run_shards: RunSha
 class _Rows:
     """The columns of a dataset whose number of rows is known, filled trajectory by trajectory."""
 
-    def __init__(self, size: int, observation_dim: int, action_dim: int) -> None:
+    def __init__(self, size: int, observation_dim: int, action_dim: int, state_dim: int | None) -> None:
         self.size = size
         self.seen = 0  # rows of all trajectories, also those of the last one that no longer fit
         try:
@@ -220,8 +227,9 @@ class _Rows:
             self.next_observations = np.empty((size, observation_dim), dtype=np.float32)
             self.terminals = np.zeros(size, dtype=np.bool_)
             self.timeouts = np.zeros(size, dtype=np.bool_)
+            self.states = None if state_dim is None else np.empty((size, state_dim))
         except (MemoryError, ValueError) as error:
-            gigabytes = size * (4 * (2 * observation_dim + action_dim + 1) + 2) / 1e9
+            gigabytes = size * (4 * (2 * observation_dim + action_dim + 1) + 8 * (state_dim or 0) + 2) / 1e9
             raise CollectError(
                 f"{size} transitions need {gigabytes:.0f} GB of memory, more than there is; ask for fewer."
             ) from error
@@ -240,6 +248,8 @@ class _Rows:
         self.actions[start:end] = trajectory.actions[:kept]
         self.rewards[start:end] = trajectory.rewards[:kept]
         self.next_observations[start:end] = trajectory.observations[1 : kept + 1]
+        if self.states is not None and trajectory.states is not None:
+            self.states[start:end] = trajectory.states[:kept]
         self.terminals[end - 1] = trajectory.terminated and kept == len(trajectory)
         self.timeouts[end - 1] = not self.terminals[end - 1]
 

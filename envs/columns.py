@@ -1,11 +1,11 @@
-"""From the arrays of a file to the six columns of a `Dataset`: what the readers of .hdf5 and .npz files share.
+"""From the arrays of a file to the columns of a `Dataset`: what the readers of .hdf5 and .npz files share.
 
 Names are D4RL's; the other common ones below are understood too. What is missing and can be known from the rest is
 filled in, and the provenance says how.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from envs.dataset import COLUMNS, Dataset, check_columns
 from envs.errors import UserError
 from envs.names import env_id_of
+
+STATE_COLUMNS = ("infos/qpos", "infos/qvel")
+"""(N, nq) and (N, nv), D4RL's names for what MuJoCo was in before each step: together a `Dataset`'s `states`."""
 
 EPISODE_LENGTHS = "episode_lengths"
 """(E,) rows of each episode, in file order: stands in for `timeouts`."""
@@ -27,6 +30,7 @@ _ALIASES = {
     "terminals": ("terminal", "terminations", "termination", "terminated"),
     "timeouts": ("timeout", "truncations", "truncation", "truncated"),
 }
+_ROWS_AT_ONCE = 65_536
 _DONE = ("dones", "done")  # may be set at time limits too, so anything more exact goes first
 
 
@@ -80,6 +84,15 @@ def guess_env_id(name: str, path: Path) -> str | None:
     return known[0] if len(known) == 1 else None
 
 
+def state_keys(present: Container[str], env_id: str | None) -> dict[str, str]:
+    """The part of `column_keys` that depends on the environment: `STATE_COLUMNS` if they are there and of use."""
+    if not env_id or not all(key in present for key in STATE_COLUMNS):
+        return {}
+    from envs.true_dynamics import robot_layout  # brings MuJoCo
+
+    return {} if robot_layout(env_id) is None else {key: key for key in STATE_COLUMNS}
+
+
 def build_dataset(
     columns: dict[str, Any],
     keys: dict[str, str],
@@ -99,9 +112,11 @@ def build_dataset(
     episode then has no known successor and is dropped; the row before it becomes a timeout, since the episode goes
     on where the rows stop.
 
+    States that do not fit the observations are left out.
+
     Args:
-        columns: {column or EPISODE_LENGTHS: array}; what `keys` names.
-        keys: from `column_keys`.
+        columns: {column, EPISODE_LENGTHS or one of STATE_COLUMNS: array}; what `keys` names.
+        keys: from `column_keys` and `state_keys`.
         path: of the file, for messages.
         provenance: what is known so far; entries on what had to be filled in are added.
         error: what to raise for columns that cannot be paired up.
@@ -111,10 +126,16 @@ def build_dataset(
         DatasetError: the rows cannot be used.
     """
     columns, provenance = dict(columns), dict(provenance)
+    positions, velocities = (columns.pop(key, None) for key in STATE_COLUMNS)
     for column in columns.keys() - {"observations", "actions", "next_observations"}:
         columns[column] = as_vector(columns[column])
     lengths = columns.pop(EPISODE_LENGTHS, None)
     check_columns(columns, str(path), error)
+    if positions is not None and velocities is not None:
+        try:
+            columns["states"] = join_states(positions, velocities, env_id, columns["observations"])
+        except ValueError as reason:
+            provenance["states"] = f"infos/qpos and infos/qvel are left out: {reason}"
 
     if lengths is not None and "timeouts" not in columns:
         ends = _ends(lengths, len(columns["observations"]), path, error)
@@ -140,6 +161,34 @@ def build_dataset(
     if "next_observations" not in columns:
         columns, provenance["next_observations"] = _from_following_rows(columns, path, error)
     return Dataset(name=name, env_id=env_id, provenance=provenance, **columns)
+
+
+def join_states(
+    positions: NDArray[Any], velocities: NDArray[Any], env_id: str, observations: NDArray[Any]
+) -> NDArray[np.float64]:
+    """States (N, X) of a robot with true dynamics from its qpos (N, nq) and qvel (N, nv).
+
+    Raises:
+        ValueError: they are not those of this robot, or not those that the observations (N, S) show; says which.
+    """
+    from envs.true_dynamics import robot_layout  # brings MuJoCo
+
+    layout, rows = robot_layout(env_id), len(observations)
+    if layout is None:
+        raise ValueError(f"{env_id} is no robot with true dynamics")
+    expected = (rows, layout.hidden + layout.positions), (rows, layout.velocities)
+    if (positions.shape, velocities.shape) != expected or not {positions.dtype.kind, velocities.dtype.kind} <= set(
+        "fiu"
+    ):
+        raise ValueError(f"they have the shapes {positions.shape} and {velocities.shape}, not {expected[0]} each")
+    states = np.concatenate([positions, velocities], axis=1, dtype=np.float64)
+    for start in range(0, rows, _ROWS_AT_ONCE):
+        some = slice(start, start + _ROWS_AT_ONCE)
+        shown = layout.observe(states[some])
+        same = np.isclose(observations[some, : layout.size], shown, rtol=1e-4, atol=1e-5).all(axis=1)
+        if not same.all():
+            raise ValueError(f"they do not show the observation of row {start + int(np.argmin(same))}")
+    return states
 
 
 def as_vector(values: NDArray[Any]) -> NDArray[Any]:

@@ -1,6 +1,6 @@
 """The offline dataset: transitions in file order, checked once and then trusted.
 
-Shape suffixes: N rows, S observation, A action, E episodes.
+Shape suffixes: N rows, S observation, A action, E episodes, X simulator state.
 """
 
 import hashlib
@@ -125,6 +125,9 @@ class Dataset:
     Columns are converted to C-contiguous float32 and bool arrays; an array that already is one is kept, not
     copied, so do not write to it afterwards (the content hash is computed once).
 
+    `states` are what the simulator was in before each step, unrounded and whole, which observations are not: starts for
+    rollouts in the true dynamics. They are optional, and stay in the simulator's units whatever `scaling` says.
+
     Raises:
         DatasetError: no rows, shapes that disagree, a column of the wrong kind, or a value that is not
             finite.
@@ -140,6 +143,7 @@ class Dataset:
     timeouts: BoolArray  # (N,) the episode was cut here (time limit, or end of collection): s' has a value
     provenance: Mapping[str, Any] = field(default_factory=dict)  # JSON-able: who made the rows, and how
     scaling: Scaling = field(default_factory=Scaling)
+    states: NDArray[np.float64] | None = None  # (N, X) a robot's qpos and qvel
 
     @classmethod
     def trusted(cls, content_hash: str, **fields: Any) -> "Dataset":
@@ -160,6 +164,21 @@ class Dataset:
             object.__setattr__(self, column, self._as_float(column, columns[column]))
         for column in _FLAG_COLUMNS:
             object.__setattr__(self, column, np.ascontiguousarray(columns[column], dtype=np.bool_))
+        if self.states is not None:
+            object.__setattr__(self, "states", self._checked_states(np.asarray(self.states)))
+
+    def _checked_states(self, states: NDArray[Any]) -> NDArray[np.float64]:
+        if states.ndim != 2 or len(states) != self.num_transitions or states.dtype.kind not in "iuf":
+            raise DatasetError(
+                f"dataset '{self.name}': states are {states.dtype} of shape {states.shape}, numbers of shape"
+                f" ({self.num_transitions}, entries) are needed."
+            )
+        converted = np.ascontiguousarray(states, dtype=np.float64)
+        # as for the other columns; that finite float64 overflow a sum is no state of a simulator
+        if not np.isfinite(converted.sum()):
+            row = int(np.argmax(~np.isfinite(converted).all(axis=1)))
+            raise DatasetError(f"dataset '{self.name}': states are not finite at row {row}; leave them out.")
+        return converted
 
     def _as_float(self, column: str, values: NDArray[Any]) -> FloatArray:
         with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold is reported below
@@ -190,7 +209,12 @@ class Dataset:
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 (hex) of the six arrays' names, shapes and bytes and of the scaling; the name is not part of it."""
+        """SHA-256 (hex) of the six arrays' names, shapes and bytes and of the scaling; the name is not part of it.
+
+        Neither are `states`: what is learned from the rows does not depend on them. So a set has the same products of
+        stages, calibrations and place in tables whether its file kept them or not. Only rollouts in the true dynamics
+        tell the two apart, by starts that differ in the rounding and clipping of observations.
+        """
         digest = hashlib.sha256()
         for column in COLUMNS:
             values = getattr(self, column)
@@ -257,6 +281,7 @@ class Dataset:
             "score_source": reference.label if reference else None,
             "terminals": int(self.terminals.sum()),
             "timeouts": int(self.timeouts.sum()),
+            "states": self.states is not None,
             "content_hash": self.content_hash,
             "provenance": dict(self.provenance),
         }

@@ -45,6 +45,7 @@ class Trajectory:
     actions: NDArray[np.float32]  # (T, A) as given to the environment
     rewards: NDArray[np.float32]  # (T,)
     terminated: bool  # false: it ended at the time limit
+    states: NDArray[np.float64] | None  # (T, X) before each step
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -148,11 +149,15 @@ def run_episodes(env_id: str, act: Act, seeds: Sequence[int]) -> Episodes:
     return Episodes(returns, lengths)
 
 
-def record_episodes(env_id: str, act: Act, seeds: Sequence[int]) -> list[Trajectory]:
-    """Like `run_episodes`, but with every step kept."""
+State = Callable[[gymnasium.Env[Any, Any]], NDArray[np.float64]]
+"""The simulator's state (X,) of an environment as it stands."""
+
+
+def record_episodes(env_id: str, act: Act, seeds: Sequence[int], state: State | None = None) -> list[Trajectory]:
+    """Like `run_episodes`, but with every step kept, and before it the environment's state if `state` is given."""
     lengths = np.zeros(len(seeds), dtype=np.int64)
     with borrow_envs(env_id, len(seeds)) as envs:
-        recorder = _Recorder(envs)
+        recorder = _Recorder(envs, state)
         _lockstep(env_id, envs, act, seeds, lengths, recorder)
     return [recorder.trajectory(i, int(length)) for i, length in enumerate(lengths)]
 
@@ -160,7 +165,7 @@ def record_episodes(env_id: str, act: Act, seeds: Sequence[int]) -> list[Traject
 class _Recorder:
     """Buffers for whole episodes: allocated once, written in place."""
 
-    def __init__(self, envs: Sequence[gymnasium.Env[Any, Any]]) -> None:
+    def __init__(self, envs: Sequence[gymnasium.Env[Any, Any]], state: State | None) -> None:
         spec, n = envs[0].spec, len(envs)
         assert spec is not None
         assert spec.max_episode_steps is not None
@@ -172,6 +177,8 @@ class _Recorder:
         self.actions = np.empty((n, limit, *action_shape), dtype=np.float32)
         self.rewards = np.empty((n, limit), dtype=np.float32)
         self.terminated = np.zeros(n, dtype=np.bool_)
+        self.state = state
+        self.states = np.empty((n, limit, len(state(envs[0])) if state else 0))
 
     def trajectory(self, i: int, length: int) -> Trajectory:
         # Copies: a short episode must not keep a buffer of full length alive.
@@ -180,6 +187,7 @@ class _Recorder:
             self.actions[i, :length].copy(),
             self.rewards[i, :length].copy(),
             bool(self.terminated[i]),
+            self.states[i, :length].copy() if self.state else None,
         )
 
 
@@ -219,6 +227,8 @@ def _lockstep(
             recorder.actions[alive, t] = actions
         ended = False
         for row, i in enumerate(alive):
+            if recorder is not None and recorder.state is not None:
+                recorder.states[i, t] = recorder.state(envs[i])
             obs[row], reward, terminated, truncated, _ = envs[i].step(actions[row])
             returns[i] += float(reward)
             if recorder is not None:

@@ -1,7 +1,7 @@
 """Datasets in D4RL's HDF5 layout.
 
-Written: the six columns of `Dataset` under D4RL's names, and metadata/{name, env_id, provenance} as strings.
-Read: such files and D4RL's own; `infos/*` and everything else is left alone.
+Written: the columns of `Dataset` under D4RL's names (states as infos/qpos and infos/qvel), and metadata/{name, env_id,
+provenance} as strings. Read: such files and D4RL's own; other `infos/*` and everything else is left alone.
 """
 
 import json
@@ -11,8 +11,9 @@ from typing import Any
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
-from envs.columns import build_dataset, column_keys, guess_env_id
+from envs.columns import STATE_COLUMNS, build_dataset, column_keys, guess_env_id, state_keys
 from envs.dataset import COLUMNS, Dataset
 from envs.errors import UserError
 from envs.files import write_atomically
@@ -42,10 +43,12 @@ def write_hdf5(dataset: Dataset, path: str | Path) -> None:
     """Write a dataset; the file appears whole or not at all.
 
     Raises:
-        Hdf5Error: the target cannot be written, or the provenance is not JSON.
+        Hdf5Error: the target cannot be written, the provenance is not JSON, or the states are not those of a robot that
+            `envs.true_dynamics` knows.
     """
     path = Path(path)
     check_writable(path)
+    states = _split_states(dataset)
     try:
         provenance = json.dumps(dict(dataset.provenance), sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -55,6 +58,8 @@ def write_hdf5(dataset: Dataset, path: str | Path) -> None:
         with h5py.File(temporary, "w") as file:
             for column in COLUMNS:
                 file.create_dataset(column, data=getattr(dataset, column))
+            for column, values in states.items():
+                file.create_dataset(column, data=values)
             metadata = file.create_group("metadata")
             metadata["name"] = dataset.name
             metadata["env_id"] = dataset.env_id
@@ -91,22 +96,37 @@ def read_hdf5(path: str | Path, name: str | None = None, env_id: str | None = No
     try:
         with h5py.File(path, "r") as file:
             keys = column_keys((key for key, item in file.items() if isinstance(item, h5py.Dataset)), path, Hdf5Error)
-            columns = {column: file[key][()] for column, key in keys.items()}
             metadata = _metadata(file)
+            name = name or str(metadata.get("name") or path.stem)
+            env_id = env_id or str(metadata.get("env_id") or guess_env_id(name, path) or "")
+            keys |= state_keys(file, env_id)
+            columns = {column: file[key][()] for column, key in keys.items()}
     except (OSError, RuntimeError, KeyError) as error:
         raise Hdf5Error(
             f"{path} cannot be read as HDF5: it is cut short, damaged or another kind of file; fetch or"
             " collect it again."
         ) from error
 
-    name = name or str(metadata.get("name") or path.stem)
-    env_id = env_id or str(metadata.get("env_id") or guess_env_id(name, path) or "")
     if not env_id:
         raise Hdf5Error(
             f"{path} does not say which environment it belongs to; write the Gymnasium id into"
             " metadata/env_id or give env_id."
         )
     return build_dataset(columns, keys, path, name, env_id, _provenance(metadata, path), Hdf5Error)
+
+
+def _split_states(dataset: Dataset) -> dict[str, NDArray[np.float64]]:
+    if dataset.states is None:
+        return {}
+    from envs.true_dynamics import robot_layout  # brings MuJoCo
+
+    layout = robot_layout(dataset.env_id)
+    if layout is None or layout.state_dim != dataset.states.shape[1]:
+        raise Hdf5Error(
+            f"dataset '{dataset.name}': its {dataset.states.shape[1]} states per row are not qpos and qvel of"
+            f" '{dataset.env_id}'; write it without them."
+        )
+    return dict(zip(STATE_COLUMNS, np.split(dataset.states, [layout.hidden + layout.positions], axis=1), strict=True))
 
 
 def _metadata(file: h5py.File) -> dict[str, str | float | bool]:

@@ -22,6 +22,7 @@ from h5py import h5d, h5g, h5s, h5t
 from numpy.typing import NDArray
 
 from envs.catalogue import Entry, Progress
+from envs.columns import STATE_COLUMNS, join_states, state_keys
 from envs.dataset import Dataset
 from envs.errors import UnknownDatasetError, UserError
 
@@ -138,8 +139,10 @@ def read_minari(name: str) -> Dataset:
         if dataset.env_spec is None:
             raise MinariError(f"the Minari dataset '{name}' does not say which environment it belongs to.")
         rows = _Rows.empty(int(dataset.total_steps), int(dataset.total_episodes), *shapes)
+        stored: dict[str, NDArray[Any]] = {}
         if metadata.get("data_format") == "hdf5":
             _read_file(path / _MAIN_FILE, rows)
+            stored = _read_states(path / _MAIN_FILE, rows, dataset.env_spec.id)
         else:
             _read_episodes(dataset, rows)
     except UserError:
@@ -149,7 +152,7 @@ def read_minari(name: str) -> Dataset:
             f"the Minari dataset '{name}' in {path} cannot be read with Minari {minari.__version__}"
             f" ({_first_line(error)}); if it is damaged, remove the folder and download it again."
         ) from error
-    return _dataset(name, dataset, metadata, rows)
+    return _dataset(name, dataset, metadata, rows, stored)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,6 +207,21 @@ def _read_file(file_path: Path, rows: _Rows) -> None:
     _check_total(start, rows)
 
 
+def _read_states(file_path: Path, rows: _Rows, env_id: str) -> dict[str, NDArray[Any]]:
+    """`STATE_COLUMNS` where the infos of every episode hold them: T rows, or T + 1 with that of the reset first."""
+    found = {}
+    with h5py.File(file_path, "r") as file:
+        for column in state_keys(file["episode_0"], env_id) if len(rows.lengths) else ():
+            parts = [
+                file[f"episode_{number}"][column][:length]
+                for number, length in enumerate(rows.lengths)
+                if column in file[f"episode_{number}"]
+            ]
+            if len(parts) == len(rows.lengths):
+                found[column] = np.concatenate(parts)
+    return found if len(found) == len(STATE_COLUMNS) else {}
+
+
 def _read_episodes(dataset: Any, rows: _Rows) -> None:
     """Fill `rows` through Minari, for its other storage formats."""
     start = 0
@@ -227,7 +245,9 @@ def _check_total(total: int, rows: _Rows) -> None:
         raise ValueError(f"its episodes have {total} steps, its metadata say {len(rows.rewards)}")
 
 
-def _dataset(name: str, dataset: Any, metadata: dict[str, Any], rows: _Rows) -> Dataset:
+def _dataset(
+    name: str, dataset: Any, metadata: dict[str, Any], rows: _Rows, stored: dict[str, NDArray[Any]]
+) -> Dataset:
     ends = np.cumsum(rows.lengths)
     last = ends + np.arange(len(ends))  # of each episode's observations
     is_next, is_current = np.ones((2, len(rows.observations)), dtype=np.bool_)
@@ -248,15 +268,23 @@ def _dataset(name: str, dataset: Any, metadata: dict[str, Any], rows: _Rows) -> 
     if evaluation and (evaluation.get("id"), evaluation.get("kwargs")) != (spec.id, spec.kwargs):
         provenance["evaluation_environment"] = {key: evaluation.get(key) for key in ("id", "kwargs")}
     provenance |= {key: metadata[key] for key in (*_ORIGIN, *_REFERENCE) if metadata.get(key) not in (None, [])}
+    observations, states = rows.observations[is_current], None
+    if stored:
+        try:
+            positions, velocities = (stored[column] for column in STATE_COLUMNS)
+            states = join_states(positions, velocities, spec.id, observations)
+        except ValueError as reason:
+            provenance["states"] = f"infos/qpos and infos/qvel are left out: {reason}"
     return Dataset(
         name=name,
         env_id=spec.id,
-        observations=rows.observations[is_current],
+        observations=observations,
         actions=rows.actions,
         rewards=rows.rewards,
         next_observations=rows.observations[is_next],
         terminals=terminals,
         timeouts=timeouts,
+        states=states,
         provenance=provenance,
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.npyio import NpzFile
 
-from envs.columns import build_dataset, column_keys, guess_env_id
+from envs.columns import build_dataset, column_keys, guess_env_id, state_keys
 from envs.dataset import Dataset
 from envs.errors import UserError
 
@@ -38,9 +38,10 @@ def read_npz(path: str | Path, name: str | None = None, env_id: str | None = Non
     path = Path(path)
     with open_npz(path) as archive:
         keys = column_keys((key for key in archive.files if key not in ("name", "env_id")), path, NpzError)
-        columns: dict[str, Any] = {column: archive[key] for column, key in keys.items()}
         name = name or _text(archive, "name") or path.stem
         env_id = env_id or _text(archive, "env_id") or guess_env_id(name, path)
+        keys |= state_keys(archive.files, env_id)
+        columns: dict[str, Any] = {column: archive[key] for column, key in keys.items()}
     if env_id is None:
         raise NpzError(
             f"{path} does not say which environment it belongs to; put the Gymnasium id into a text array 'env_id' or"

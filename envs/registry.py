@@ -73,7 +73,11 @@ def load_dataset(name: str, workdir: Path, shown: Shown | None = None) -> Datase
             parts.append(store.get(source.key, partial(_made, source, progress)))
     if request.plain:
         return parts[0]
-    key = {"request": str(request), "parts": [part.content_hash for part in parts]}
+    key = {
+        "request": str(request),
+        "parts": [part.content_hash for part in parts],
+        "states": [part.states is not None for part in parts],  # of which the hashes say nothing
+    }
     return store.get(key, lambda: apply(request, parts))
 
 

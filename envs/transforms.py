@@ -5,10 +5,12 @@
     hopper-random-v2:0.5+hopper-expert-v2:0.5              half of the rows of each, one after the other
     hopper-random-v2:200000+hopper-expert-v2:0.1           a number of rows above 1, else a share of the set's own rows
     walker2d-medium-v2,normalize=observations,reward_scale=0.1,reward_shift=-1
+    walker2d-medium-v2,next_observations=following-row     as d4rl.qlearning_dataset makes them
 
 `a+b` without shares is the whole of both, as D4RL's medium-expert sets are made. A share below all of a set is drawn
-as `subsample` does. Options hold for the whole and are applied in this order: first, subsample, reward, normalize. The
-result has a content hash of its own; what was asked for and the hashes of its parts are in its provenance.
+as `subsample` does. Options hold for the whole and are applied in this order: next_observations (of each source),
+first, subsample, reward, normalize. The result has a content hash of its own; what was asked for and the hashes of its
+parts are in its provenance.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -25,6 +27,7 @@ from envs.errors import UserError, nearest
 # Added to the standard deviation, as in TD3+BC's code (Fujimoto & Gu 2021, section 5 and `normalize_states`).
 STD_OFFSET = 1e-3
 RETURN_RANGE = "return-range"
+FOLLOWING_ROW = "following-row"
 
 
 class TransformError(UserError):
@@ -46,6 +49,9 @@ class Term:
 class Options:
     """What is done with the rows, in the order in which it is done."""
 
+    # None: the true ones. FOLLOWING_ROW: after a terminal the first observation of the next episode, as
+    # `d4rl.qlearning_dataset` has it, and the released RAVL with it; rows at a time limit are left out
+    next_observations: str | None = None
     first: int | None = None  # transitions
     subsample: float | None = None  # a share, or a number of transitions, in whole trajectories
     seed: int = 0  # of the trajectories that are drawn
@@ -133,8 +139,9 @@ def apply(request: Request, parts: Sequence[Dataset]) -> Dataset:
     """
     check_one_environment(request, {part.env_id for part in parts})
     options = request.options
+    sources = [_following_rows(part) for part in parts] if options.next_observations else parts
     taken = [
-        _amount(part, term, options.seed + i) for i, (part, term) in enumerate(zip(parts, request.terms, strict=True))
+        _amount(part, term, options.seed + i) for i, (part, term) in enumerate(zip(sources, request.terms, strict=True))
     ]
     data = taken[0] if len(taken) == 1 else _concatenate(taken)
     if options.first is not None:
@@ -145,7 +152,7 @@ def apply(request: Request, parts: Sequence[Dataset]) -> Dataset:
         data = _transform_rewards(data, options.reward_scale, options.reward_shift)
     if options.normalize:
         data = _normalize_observations(data)
-    provenance = {
+    provenance: dict[str, Any] = {
         "source": "derived",
         "request": str(request),
         "parts": [
@@ -154,6 +161,9 @@ def apply(request: Request, parts: Sequence[Dataset]) -> Dataset:
             for part, some in zip(parts, taken, strict=True)
         ],
     }  # fmt: skip
+    without = [part.name for part in parts if part.states is None]
+    if without and len(without) < len(parts):
+        provenance["states"] = f"left out: there are none of {', '.join(without)}"
     return replace(data, name=str(request), provenance=provenance)
 
 
@@ -221,7 +231,14 @@ def _normalize(text: str) -> str:
     return text
 
 
+def _next_observations(text: str) -> str:
+    if text != FOLLOWING_ROW:
+        raise ValueError(f"it can only be {FOLLOWING_ROW}")
+    return text
+
+
 _OPTIONS: dict[str, Callable[[str], Any]] = {
+    "next_observations": _next_observations,
     "first": _count, "subsample": _amount_value, "seed": _seed, "reward_scale": _scale, "reward_shift": _finite,
     "normalize": _normalize,
 }  # fmt: skip
@@ -254,7 +271,18 @@ def _take(data: Dataset, index: NDArray[np.int64] | slice, cut: NDArray[np.int64
     columns = {column: getattr(data, column)[index] for column in COLUMNS}
     timeouts = columns["timeouts"].copy()
     timeouts[cut] |= ~columns["terminals"][cut]
-    return replace(data, **(columns | {"timeouts": timeouts}))
+    states = None if data.states is None else data.states[index]
+    return replace(data, **(columns | {"timeouts": timeouts}), states=states)
+
+
+def _following_rows(data: Dataset) -> Dataset:
+    """What `d4rl.qlearning_dataset` makes of a file (Farama-Foundation/D4RL 1.1, d4rl/__init__.py, terminate_on_end
+    False): without the rows at a time limit and the last one, each next observation that of the row behind it."""
+    kept = np.flatnonzero(~data.timeouts[:-1])
+    if not len(kept):
+        raise TransformError(f"next_observations={FOLLOWING_ROW}: '{data.name}' has no row that another one follows.")
+    left = np.append(np.flatnonzero(np.diff(kept) > 1), len(kept) - 1)  # the rest of the episode is not there
+    return replace(_take(data, kept, left), next_observations=data.observations[kept + 1])
 
 
 def _first(data: Dataset, count: int) -> Dataset:
@@ -279,7 +307,8 @@ def _subsample(data: Dataset, count: int, seed: int) -> Dataset:
 def _concatenate(parts: Sequence[Dataset]) -> Dataset:
     ended = [_take(part, slice(None), [-1]) for part in parts]  # an episode does not go on in the next part
     columns: dict[str, Any] = {c: np.concatenate([getattr(part, c) for part in ended]) for c in COLUMNS}
-    return replace(ended[0], **columns)
+    states = [part.states for part in ended if part.states is not None]
+    return replace(ended[0], **columns, states=np.concatenate(states) if len(states) == len(ended) else None)
 
 
 def _transform_rewards(data: Dataset, scale: float | str, shift: float) -> Dataset:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from agents.cpu import cpu_name
-from agents.method import Method, RolloutResult, Stage, TrainingData, load_method
+from agents.method import Method, RolloutResult, Stage, TrainingData, common_settings, load_method
 from agents.policies import in_environment
 from agents.replay import Replay
 from envs.dataset import Dataset
@@ -132,14 +132,10 @@ def median_of(calibrations: Sequence[Calibration]) -> Calibration:
 
 def work_key(config: Config, dataset: Dataset) -> str:
     """Runs with equal keys have equal work per update, rollout phase, step and stage epoch."""
-    plain = dataclasses.asdict(config.method)
-    for item in dataclasses.fields(config.method):
-        if item.metadata.get("per_member") or item.name in SCHEDULE_FIELDS:
-            del plain[item.name]
-    plain["has_diversity"] = bool(getattr(config.method, "eta", 0.0))
+    common = {name: value for name, value in common_settings(config.method).items() if name not in SCHEDULE_FIELDS}
     shape = [dataset.num_transitions, dataset.observation_dim, dataset.action_dim]
     workers = [config.compute.num_rollout_workers, config.compute.num_evaluators]
-    return digest([VERSION, config.method_name, plain, shape, evaluation_env(config, dataset), workers])
+    return digest([VERSION, config.method_name, common, shape, evaluation_env(config, dataset), workers])
 
 
 def machine_kind(compute: ComputeConfig, busy: int) -> dict[str, Any]:

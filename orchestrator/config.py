@@ -19,7 +19,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from agents.method import load_method, method_settings
+from agents.method import common_settings, load_method, method_settings
 from envs.errors import UserError
 from envs.transforms import base_name
 from sweeps.spec import PrunerSpec, SamplerSpec, StudySpec
@@ -254,13 +254,8 @@ def digest(content: Any) -> str:
 
 def pack_key(config: Config) -> str:
     """Runs with equal keys can be trained by one learner: they differ only in seed and per-member hyperparameters."""
-    plain = dataclasses.asdict(config.method)
-    for item in dataclasses.fields(config.method):
-        if item.metadata.get("per_member"):
-            del plain[item.name]
-    # no diversity term at all is another computation than one with weight > 0
-    plain["has_diversity"] = bool(getattr(config.method, "eta", 0.0))
-    return digest([config.method_name, config.dataset, plain, dataclasses.asdict(config.evaluation)])
+    common = common_settings(config.method)
+    return digest([config.method_name, config.dataset, common, dataclasses.asdict(config.evaluation)])
 
 
 def _read(file: Path | Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agents.dynamics import DynamicsConfig, EnsembleTrainer
 from agents.replay import Replay, transition_rows
-from benchmarks import common, data_bad_inputs, data_collect, data_load, learner_speed, ravl_hopper, run
+from benchmarks import (
+    common,
+    data_bad_inputs,
+    data_collect,
+    data_load,
+    learner_speed,
+    run,
+    true_dynamics,
+    true_dynamics_speed,
+)
 from envs.errors import UserError
 from orchestrator.spool import RunInfo, RunSpool
 
@@ -88,6 +97,17 @@ def test_a_collection_is_measured_beside_a_plain_loop(capfd):
     assert len(line["content_hash"]) == 64
 
 
+def test_true_dynamics_are_measured_beside_loops_that_do_the_same(capfd):
+    words = ["--robots", "hopper", "--threads", "2", "--starts", "20", "--steps", "3", "--blocks", "1"]
+    assert true_dynamics_speed.main(words) == 0
+    (text,) = capfd.readouterr().out.splitlines()
+    line = common.parse_line(text, "true_dynamics_speed")
+    assert (line["case"], line["env_id"], line["threads"], line["starts"]) == ("hopper/2", "Hopper-v5", 2, 20)
+    assert line["ratio"] == pytest.approx(line["value"] / line["set_state_per_second"], rel=1e-4)
+    assert line["with_resets_ratio"] > 0
+    assert line["median_difference"] < 1e-12
+
+
 def test_loading_is_measured_cold_and_warm(capfd):
     assert data_load.main(["--rows", "2000", "--repeats", "1", "--no-minari"]) == 0
     lines = [common.parse_line(text, "data_load") for text in capfd.readouterr().out.splitlines()]
@@ -121,7 +141,7 @@ def test_a_run_is_summarised_by_its_last_score_and_its_largest_value_estimate(sp
     spool.metrics(3000, {"train/q_mean": 70.0, "eval/score": 30.0})
     spool.set_tags({"outcome": "finished"})
     spool.end("FINISHED")
-    summary = ravl_hopper.run_summary(spool.path)
+    summary = true_dynamics.run_summary(spool.path)
     assert summary["normalized_score"] == 30.0
     assert (summary["mean_q"], summary["max_mean_q"], summary["updates"]) == (70.0, 900.0, 3000)
     assert summary["environment"] == "Hopper-v5"
@@ -131,9 +151,9 @@ def test_a_diverged_run_has_no_score(spool):
     spool.metrics(3000, {"train/q_mean": float("nan")})
     spool.set_tags({"outcome": "diverged"})
     spool.end("FAILED")
-    summary = ravl_hopper.run_summary(spool.path)
+    summary = true_dynamics.run_summary(spool.path)
     assert summary["normalized_score"] is None
-    line = common.record("ravl_hopper", "base/s0", None, "score", 1.0, 1, "python", **summary)
+    line = common.record("true_dynamics", "base/s0", None, "score", 1.0, 1, "python", **summary)
     assert json.loads(json.dumps(line, allow_nan=False))["mean_q"] is None
     assert line["max_mean_q"] == 900.0
 
@@ -169,16 +189,23 @@ def test_results_are_kept_when_a_run_fails_or_prints_something_else(monkeypatch,
 
 
 def test_a_line_of_another_benchmark_is_refused():
-    with pytest.raises(UserError, match="ravl_hopper printed a line of 'learner_speed'"):
-        common.parse_line(LINE, "ravl_hopper")
+    with pytest.raises(UserError, match="true_dynamics printed a line of 'learner_speed'"):
+        common.parse_line(LINE, "true_dynamics")
 
 
-def test_the_methods_share_one_dynamics_ensemble_and_differ_where_they_should():
-    args = ravl_hopper.build_parser().parse_args(["--updates", "20000", "--hidden", "256", "256"])
-    configs = {m: ravl_hopper.load_config([], ravl_hopper.overrides(m, args)) for m in ravl_hopper.METHODS}
-    assert configs["ravl"].method.dynamics == configs["base"].method.dynamics == configs["mopo"].method.dynamics
-    assert {m: (c.method.num_critics, c.method.eta) for m, c in configs.items()} == {
-        "base": (2, 0.0), "ravl": (10, 1.0), "mopo": (2, 0.0),
-    }  # fmt: skip
-    assert all(c.method.hidden == [256, 256] and c.method.num_updates == 20000 for c in configs.values())
-    assert all(c.evaluation.every_epochs * c.method.updates_per_epoch == 5000 for c in configs.values())
+def test_the_cases_share_one_dynamics_ensemble_and_differ_where_they_should():
+    args = true_dynamics.build_parser().parse_args(["--updates", "20000", "--hidden", "256", "256"])
+    cases = true_dynamics.cases_of(args)
+    assert [case.name for case in cases if case.dataset.startswith("embedded/hopper")] == [
+        "hopper-medium-snapshots/learned/base", "hopper-medium-snapshots/learned/ravl",
+        "hopper-medium-snapshots/learned/mopo", "hopper-medium-snapshots/true/base",
+        "hopper-medium-snapshots/true/ravl",
+    ]  # fmt: skip
+    configs = {case: true_dynamics.load_config([], true_dynamics.overrides(case, args)) for case in cases}
+    for case, config in configs.items():
+        assert config.method.dynamics == configs[cases[0]].method.dynamics
+        assert config.method.model_quality == case.quality
+        assert (config.method.num_critics, config.method.eta) == {"ravl": (10, 1.0)}.get(case.method, (2, 0.0))
+        assert config.method.hidden == [256, 256]
+        assert config.method.num_updates == 20000
+        assert config.evaluation.every_epochs * config.method.updates_per_epoch == 5000

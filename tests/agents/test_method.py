@@ -12,7 +12,14 @@ import yaml
 
 from agents.edac import EDACConfig
 from agents.iql import IQLConfig
-from agents.method import TrainingData, load_method, method_names, method_settings, settings_file
+from agents.method import (
+    TrainingData,
+    load_method,
+    method_names,
+    method_settings,
+    settings_file,
+    variant_blocks,
+)
 from agents.mopo import MOPO, MOPOConfig
 from agents.ravl import RAVL, RAVLConfig
 from agents.td3_bc import TD3BCConfig
@@ -47,7 +54,7 @@ MOPO_OFFICIAL = {
     "hopper-medium-expert-v0": (5, 1.0),
     "walker2d-medium-expert-v0": (1, 2.0),
 }
-# critics N and eta: EDAC's CORL configs; rollout length and real ratio: yihaosun1124/mobile
+# critics N and eta: EDAC's CORL configs; rollout length and real ratio: yihaosun1124/mobile 4882dce, configs/gym
 RAVL_EDAC_GRID = {
     "halfcheetah-medium-v2": (10, 1.0, 5, 0.05),
     "halfcheetah-medium-replay-v2": (10, 1.0, 5, 0.05),
@@ -58,6 +65,10 @@ RAVL_EDAC_GRID = {
     "walker2d-medium-v2": (10, 1.0, 5, 0.05),
     "walker2d-medium-replay-v2": (10, 1.0, 1, 0.05),
     "walker2d-medium-expert-v2": (10, 5.0, 1, 0.05),
+    # without an EDAC config: N and eta of the released code
+    "halfcheetah-random-v2": (10, 1.0, 5, 0.05),
+    "hopper-random-v2": (10, 1.0, 5, 0.05),
+    "walker2d-random-v2": (10, 1.0, 5, 0.05),
 }
 
 # CORL 6afec90, configs/offline/edac: critics N, eta
@@ -197,9 +208,26 @@ def test_ravls_starting_grid() -> None:
     for dataset, expected in RAVL_EDAC_GRID.items():
         c = config("ravl", dataset, "edac-grid")
         assert (c.num_critics, c.eta, c.rollout_length, c.real_ratio) == expected, dataset
-    # without a per-dataset value: N and eta of the released code, length and ratio of MOBILE
-    c = config("ravl", "hopper-random-v2", "edac-grid")
-    assert (c.num_critics, c.eta, c.rollout_length, c.real_ratio) == (10, 1.0, 5, 0.05)
+
+
+def test_ravls_variants_differ_in_what_their_names_say() -> None:
+    """Apart from it they are what they extend, embedded sets included."""
+    for dataset in (
+        "hopper-medium-v2",
+        "walker2d-random-v2",
+        "embedded/hopper-medium-v0",
+        "embedded/pendulum-medium-v0",
+    ):
+        for base in ("code", "edac-grid"):
+            c = config("ravl", dataset, base)
+            patient, fan_in = config("ravl", dataset, f"{base}-patience"), config("ravl", dataset, f"{base}-fan-in")
+            assert patient == dataclasses.replace(c, dynamics=dataclasses.replace(c.dynamics, min_epochs=0))
+            scheme = c.initialisation if "pendulum" in dataset else "edac-fan-in"
+            assert fan_in == dataclasses.replace(c, initialisation=scheme)
+    assert config("ravl", "hopper-medium-v2").dynamics.min_epochs == 350
+    assert config("ravl", "hopper-medium-v2", "edac-grid").dynamics.min_epochs == 350
+    small = config("ravl", "embedded/hopper-medium-v0", "edac-grid-fan-in")
+    assert (small.num_updates, small.dynamics.min_epochs) == (100_000, 0)
 
 
 MADE_UP = """
@@ -210,6 +238,14 @@ variants:
     "hopper-*": {eta: 2.0, dynamics: {patience: 6}}
     "hopper-medium-v2": {eta: 3.0, hidden: [9, 9]}
     "*-v0": {eta: 4.0}
+  two:
+    extends: one
+    "walker2d-*": {eta: 5.0}
+    "*": {gamma: 0.8, dynamics: {max_epochs: 8}}
+  three: {extends: two, "hopper-*": {dynamics: {hidden: [6]}}}
+  lost: {extends: onne, "*": {}}
+  there: {extends: back}
+  back: {extends: there}
 """
 
 
@@ -232,6 +268,29 @@ def test_later_blocks_go_over_earlier_ones_key_by_key() -> None:
 
 
 @pytest.mark.usefixtures("made_up")
+def test_a_variant_goes_over_the_one_it_extends_block_by_block() -> None:
+    """A block stays where the other variant has it; a new one comes last."""
+    dynamics = {"patience": 5, "max_epochs": 8, "hidden": [7]}
+    general = {"eta": 1.0, "gamma": 0.8, "hidden": [8], "dynamics": dynamics}
+    assert method_settings("x", "ant-medium-v2", "two") == ("two", general)
+    assert method_settings("x", "hopper-medium-v0", "two")[1]["eta"] == 4.0
+    assert method_settings("x", "walker2d-medium-v0", "two")[1]["eta"] == 5.0
+    hopper = {**general, "eta": 2.0, "dynamics": {"patience": 6, "max_epochs": 8, "hidden": [6]}}
+    assert method_settings("x", "hopper-expert-v2", "three") == ("three", hopper)
+    assert method_settings("x", "hopper-expert-v2", "one")[1]["dynamics"]["hidden"] == [7]  # as it was
+
+
+@pytest.mark.usefixtures("made_up")
+def test_what_a_variant_extends_has_to_exist() -> None:
+    with pytest.raises(
+        UserError, match=r"^agents/x\.yaml: lost extends 'onne', which is none of one, two, three, lost"
+    ):
+        method_settings("x", "hopper-medium-v2", "lost")
+    with pytest.raises(UserError, match=r"^agents/x\.yaml: there extends back extends there: a variant cannot extend"):
+        method_settings("x", "hopper-medium-v2", "there")
+
+
+@pytest.mark.usefixtures("made_up")
 def test_settings_are_the_callers_own() -> None:
     first = method_settings("x", "hopper-medium-v2", None)[1]
     first["dynamics"]["patience"] = 99
@@ -250,7 +309,8 @@ def test_every_key_of_every_block_is_a_field(method: str) -> None:
     dynamics = {f.name for f in dataclasses.fields(cls().dynamics)} if "dynamics" in fields else set()
     assert set(content) == {"default_variant", "variants"}
     assert content["default_variant"] in content["variants"]
-    for variant, blocks in content["variants"].items():
+    for variant in content["variants"]:
+        blocks = variant_blocks(method, variant)
         assert "*" in blocks, variant
         for pattern, block in blocks.items():
             assert set(block) <= fields, (variant, pattern)
@@ -274,13 +334,15 @@ def test_values_have_their_fields_types(method: str) -> None:
             else:
                 assert isinstance(value, float), f"{where}.{key}={value!r}"
 
-    for variant, blocks in settings_file(method)["variants"].items():
-        for pattern, block in blocks.items():
+    for variant in settings_file(method)["variants"]:
+        for pattern, block in variant_blocks(method, variant).items():
             check(block, load_method(method).Config(), f"{variant}[{pattern}]")
 
 
 def test_an_unknown_variant_lists_the_known() -> None:
-    with pytest.raises(UserError, match=r"^method ravl has no variant 'paper'; choose one of: code, edac-grid$"):
+    with pytest.raises(
+        UserError, match=r"^method ravl has no variant 'paper'; choose one of: code, code-patience, .*, edac-grid,"
+    ):
         method_settings("ravl", "hopper-medium-v2", "paper")
     assert method_settings("mopo", "hopper-medium-v2", None)[0] == "offlinerlkit"
     assert method_settings("mopo", "hopper-medium-v2", "official")[0] == "official"
@@ -351,6 +413,20 @@ def test_actions_are_mapped_from_the_environments_bounds() -> None:
     assert (data.observation_dim, data.action_dim, data.env_id) == (3, 2, "Pendulum-v1")
     assert {t.dtype for t in (data.observations, data.actions, data.rewards, data.terminals)} == {torch.float32}
     assert float(data.observations.sum() + data.next_observations.sum()) == 15.0
+
+
+def test_states_are_shared_with_the_dataset_and_stay_what_they_are(recwarn: pytest.WarningsRecorder) -> None:
+    states = np.random.default_rng(0).normal(size=(5, 3))
+    states.flags.writeable = False  # as mapped from a file
+    dataset = dataclasses.replace(episodes([1.0, 2.0, 3.0, 4.0, 5.0]), states=states)
+    data = TrainingData.from_dataset(dataset, -np.ones(1), np.ones(1)).standardised().with_return_range(1000.0)
+    assert data.states is not None
+    assert data.states.dtype == torch.float64
+    assert data.states.data_ptr() == states.ctypes.data
+    assert data.states.tolist() == states.tolist()
+    assert not recwarn.list
+    plain = dataclasses.replace(dataset, states=None)
+    assert TrainingData.from_dataset(plain, -np.ones(1), np.ones(1)).states is None
 
 
 def test_standardised_observations_bring_their_units() -> None:

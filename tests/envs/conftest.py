@@ -34,6 +34,14 @@ def dataset(columns: dict[str, Any]) -> Dataset:
     return Dataset("small", "Hopper-v4", **columns, provenance={"source": "test", "seed": 3})
 
 
+@pytest.fixture(scope="session")
+def hopping() -> Dataset:
+    """A few falls of Hopper-v5 under random actions, with the simulator's states."""
+    from envs.collect import collect, uniform_policy
+
+    return collect("Hopper-v5", [(uniform_policy("Hopper-v5"), 1.0)], 150, seed=0)
+
+
 @pytest.fixture
 def write_actor() -> Callable[..., str]:
     """Writes a squashed actor with random weights; returns its file hash."""

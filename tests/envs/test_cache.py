@@ -63,6 +63,20 @@ def test_equal_rows_are_stored_once_and_keep_their_own_names(store, dataset):
     assert len([*(store.folder / "sets").glob("*/observations.npy")]) == 1
 
 
+def test_states_are_kept_beside_the_same_rows_without_them(store, dataset):
+    states = np.random.default_rng(0).normal(size=(10, 4))
+    store.get(SOURCE, lambda: replace(dataset, states=states))
+    without = store.get({"recipe": "other"}, lambda: dataset)
+    kept = store.get(SOURCE, unused)
+    np.testing.assert_array_equal(kept.states, states)
+    assert isinstance(kept.states.base, np.memmap)
+    assert kept.content_hash == without.content_hash
+    assert without.states is None
+    [column] = (store.folder / "sets").glob("*/states.npy")
+    column.unlink()
+    assert store.get(SOURCE, lambda: replace(dataset, states=states + 1)).states[0, 0] == states[0, 0] + 1
+
+
 @pytest.mark.parametrize("damage", ["truncate", "remove", "empty record"])
 def test_a_damaged_set_is_made_again(store, dataset, damage):
     store.get(SOURCE, lambda: dataset)

@@ -14,6 +14,7 @@ from envs.errors import UserError
 from envs.hdf5 import read_hdf5
 from envs.policies import load_policy
 from envs.scores import normalized_score, reference_scores
+from envs.true_dynamics import TrueDynamics
 
 
 class Constant:
@@ -97,11 +98,13 @@ def test_stepping_in_lockstep_changes_nothing(monkeypatch):
     together = collect("Hopper-v5", policy, 3000, seed=0)
     assert len(set(together.episodes.lengths.tolist())) > 2
 
-    def one_by_one(env_id, act, seeds):
-        return [record_episodes(env_id, act, [seed])[0] for seed in seeds]
+    def one_by_one(env_id, act, seeds, state):
+        return [record_episodes(env_id, act, [seed], state)[0] for seed in seeds]
 
     monkeypatch.setattr("envs.collect.record_episodes", one_by_one)
-    assert collect("Hopper-v5", policy, 3000, seed=0).content_hash == together.content_hash
+    alone = collect("Hopper-v5", policy, 3000, seed=0)
+    assert alone.content_hash == together.content_hash
+    np.testing.assert_array_equal(alone.states, together.states)
 
 
 def test_rows_do_not_depend_on_who_computes_the_shards_and_when(tmp_path, write_actor):
@@ -119,6 +122,24 @@ def test_rows_do_not_depend_on_who_computes_the_shards_and_when(tmp_path, write_
     there = collect("Hopper-v5", policies, 3000, seed=0, run_shards=ahead_and_backwards)
     assert here.content_hash == there.content_hash
     assert here.provenance == there.provenance
+    np.testing.assert_array_equal(here.states, there.states)
+
+
+def test_true_dynamics_repeat_a_collection_from_its_states(hopping):
+    dynamics = TrueDynamics("Hopper-v5")
+    np.testing.assert_array_equal(dynamics.observe(hopping.states).astype(np.float32), hopping.observations)
+    step = dynamics.step(hopping.states, hopping.actions)
+    np.testing.assert_allclose(step.observations, hopping.next_observations, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(step.rewards, hopping.rewards, rtol=1e-5)
+    np.testing.assert_array_equal(step.terminals, hopping.terminals)
+    goes_on = ~(hopping.terminals | hopping.timeouts)[:-1]
+    np.testing.assert_allclose(step.states[:-1][goes_on], hopping.states[1:][goes_on], rtol=1e-6, atol=1e-6)
+    assert np.abs(hopping.states[:, 0]).max() > 1e-3  # x is kept, which observations do not show
+
+
+def test_states_are_kept_of_robots_with_true_dynamics_only():
+    for env_id in ("Ant-v5", "Pendulum-v1", "offsweep/EdgeOfReach-v0"):
+        assert collect(env_id, [(uniform_policy(env_id), 1.0)], 20, seed=0).states is None
 
 
 def test_a_policy_s_rows_do_not_depend_on_the_others():

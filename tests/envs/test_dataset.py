@@ -32,6 +32,20 @@ def test_hash_depends_on_every_value_and_not_on_the_name(columns):
     assert len(hashes) == 1 + len(columns)
 
 
+def test_states_are_checked_and_not_part_of_the_hash(columns):
+    states = np.arange(40, dtype=np.float32).reshape(10, 4)
+    dataset = build(columns, states=states)
+    assert dataset.states is not None
+    assert dataset.states.dtype == np.float64
+    np.testing.assert_array_equal(dataset.states, states)
+    assert dataset.content_hash == build(columns).content_hash
+    assert (dataset.summary()["states"], build(columns).summary()["states"]) == (True, False)
+    with pytest.raises(DatasetError, match=r"states are float32 of shape \(9, 4\), numbers of shape \(10, entries\)"):
+        build(columns, states=states[:9])
+    with pytest.raises(DatasetError, match="states are not finite at row 3"):
+        build(columns, states=np.where(states == 13, np.nan, states))
+
+
 def test_hash_is_the_same_for_another_memory_layout(columns):
     reordered = np.asfortranarray(columns["observations"].astype(np.float64))
     assert build(columns, observations=reordered).content_hash == build(columns).content_hash

@@ -1,3 +1,5 @@
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -66,6 +68,53 @@ def test_d4rl_file_is_read_as_it_is(columns, tmp_path):
     np.testing.assert_array_equal(dataset.next_observations, columns["next_observations"])
     np.testing.assert_array_equal(dataset.timeouts, columns["timeouts"])
     assert dataset.provenance["metadata"] == {"algorithm": "SAC", "iteration": 7}
+
+
+def test_states_are_written_under_d4rl_s_names_and_read_again(hopping, tmp_path):
+    path = tmp_path / "set.hdf5"
+    write_hdf5(hopping, path)
+    with h5py.File(path) as file:
+        assert file["infos/qpos"].shape == file["infos/qvel"].shape == (150, 6)
+        np.testing.assert_array_equal(file["infos/qpos"][:, 1:].astype(np.float32), hopping.observations[:, :5])
+    back = read_hdf5(path)
+    np.testing.assert_array_equal(back.states, hopping.states)
+    assert back.provenance == hopping.provenance
+    assert replace(back, states=None).content_hash == back.content_hash == hopping.content_hash
+    assert read_hdf5(path, env_id="Ant-v5").states is None
+
+
+def test_states_follow_the_rows_that_are_kept(hopping, tmp_path):
+    path = tmp_path / "set.hdf5"
+    write_hdf5(hopping, path)
+    with h5py.File(path, "a") as file:
+        del file["next_observations"]
+    kept = ~(hopping.terminals | hopping.timeouts)
+    np.testing.assert_array_equal(read_hdf5(path).states, hopping.states[kept])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda states: np.roll(states, 1, axis=0), "they do not show the observation of row 0"),
+        (lambda states: np.where(np.arange(150)[:, None] == 99, np.nan, states), "the observation of row 99"),
+        (lambda states: states[:-1], r"shapes \(149, 6\) and \(149, 6\), not \(150, 6\) each"),
+    ],
+)
+def test_states_that_are_not_those_of_the_rows_are_left_out(hopping, tmp_path, change, reason):
+    path = tmp_path / "set.hdf5"
+    write_hdf5(replace(hopping, states=None), path)
+    with h5py.File(path, "a") as file:
+        file["infos/qpos"], file["infos/qvel"] = np.split(change(hopping.states), 2, axis=1)
+    back = read_hdf5(path)
+    assert back.states is None
+    assert re.search(reason, back.provenance["states"])
+    assert back.content_hash == hopping.content_hash
+
+
+def test_states_of_another_robot_are_not_written(dataset, tmp_path):
+    with pytest.raises(Hdf5Error, match="its 4 states per row are not qpos and qvel of 'Hopper-v4'"):
+        write_hdf5(replace(dataset, states=np.ones((10, 4))), tmp_path / "set.hdf5")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_next_observations_never_come_from_another_episode(columns, tmp_path):

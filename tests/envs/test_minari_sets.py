@@ -68,7 +68,7 @@ def create(minari: Any) -> Callable[..., None]:
         settings = {"env": "Hopper-v5", "author": "someone", "code_permalink": "https://example.org/code", **options}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what metadata is missing
-            buffers = [EpisodeBuffer(**episode, infos={}) for episode in made or episodes()]
+            buffers = [EpisodeBuffer(**{"infos": {}, **episode}) for episode in made or episodes()]
             minari.create_dataset_from_buffers(name, buffers, **settings)
 
     return make
@@ -103,6 +103,34 @@ def test_arrays_come_back_from_minari(create, minari, monkeypatch, data_format):
     assert (about["author"], about["code_permalink"]) == (["someone"], "https://example.org/code")
     assert (about["ref_min_score"], about["ref_max_score"]) == (-20.0, 3234.0)
     json.dumps(dict(about))
+
+
+@pytest.mark.parametrize("at_reset", [True, False])
+def test_states_in_the_infos(create, minari, hopping, at_reset):
+    episodes = hopping.episodes
+    made = []
+    for start, end in zip(episodes.starts[:3], episodes.ends[:3], strict=True):
+        states = hopping.states[start:end]
+        # Minari keeps what reset returned and then what every step did; without the former, rows are one off
+        infos = np.concatenate([states, states[-1:]]) if at_reset else states[1:]
+        rows = slice(start, end)
+        made.append(
+            {
+                "observations": np.concatenate([hopping.observations[rows], hopping.next_observations[end - 1 : end]]),
+                "actions": hopping.actions[rows],
+                "rewards": hopping.rewards[rows],
+                "terminations": hopping.terminals[rows],
+                "truncations": hopping.timeouts[rows],
+                "infos": {"qpos": infos[:, :6], "qvel": infos[:, 6:]},
+            }
+        )
+    create(made=made)
+    data = read_minari(NAME)
+    if at_reset:
+        np.testing.assert_array_equal(data.states, hopping.states[: data.num_transitions])
+    else:
+        assert data.states is None
+        assert "infos/qpos and infos/qvel are left out: they have the shapes" in data.provenance["states"]
 
 
 def test_own_reading_equals_minari_s_iteration(create, minari):

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from envs.dataset import DatasetError
+from envs.dataset import COLUMNS, DatasetError
 from envs.errors import UserError
 from envs.npz import NpzError, read_npz
 
@@ -72,6 +72,14 @@ def test_done_at_a_time_limit_is_no_terminal(columns, tmp_path):
     assert "without the 1 rows that 'timeouts' marks as cut" in data.provenance["terminals"]
     undecided = read_npz(save(tmp_path / "Hopper-v4.npz", without(done, "timeouts")))
     assert "may be set at time limits too" in undecided.provenance["terminals"]
+
+
+def test_states_under_d4rl_s_names(hopping, tmp_path):
+    columns = {column: getattr(hopping, column) for column in COLUMNS}
+    positions, velocities = np.split(hopping.states, 2, axis=1)
+    path = tmp_path / "hopping_Hopper-v5.npz"
+    np.savez(path, **columns, **{"infos/qpos": positions, "infos/qvel": velocities})
+    np.testing.assert_array_equal(read_npz(path).states, hopping.states)
 
 
 def test_episode_lengths_in_place_of_timeouts(columns, tmp_path):

@@ -193,3 +193,14 @@ def test_every_actor_of_the_embedded_sets_is_installed():
         assert np.abs(actions).max() > 0.5 * high
     used = {actor for spec in EMBEDDED.values() for actor, _ in spec.actors} - {UNIFORM, CONTROLLER}
     assert used == set(policies.embedded_actors())
+
+
+def test_a_derived_set_is_made_anew_when_its_part_has_states_or_no_longer(tmp_path, hopping):
+    path = tmp_path / "datasets" / "mine.hdf5"
+    for states in (None, hopping.states, None):
+        write_hdf5(replace(hopping, states=states), path)
+        data = load_dataset("mine,first=30", tmp_path)
+        if states is None:
+            assert data.states is None
+        else:
+            np.testing.assert_array_equal(data.states, states[:30])

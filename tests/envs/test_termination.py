@@ -1,5 +1,7 @@
 import pickle
+from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from envs.termination import terminated, termination_rule
     [
         ("Hopper-v5", True),
         ("Walker2d-v5", True),
+        ("HalfCheetah-v5", False),
         ("Ant-v4", True),
         ("neorl/Hopper-v4", True),
         ("neorl/Walker2d-v4", True),
@@ -30,6 +33,67 @@ def test_rule_agrees_with_the_simulator(env_id, ends):
     data = collect(env_id, [(uniform_policy(env_id), 1.0)], 1200, seed=0)
     assert (data.terminals.sum() > 2) == ends
     np.testing.assert_array_equal(terminated(env_id, data.next_observations), data.terminals)
+
+
+# (entry of the observation, limit): entry 0 is the height, 1 the angle of the torso
+LIMITS = {"Hopper": [(0, 0.7), (1, -0.2), (1, 0.2)], "Walker2d": [(0, 0.8), (0, 2.0), (1, -1.0), (1, 1.0)]}
+
+
+@pytest.mark.filterwarnings("ignore:.*out of date")
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("robot", LIMITS)
+def test_rule_agrees_with_the_simulator_next_to_its_limits(robot: str, version: int):
+    """States put into the simulator a millionth to a tenth beside each limit, joints and velocities at random, some
+    beyond the 10 at which observations clip."""
+    rng = np.random.default_rng(0)
+    env: Any = gymnasium.make(f"{robot}-v{version}").unwrapped
+    observations, healthy = [], []
+    for _ in range(100):
+        for entry, limit in LIMITS[robot]:
+            for side in (-1, 1):
+                qpos, qvel = rng.normal(0.0, 0.5, env.model.nq), rng.normal(0.0, 8.0, env.model.nv)
+                qpos[1:3] = 1.2, 0.0
+                qpos[1 + entry] = limit + side * 10.0 ** rng.uniform(-6, -1)
+                env.set_state(qpos, qvel)
+                observations.append(env._get_obs())
+                healthy.append(env.is_healthy)
+    seen = np.array(observations)
+    assert (np.abs(seen) == 10).any()
+    assert 0.3 < np.mean(healthy) < 0.7
+    for dtype in (np.float64, np.float32):
+        np.testing.assert_array_equal(terminated(env.spec.id, seen.astype(dtype)), ~np.array(healthy))
+
+
+def test_hoppers_bound_of_its_state_holds_for_what_an_observation_shows():
+    """Hopper also ends where an entry of its state reaches 100. A joint that far shows; a velocity does not, since
+    observations clip it at 10: no rule of the observation can tell."""
+    env: Any = gymnasium.make("Hopper-v5").unwrapped
+    for entry, value, shown in (
+        (3, 99.0, True),
+        (3, 101.0, True),
+        (4, -101.0, True),
+        (8, 99.0, True),
+        (8, 101.0, False),
+    ):
+        state = np.zeros(12)
+        state[1], state[entry] = 1.2, value
+        env.set_state(state[:6], state[6:])
+        assert env.is_healthy == (abs(value) < 100)
+        assert bool(terminated("Hopper-v5", env._get_obs())) == (shown and abs(value) > 100)
+
+
+@pytest.mark.filterwarnings("ignore:.*out of date")
+@pytest.mark.parametrize("version", [4, 5])
+def test_halfcheetah_goes_on_from_any_state(version: int):
+    env = gymnasium.make(f"HalfCheetah-v{version}")
+    env.reset(seed=0)
+    robot: Any = env.unwrapped
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        robot.set_state(rng.normal(0.0, 3.0, robot.model.nq), rng.normal(0.0, 30.0, robot.model.nv))
+        next_obs, _, ended, _, _ = env.step(rng.uniform(-1, 1, 6))
+        assert not ended
+        assert not terminated(f"HalfCheetah-v{version}", next_obs)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 
 from envs.dataset import COLUMNS, Dataset
-from envs.transforms import RETURN_RANGE, STD_OFFSET, Options, Request, Term, TransformError, apply, base_name, parse
+from envs.transforms import (
+    FOLLOWING_ROW,
+    RETURN_RANGE,
+    STD_OFFSET,
+    Options,
+    Request,
+    Term,
+    TransformError,
+    apply,
+    base_name,
+    parse,
+)
 
 
 def made(name: str, lengths: list[int], start: float = 0.0) -> Dataset:
@@ -80,6 +91,7 @@ def test_settings_are_looked_up_by_the_source():
         ("a,reward_scale=big", f"a number or {RETURN_RANGE}"),
         ("a,reward_shift=nan", "must be finite"),
         ("a,normalize=rewards", "only observations"),
+        ("a,next_observations=true", f"can only be {FOLLOWING_ROW}"),
     ],
 )
 def test_what_does_not_exist_is_said(name: str, sentence: str):
@@ -117,6 +129,26 @@ def test_a_subsample_is_made_of_whole_trajectories_in_file_order(seed: int):
 def test_other_seeds_draw_other_trajectories():
     whole = made("a", [5] * 20)
     assert len({asked(f"a,subsample=0.3,seed={seed}", whole).content_hash for seed in range(4)}) == 4
+
+
+def with_states(data: Dataset) -> Dataset:
+    """The state of row i is its reward, twice."""
+    return replace(data, states=np.repeat(data.rewards[:, None].astype(np.float64), 2, axis=1))
+
+
+@pytest.mark.parametrize("options", ["", ",first=7", ",subsample=0.5", ",normalize=observations", ":0.5+b:3,first=6"])
+def test_states_go_with_their_rows(options):
+    parts = [with_states(made("a", [5, 4, 3])), with_states(made("b", [4], start=100))]
+    data = asked(f"a{options}", *parts[: 1 + ("+b" in options)])
+    assert data.states is not None
+    np.testing.assert_array_equal(data.states, np.repeat(data.rewards[:, None], 2, axis=1))
+    assert "states" not in data.provenance
+
+
+def test_a_mix_with_rows_without_states_has_none_and_says_so():
+    data = asked("a+b", with_states(made("a", [3])), made("b", [4]))
+    assert data.states is None
+    assert data.provenance["states"] == "left out: there are none of b"
 
 
 def test_a_mix_of_whole_sets_is_their_concatenation():
@@ -181,9 +213,42 @@ def test_normalized_observations(dataset: Dataset):
     np.testing.assert_allclose(kept_std, std, rtol=1e-5)
 
 
+def qlearning_rows(data: Dataset) -> list[tuple[float, float, bool]]:
+    """Reward, first entry of the next observation and terminal of d4rl.qlearning_dataset's rows: one after the other,
+    but for the last of the file and those at a time limit, with the observation of the row behind it."""
+    n = data.num_transitions
+    return [
+        (float(data.rewards[i]), float(data.observations[i + 1, 0]), bool(data.terminals[i]))
+        for i in range(n - 1)
+        if not data.timeouts[i]
+    ]
+
+
+def test_next_observations_of_the_following_row_are_d4rls():
+    """Episodes of 3 (falls), 4 (out of time), 2 (falls) and 3 rows, the last one cut by the end of the file. A true
+    next observation is half a step on; the next row's is a whole one."""
+    whole = made("a", [3, 4, 2, 3])
+    ends = np.flatnonzero(whole.timeouts)
+    whole = replace(
+        whole, terminals=np.isin(np.arange(12), ends[[0, 2]]), timeouts=np.isin(np.arange(12), ends[1:2]),
+        next_observations=whole.observations + np.float32(0.5),
+    )  # fmt: skip
+    data = asked(f"a,next_observations={FOLLOWING_ROW}", whole)
+    mine = list(zip(rows(data), data.next_observations[:, 0].tolist(), data.terminals.tolist(), strict=True))
+    assert mine == qlearning_rows(whole)
+    assert mine[2] == (2.0, 3.0, True)  # where it fell it seems to stand up
+    assert data.episodes.lengths.tolist() == [3, 3, 2, 2]
+    assert asked("a,first=12", whole).next_observations[2, 0] == 2.5  # by default what came of it
+    for name in (f"a,first=5,next_observations={FOLLOWING_ROW}", f"a:5,next_observations={FOLLOWING_ROW}"):
+        assert asked(name, whole).num_transitions == 5  # of the rows that are left
+    with pytest.raises(TransformError, match="no row that another one follows"):
+        asked(f"b,next_observations={FOLLOWING_ROW}", made("b", [1, 1]))
+
+
 def test_all_that_is_asked_for_is_part_of_the_hash(dataset: Dataset):
-    names = ["small", "small,first=9", "small,first=8", "small,reward_scale=2", "small,reward_shift=2",
-             "small,normalize=observations", "small:0.5", "small,reward_scale=2,reward_shift=2"]  # fmt: skip
+    names = ["small", "small,first=9", "small,first=8", "small,reward_scale=2", "small,reward_shift=2", "small:0.5",
+             "small,normalize=observations", f"small,next_observations={FOLLOWING_ROW}",
+             "small,reward_scale=2,reward_shift=2"]  # fmt: skip
     hashes = {apply(parse(name), [dataset]).content_hash for name in names}
     assert len(hashes) == len(names)
     zero: dict[str, Any] = {"rewards": np.zeros_like(dataset.rewards)}

@@ -41,7 +41,8 @@ def figures(report: Report, name: str):
 
 def rows(data: Dataset, order: np.ndarray) -> Dataset:
     names = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
-    return replace(data, **{name: getattr(data, name)[order] for name in names})
+    states = None if data.states is None else data.states[order]
+    return replace(data, **{name: getattr(data, name)[order] for name in names}, states=states)
 
 
 @pytest.fixture(scope="module")

@@ -218,7 +218,7 @@ def test_a_study_takes_the_name_of_its_file(tmp_path: Path, started: list[Any]):
 
 def test_methods_and_datasets_are_listed(workdir: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["methods"]) == 0
-    assert "code (default), edac-grid" in capsys.readouterr().out
+    assert "code (default), code-patience, code-fan-in, edac-grid" in capsys.readouterr().out
     assert main(["data", "list", "--workdir", str(workdir)]) == 0
     assert {"tiny", "embedded/pendulum-medium-v0", "hopper-medium-v2"} <= set(capsys.readouterr().out.split())
     assert main(["data", "list", "pendulum-med*", "--json", "--workdir", str(workdir)]) == 2

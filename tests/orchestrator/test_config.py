@@ -85,7 +85,7 @@ def test_the_command_line_can_change_the_method_of_a_file():
         ("method.dynamics.hiden=[3]", "did you mean method.dynamics.hidden?"),
         ("compute.num_evaluator=1", "did you mean compute.num_evaluators?"),
         ("method_name=mopo", "unknown key method_name"),
-        ("method.variant=paper", "has no variant 'paper'; choose one of: code, edac-grid"),
+        ("method.variant=paper", "has no variant 'paper'; choose one of: code, code-patience,"),
         ("seed=abc", "seed: Value 'abc' of type 'str' could not be converted to Integer"),
         ("seed=1.5", "seed: Value '1.5'"),
         ("method.hidden=[a]", "method.hidden[0]: Value 'a'"),

@@ -1,15 +1,17 @@
-"""RAVL, its base method and MOPO on Hopper, trained by `offsweep train`: scores and value estimates.
+"""The base method, MOPO and RAVL in learned and in true dynamics, trained by `offsweep train`: scores and values.
 
-The paper's claim in small: without RAVL's many critics, values of the edge-of-reach states, from which no rollout ever
-starts, grow without bound (`max_mean_q`) and the policy fails; with them they do not. The three methods learn from the
-same dataset and roll out in the same dynamics ensemble:
+The paper's claim in small (Sims et al. 2024, Figure 1 and Table 1): with the true dynamics, which have no error and no
+uncertainty, a method that relies on a penalty is the base method and fails, its values growing without bound, since no
+rollout ever starts at the edge-of-reach states; with many critics the values stay bounded.
 
-    ravl   10 critics, eta = 1
-    base   the same program with 2 critics and eta = 0
-    mopo   2 critics and a penalty on the reward
+    base   2 critics, eta = 0
+    ravl   10 critics, eta = 1, otherwise the same program and settings
+    mopo   2 critics and a penalty on the reward; in true dynamics it is zero, and MOPO is left out there
 
-Each is trained on a pack of seeds and evaluated every 5,000 updates. Networks, number of updates and dataset are far
-from the paper's and stand in every line: these are no results to put beside the paper's tables.
+`--model-quality` takes `method.model_quality`: 0 the learned ensemble, 1 the true dynamics, -1 a random model, and what
+lies between. Each method is trained on a pack of seeds; all methods of a dataset share one ensemble. Networks, number
+of updates and datasets are far from the paper's and stand in every line: these are no results to put beside the paper's
+tables.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from agents.diagnostics import expert_value
 from agents.method import load_method
 from benchmarks.common import ROOT, print_line, record
 from envs.dataset import Dataset
@@ -38,49 +41,70 @@ from orchestrator.config import Config, load_config, to_dict
 from orchestrator.learner import flatten
 from orchestrator.spool import read_records
 
-BENCHMARK = "ravl_hopper"
+BENCHMARK = "true_dynamics"
 METHODS = {
     "base": ("method=ravl", "method.num_critics=2", "method.eta=0"),
     "ravl": ("method=ravl", "method.num_critics=10", "method.eta=1"),
     "mopo": ("method=mopo",),
 }
+QUALITIES = {-1.0: "random", 0.0: "learned", 1.0: "true"}  # names of method.model_quality
+DATASETS = ("embedded/walker2d-medium-expert-v0", "embedded/hopper-medium-snapshots-v0")
 EVALUATE_EVERY = 5_000  # updates
 EPOCH = 1_000  # updates
 
 
-def overrides(method: str, args: argparse.Namespace) -> list[str]:
-    """The words behind `offsweep train` for a method; what is not named keeps the method's settings for the dataset."""
+@dataclass(frozen=True)
+class Case:
+    """A pack of seeds."""
+
+    dataset: str
+    quality: float
+    method: str
+
+    @property
+    def dynamics(self) -> str:
+        return QUALITIES.get(self.quality, f"{self.quality:g}")
+
+    @property
+    def name(self) -> str:
+        short = self.dataset.removeprefix("embedded/").rpartition("-v")[0] or Path(self.dataset).stem
+        return f"{short}/{self.dynamics}/{self.method}"
+
+
+def overrides(case: Case, args: argparse.Namespace) -> list[str]:
+    """The words behind `offsweep train` for a case; what is not named keeps the method's settings for the dataset."""
     epoch = math.gcd(args.updates, EPOCH)
     return [
-        *METHODS[method], f"dataset={args.dataset}", f"seed={args.seed}", f"num_seeds={args.seeds}",
-        f"method.num_updates={args.updates}", f"method.updates_per_epoch={epoch}",
-        f"method.hidden=[{','.join(map(str, args.hidden))}]", *dynamics_overrides(args),
-        f"evaluation.every_epochs={max(1, EVALUATE_EVERY // epoch)}", f"evaluation.episodes={args.episodes}",
-        "compute.num_learners=0", f"compute.threads={args.threads}",
+        *METHODS[case.method], f"dataset={case.dataset}", f"seed={args.seed}", f"num_seeds={args.seeds}",
+        f"method.model_quality={case.quality}", f"method.num_updates={args.updates}",
+        f"method.updates_per_epoch={epoch}", f"method.hidden=[{','.join(map(str, args.hidden))}]",
+        *([f"method.rollout_batch={args.rollout_batch}"] if args.rollout_batch else []),
+        *dynamics_overrides(case.dataset, args), f"evaluation.every_epochs={max(1, EVALUATE_EVERY // epoch)}",
+        f"evaluation.episodes={args.episodes}", "compute.num_learners=0", f"compute.threads={args.threads}",
     ]  # fmt: skip
 
 
-def dynamics_overrides(args: argparse.Namespace) -> list[str]:
-    """RAVL's settings of the dynamics ensemble, spelled out: the others would otherwise train one of their own."""
-    config = load_config([], ["method=ravl", f"dataset={args.dataset}"]).method.dynamics
+def dynamics_overrides(dataset: str, args: argparse.Namespace) -> list[str]:
+    """RAVL's settings of the dynamics ensemble, spelled out: MOPO would otherwise train one of its own."""
+    config = load_config([], ["method=ravl", f"dataset={dataset}"]).method.dynamics
     if args.dynamics_epochs is not None:
         config.max_epochs = args.dynamics_epochs
     return [f"method.dynamics.{key}={value}" for key, value in flatten(asdict(config)).items()]
 
 
-def ensemble_key(config: Config, dataset: Dataset) -> str:
-    """The content key of the dynamics ensemble of a configuration."""
-    stage = load_method(config.method_name).stages(config.method)["dynamics"]
-    return stage_key(stage, dataset.content_hash)
+def ensemble_key(config: Config, dataset: Dataset) -> str | None:
+    """The content key of the dynamics ensemble of a configuration; None in true dynamics."""
+    stages = load_method(config.method_name).stages(config.method)
+    return stage_key(stages["dynamics"], dataset.content_hash) if "dynamics" in stages else None
 
 
-def train(method: str, config: Config, words: Sequence[str], args: argparse.Namespace) -> Path:
+def train(case: Case, config: Config, words: Sequence[str], args: argparse.Namespace) -> Path:
     """Run `offsweep train`, or `offsweep resume` if it was begun under that name, in a process of its own.
 
     Returns:
         The study's folder.
     """
-    study = f"bench-{method}-{args.name}"
+    study = f"bench-{case.name.replace('/', '-')}-{args.name}"
     folder: Path = args.workdir / "studies" / study
     command = [sys.executable, "-m", "orchestrator"]
     if (folder / "config.yaml").exists():
@@ -92,11 +116,11 @@ def train(method: str, config: Config, words: Sequence[str], args: argparse.Name
     else:
         command += ["train", "--workdir", str(args.workdir), f"study.name={study}", *words]
     env = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-    print(f"{BENCHMARK}: training {method}", file=sys.stderr, flush=True)
+    print(f"{BENCHMARK}: training {case.name}", file=sys.stderr, flush=True)
     # what the program shows goes to standard error: standard output is for lines of results
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=sys.stderr, check=False)
     if done.returncode != 0:
-        raise UserError(f"training {method} ended with exit code {done.returncode}")
+        raise UserError(f"training {case.name} ended with exit code {done.returncode}")
     return folder
 
 
@@ -107,7 +131,7 @@ def run_summary(spool: Path) -> dict[str, Any]:
         environment, outcome (finished, diverged); updates done; wall_s that its pack was being trained and evaluated
         (without the dynamics ensemble and without the time between a kill and a resume); scores by update and
         normalized_score, the last; of train/q_mean (the critics' mean value, over minibatches and critics, of every
-        epoch) mean_q, the last, and max_mean_q over the training.
+        epoch) mean_q, the last, max_mean_q over the training, and log10_q_curve by update where it is positive.
     """
     scores: dict[int, float] = {}
     mean_qs: dict[int, float] = {}
@@ -136,41 +160,51 @@ def run_summary(spool: Path) -> dict[str, Any]:
         "scores": {str(step): score for step, score in sorted(scores.items())},
         "mean_q": mean_qs[max(mean_qs)] if mean_qs else None,
         "max_mean_q": max(finite, default=None),
+        "log10_q_curve": {
+            str(step): math.log10(q)
+            for step, q in sorted(mean_qs.items())
+            if 0 < q < math.inf and (step % EVALUATE_EVERY == 0 or step == max(mean_qs))
+        },
         "wall_s": wall_ms / 1000,
     }
 
 
-def lines_of(method: str, folder: Path, config: Config, dataset: Dataset, command: str) -> Iterator[dict[str, Any]]:
+def lines_of(case: Case, folder: Path, config: Config, dataset: Dataset, command: str) -> Iterator[dict[str, Any]]:
     """One line per seed of a trained study."""
     m = config.method
     behaviour = dataset.summary().get("score")
     for seed in config.seeds:
         run = run_summary(folder / "spool" / f"t0000-s{seed}.jsonl")
-        score = run["normalized_score"]
+        score, q = run["normalized_score"], run["mean_q"]
         yield record(
-            BENCHMARK, f"{method}/s{seed}", score, f"D4RL-normalised score in {run['environment']}", behaviour,
-            config.compute.threads, command, reference_is="mean score of the dataset's episodes", method=method,
-            seed=seed, **run, updates_planned=m.num_updates, seeds_in_pack=config.num_seeds,
-            episodes=config.evaluation.episodes, num_critics=m.num_critics, eta=m.eta,
+            BENCHMARK, f"{case.name}/s{seed}", score, f"D4RL-normalised score in {run['environment']}", behaviour,
+            config.compute.threads, command, reference_is="mean score of the dataset's episodes",
+            dataset=dataset.name, dynamics=case.dynamics, method=case.method, seed=seed,
+            log10_q=math.log10(q) if q is not None and 0 < q < math.inf else None, **run,
+            q_of_expert=expert_value(dataset.env_id, m.gamma), updates_planned=m.num_updates,
+            seeds_in_pack=config.num_seeds, episodes=config.evaluation.episodes, num_critics=m.num_critics, eta=m.eta,
             penalty_coef=getattr(m, "penalty_coef", None), hidden=m.hidden, batch=m.batch_size,
-            rollout_length=m.rollout_length, rollout_batch=m.rollout_batch, dataset=dataset.name,
-            dataset_hash=dataset.content_hash[:16], dynamics_ensemble=ensemble_key(config, dataset),
+            real_ratio=m.real_ratio, rollout_length=m.rollout_length, rollout_batch=m.rollout_batch,
+            dataset_hash=dataset.content_hash[:16], rows=dataset.num_transitions,
+            dynamics_ensemble=ensemble_key(config, dataset),
         )  # fmt: skip
 
 
-def mean_line(method: str, lines: Sequence[dict[str, Any]], base: float | None, command: str) -> dict[str, Any]:
-    """A method's mean over its seeds, beside the base method's; no value where a seed has none."""
+def mean_line(case: Case, lines: Sequence[dict[str, Any]], base: float | None, command: str) -> dict[str, Any]:
+    """A method's mean over its seeds, beside the base method's in the same dynamics; no value where a seed has none."""
     scores = [line["normalized_score"] for line in lines]
     whole = None not in scores
     qs = [line["mean_q"] for line in lines if line["mean_q"] is not None]
     return record(
-        BENCHMARK, f"{method}/mean", statistics.fmean(scores) if whole else None, lines[0]["unit"], base,
-        lines[0]["threads"], command, reference_is="the base method's mean over its seeds", method=method,
+        BENCHMARK, f"{case.name}/mean", statistics.fmean(scores) if whole else None, lines[0]["unit"], base,
+        lines[0]["threads"], command, reference_is="the base method's mean over its seeds in the same dynamics",
+        dataset=lines[0]["dataset"], dynamics=case.dynamics, method=case.method,
         seeds=[line["seed"] for line in lines], updates=min(line["updates"] for line in lines),
         std=statistics.stdev(scores) if whole and len(scores) > 1 else None, normalized_scores=scores,
         mean_q=statistics.fmean(qs) if qs else None,
         max_mean_q=max((line["max_mean_q"] for line in lines if line["max_mean_q"] is not None), default=None),
-        hidden=lines[0]["hidden"], wall_s=max(line["wall_s"] for line in lines), environment=lines[0]["environment"],
+        q_of_expert=lines[0]["q_of_expert"], hidden=lines[0]["hidden"], wall_s=max(line["wall_s"] for line in lines),
+        environment=lines[0]["environment"],
     )  # fmt: skip
 
 
@@ -181,13 +215,17 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--updates", type=int, default=20_000, help="of every run (default: %(default)s)")
     parser.add_argument("--hidden", type=int, nargs="+", default=[256, 256], help="actor's and critics' hidden widths")
+    parser.add_argument("--rollout-batch", type=int, help="starts per epoch (default: the methods')")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method, one pack (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the first one")
     parser.add_argument("--episodes", type=int, default=10, help="of an evaluation (default: %(default)s)")
-    parser.add_argument("--dataset", default="embedded/hopper-medium-snapshots-v0")
+    parser.add_argument("--datasets", nargs="+", default=list(DATASETS))
+    parser.add_argument(
+        "--model-quality", type=float, nargs="+", default=[0.0, 1.0], help="0 learned, 1 true (default: both)"
+    )
     parser.add_argument("--dynamics-epochs", type=int, help="most for the ensemble (default: until it stops)")
-    parser.add_argument("--at-once", type=int, default=1, help="methods trained at a time (default: %(default)s)")
+    parser.add_argument("--at-once", type=int, default=1, help="packs trained at a time (default: %(default)s)")
     parser.add_argument("--name", default=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
                         help="of the studies; with the name of an earlier call its studies are resumed")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1, help="of torch, for each method (default: %(default)s)")
@@ -212,24 +250,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """What is trained, the base method first wherever there is one."""
+    return [
+        Case(dataset, quality, method)
+        for dataset in args.datasets
+        for quality in args.model_quality
+        for method in METHODS
+        if method in args.methods and (method, quality) != ("mopo", 1.0)
+    ]
+
+
 def run_all(args: argparse.Namespace, command: str) -> int:
-    dataset = load_dataset(args.dataset, args.workdir)
-    chosen = {method: overrides(method, args) for method in METHODS if method in args.methods}  # base comes first
-    configs = {method: load_config([], given) for method, given in chosen.items()}
-    if len({ensemble_key(config, dataset) for config in configs.values()}) != 1:
+    datasets = {name: load_dataset(name, args.workdir) for name in args.datasets}
+    chosen = {case: overrides(case, args) for case in cases_of(args)}
+    configs = {case: load_config([], given) for case, given in chosen.items()}
+    keys = {(case.dataset, ensemble_key(configs[case], datasets[case.dataset])) for case in chosen if case.quality < 1}
+    if len(keys) != len({dataset for dataset, _ in keys}):
         raise UserError("the methods would not share one dynamics ensemble; their dynamics settings differ")
     base: float | None = None
     with ThreadPoolExecutor(max(1, args.at_once)) as pool:
-        # the ensemble is built once: the store lets a second process wait for it
-        trained = {method: pool.submit(train, method, configs[method], given, args) for method, given in chosen.items()}
-        for method, future in trained.items():
-            lines = list(lines_of(method, future.result(), configs[method], dataset, command))
+        # an ensemble is built once: the store lets a second process wait for it
+        trained = {case: pool.submit(train, case, configs[case], given, args) for case, given in chosen.items()}
+        for case, future in trained.items():
+            lines = list(lines_of(case, future.result(), configs[case], datasets[case.dataset], command))
             for line in lines:
                 print_line(line)
-            mean = mean_line(method, lines, base, command)
-            if method == "base":
-                base = mean["value"]
+            base = None if case.method == "base" else base
+            mean = mean_line(case, lines, base, command)
             print_line(mean)
+            if case.method == "base":
+                base = mean["value"]
     return 0
 
 
