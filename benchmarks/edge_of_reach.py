@@ -35,7 +35,7 @@ def lines(folder: Path, command: str) -> Iterator[dict[str, Any]]:
         yield record(
             BENCHMARK, f"{run.method}, k={run.k}, seed {run.seed}", run.mean_return, "return of 30 steps", best,
             config.compute.threads, command, reference_is="the best possible, by dynamic programming",
-            method=run.method, seed=run.seed, k=run.k, mean_q=run.mean_q,
+            method=run.method, seed=run.seed, k=run.k, mean_q=run.mean_q, largest_q=run.largest_q,
             edge_share=run.edge_share, patched_share=run.patched_share, penalty_auroc=run.penalty_auroc,
             success=run.success, updates=config.method.num_updates,
         )  # fmt: skip

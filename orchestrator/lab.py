@@ -60,6 +60,7 @@ class LabRun:
     k: int  # rollout length
     mean_return: float  # over the evaluation's episodes
     mean_q: float  # of 2,000 targets of its last minibatches
+    largest_q: float  # of the evaluations' mean_q
     edge_share: float  # of the targets, mean over the training
     patched_share: float  # of the targets, mean over the training; not a number without a patch
     penalty_auroc: float  # of the critics' variance, states at the edge of reach against those within
@@ -153,7 +154,7 @@ def read_runs(folder: Path) -> list[LabRun]:
     return [
         LabRun(
             row["method"], int(row["seed"]), int(row["k"]), float(row["mean_return"]), float(row["mean_q"]),
-            float(row["edge_share"]), float(row["patched_share"]), float(row["penalty_auroc"]),
+            float(row["largest_q"]), float(row["edge_share"]), float(row["patched_share"]), float(row["penalty_auroc"]),
             row["success"] == "True",
         )
         for row in rows
@@ -194,7 +195,7 @@ class _Measured:
         at_edge = torch.arange(len(scores)) < len(self.penalty_edge)
         return LabRun(
             method_name(self.config), self.config.seed, self.config.method.rollout_length, self.returns[-1],
-            self.mean_q[-1], statistics.fmean(self.edge_share),
+            self.mean_q[-1], max(self.mean_q), statistics.fmean(self.edge_share),
             statistics.fmean(self.patched_share) if self.patched_share else math.nan,
             auroc(scores, at_edge, ~at_edge).item(), self.returns[-1] >= SUCCESS * best,
         )  # fmt: skip
@@ -242,10 +243,11 @@ def _penalties(config: Config, run: Path) -> tuple[Tensor, Tensor]:
 def _table(runs: Sequence[LabRun], best: float, config: Config) -> Table:
     title = (
         f"edge of reach, a reconstruction: {config.num_seeds} seeds, {config.method.num_updates} updates; best "
-        f"possible return {best:.1f}, success from {SUCCESS * best:.1f}"
+        f"possible return {best:.1f}, success from {SUCCESS * best:.1f}; Q: median of the last and of the largest "
+        f"mean, where no policy's value is above {_largest_value(config):.1f}"
     )
     table = Table(title=title)
-    columns = ("method", "k", "return", "median of mean Q", "edge targets %", "patched %", "AUROC", "success")
+    columns = ("method", "k", "return", "mean Q", "largest", "edge targets %", "patched %", "AUROC", "success")
     for column in columns:
         table.add_column(column, justify="left" if column == "method" else "right")
     for method, k in dict.fromkeys((run.method, run.k) for run in runs):
@@ -255,6 +257,7 @@ def _table(runs: Sequence[LabRun], best: float, config: Config) -> Table:
         table.add_row(
             method, str(k), f"{statistics.fmean(returns):.1f} ± {statistics.pstdev(returns):.1f}",
             f"{statistics.median(run.mean_q for run in mine):.3g}",
+            f"{statistics.median(run.largest_q for run in mine):.3g}",
             f"{100 * statistics.fmean(run.edge_share for run in mine):.2f}",
             "" if math.isnan(patched) else f"{100 * patched:.2f}",
             f"{statistics.fmean(run.penalty_auroc for run in mine):.2f}",
@@ -288,10 +291,17 @@ def _figure(settings: Sequence[Sequence[_Measured]], best: float, config: Config
     return LabFigure(
         f"Edge-of-reach states: a reconstruction of RAVL's simple environment, k = {length}, true dynamics",
         Map(axis.tolist(), reward, start, start + length - 1, start + length), walks, courses, best,
-        float(reward.max()) / (1 - config.method.gamma),
+        _largest_value(config),
         *((shown[0].penalty_within.tolist(), shown[0].penalty_edge.tolist()) if shown else ([], [])),
         [one.result(best).penalty_auroc for one in shown], lengths,
     )  # fmt: skip
+
+
+def _largest_value(config: Config) -> float:
+    """The value of the highest reward forever."""
+    axis = np.linspace(-_PLANE, _PLANE, 513)
+    reward = EdgeOfReach.reward(np.stack(np.meshgrid(axis, axis, indexing="ij"), -1))
+    return float(reward.max()) / (1 - config.method.gamma)
 
 
 def _walks(run: Path) -> Any:

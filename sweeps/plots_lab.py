@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sweeps.plots import new_figure
@@ -55,7 +55,7 @@ class LabFigure:
     penalty_within: Sequence[float]  # of RAVL's first run
     penalty_edge: Sequence[float]
     auroc: Sequence[float]  # of RAVL's runs
-    lengths: Mapping[int, Course] = field(default_factory=dict)  # rollout length -> Base
+    lengths: Mapping[int, Course]  # rollout length -> Base
 
 
 def draw_lab(content: LabFigure) -> Figure:
