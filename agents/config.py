@@ -12,7 +12,7 @@ import torch
 from agents.chunk import PRECISIONS
 from agents.method import per_member
 from agents.networks import INITIALISATIONS
-from agents.sac import SAC, SACHyperparameters, SACSettings
+from agents.sac import SAC, SACHyperparameters, SACSettings, TargetPatch
 from envs.errors import UserError
 
 
@@ -106,6 +106,7 @@ def make_sac(
     observation_dim: int,
     action_dim: int,
     device: torch.device | str = "cpu",
+    patch: TargetPatch | None = None,
 ) -> SAC:
     """The soft actor-critic that the configs of a pack describe."""
     shared = configs[0]  # what is not per member is equal in a pack
@@ -116,7 +117,7 @@ def make_sac(
         alpha=shared.alpha, max_alpha=shared.max_alpha, entropy_in_target=shared.entropy_in_target,
         initialisation=shared.initialisation,
     )  # fmt: skip
-    return SAC(seeds, hyperparameters, settings, observation_dim, action_dim, device)
+    return SAC(seeds, hyperparameters, settings, observation_dim, action_dim, device, patch)
 
 
 def actor_lr_scale(config: SACConfig, epoch: int) -> float:

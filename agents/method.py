@@ -65,6 +65,7 @@ class TrainingData:
     environment's plus reward_shift. `action_low` and `action_high`, `(A,)` on the CPU, are the environment's bounds;
     None: -1 and 1. `states` `(N, X)`, float64, are the dataset's, where it has any: in memory that may be mapped from a
     file and must not be written to, whatever the device, since the simulator that takes them runs on the CPU.
+    `episode_starts`, `(E,)` int64, are the numbers of the rows that episodes begin with.
     """
 
     env_id: str
@@ -81,6 +82,7 @@ class TrainingData:
     action_low: Tensor | None = None
     action_high: Tensor | None = None
     states: Tensor | None = None
+    episode_starts: Tensor | None = None
 
     @classmethod
     def from_dataset(
@@ -101,6 +103,7 @@ class TrainingData:
         return cls(
             dataset.env_id, obs, action, reward, next_obs, done, mean, std, return_range, scaling.reward_scale,
             scaling.reward_shift, torch.tensor(action_low), torch.tensor(action_high), _shared(dataset.states),
+            torch.tensor(dataset.episodes.starts, device=device),
         )  # fmt: skip
 
     def standardised(self) -> TrainingData:

@@ -38,9 +38,12 @@ from agents.policies import squashed_arrays
 from agents.randomness import generator
 from agents.replay import Replay, transition_rows
 from agents.rollout import MAX_LENGTH, Penalty, shard_size
+from agents.sac import TargetPatch
 from envs.errors import UserError
 from envs.reach import exact_edge_test
 from envs.termination import termination_rule
+
+ROLLOUT_STARTS = ("all", "initial")
 
 
 @dataclass
@@ -49,6 +52,9 @@ class ModelBasedConfig(SACConfig):
 
     rollout_length: int = 5  # k, steps
     rollout_batch: int = 50_000  # starts per epoch
+    # where rollouts start: "all" states of the dataset, or the "initial" ones of its episodes (start distribution nu_0
+    # of the edge-of-reach definition = that of the environment)
+    rollout_starts: str = "all"
     rollout_epochs_retained: int = 5  # ring capacity in epochs of full-length rollouts
     real_ratio: float = 0.05  # fraction of the batch, truncated to rows
     # of the rollouts' dynamics: -1 an untrained ensemble, 0 the learned one, 1 the environment's own; between them
@@ -61,6 +67,8 @@ class ModelBasedConfig(SACConfig):
         check_positive(self, "rollout_length", "rollout_batch", "rollout_epochs_retained")
         if self.rollout_length > MAX_LENGTH:
             raise UserError(f"method.rollout_length={self.rollout_length} must be at most {MAX_LENGTH}")
+        if self.rollout_starts not in ROLLOUT_STARTS:
+            raise UserError(f"method.rollout_starts={self.rollout_starts!r} must be one of {', '.join(ROLLOUT_STARTS)}")
         if not 0 <= self.real_ratio <= 1:
             raise UserError(f"method.real_ratio={self.real_ratio} must lie between 0 and 1")
         if not -1 <= self.model_quality <= 1:
@@ -125,7 +133,8 @@ class ModelBasedSAC:
         self.dynamics = dynamics_of_quality(
             shared.model_quality, artifacts.get("dynamics"), shared.dynamics.seed, data, self.device
         )
-        self.sac = make_sac(configs, self.seeds, data.observation_dim, data.action_dim, device)
+        patch = self.target_patch(artifacts)
+        self.sac = make_sac(configs, self.seeds, data.observation_dim, data.action_dim, device, patch)
         self.num_real = int(shared.real_ratio * shared.batch_size)
         self.num_starts = shared.rollout_batch
         capacity = self.num_starts * shared.rollout_length * shared.rollout_epochs_retained
@@ -143,6 +152,10 @@ class ModelBasedSAC:
     def check_environment(config: ModelBasedConfig, env_id: str) -> None:
         termination_rule(env_id)
         check_quality(config.model_quality, env_id)
+
+    def target_patch(self, artifacts: Mapping[str, dict[str, Any]]) -> TargetPatch | None:
+        """What some of the targets' values are replaced by."""
+        return None
 
     @property
     def num_members(self) -> int:
@@ -178,10 +191,17 @@ class ModelBasedSAC:
 
     def _draw_starts(self, seed: int, epoch: int) -> Tensor:
         """Row numbers `(num_starts,)` of the dataset, without replacement where it has enough of them."""
-        n, source = len(self.data.observations), generator(seed, "starts", epoch, device=self.device)
+        source, rows = generator(seed, "starts", epoch, device=self.device), None
+        if self.shared.rollout_starts == "initial":
+            rows = self.data.episode_starts
+            if rows is None:
+                raise ValueError("the data does not say where its episodes start")
+        n = len(self.data.observations if rows is None else rows)
         if n >= self.num_starts:
-            return torch.randperm(n, generator=source, device=self.device)[: self.num_starts]
-        return torch.randint(n, (self.num_starts,), generator=source, device=self.device)
+            drawn = torch.randperm(n, generator=source, device=self.device)[: self.num_starts]
+        else:
+            drawn = torch.randint(n, (self.num_starts,), generator=source, device=self.device)
+        return drawn if rows is None else rows[drawn]
 
     def add_rollouts(self, results: Sequence[RolloutResult]) -> list[dict[str, float]]:
         if not results:
@@ -236,16 +256,21 @@ class ModelBasedSAC:
             self._standardiser = Standardiser(self.data.observations)
         return measure(
             self.sac.actor, self.sac.target, self.replay, self.seeds, epoch, self.num_real / self.shared.batch_size,
-            self.shared.rollout_length, self._standardiser, self._edge_test(),
+            self.shared.rollout_length, self._standardiser, self.edge_test(),
         )  # fmt: skip
 
-    def _edge_test(self) -> EdgeTest | None:
+    def edge_test(self) -> EdgeTest | None:
         """The environment's exact test, for observations as the rows have them."""
-        test, mean, std = exact_edge_test(self.data.env_id), self.data.observation_mean, self.data.observation_std
-        if test is None or mean is None or std is None:
-            return test
+        test, in_environment = exact_edge_test(self.data.env_id), self.in_environment()
+        return None if test is None else lambda obs, length: test(in_environment(obs), length)
+
+    def in_environment(self) -> Callable[[Tensor], Tensor]:
+        """From observations `(..., S)` as the rows have them to the environment's units."""
+        mean, std = self.data.observation_mean, self.data.observation_std
+        if mean is None or std is None:
+            return lambda obs: obs
         mean, std = mean.to(self.device), std.to(self.device)
-        return lambda obs, length: test(obs * std + mean, length)
+        return lambda obs: obs * std + mean
 
     # ---- members and checkpoints --------------------------------------------------------------------------------
 

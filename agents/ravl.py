@@ -8,15 +8,22 @@ states by the disagreement of N critics and values them by the minimum:
     J(Q) = sum_i mean_b (Q_i - y)^2 + eta * ES          (ES: see agents.sac; critics as in EDAC, An et al. 2021)
 
 Rollouts of k steps start at states of the dataset, sample the current policy, and at every step sample the Gaussian of
-an elite drawn per transition. The base method of the paper is `num_critics=2 eta=0`.
+an elite drawn per transition. The base method of the paper is `num_critics=2 eta=0`; its Base-OraclePatch is that with
+`patch=oracle`, which replaces min_i Qbar_i where s' is edge-of-reach (see `agents.patch`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from agents.method import per_member
+from agents.method import Stage, per_member
 from agents.model_based import ModelBasedConfig, ModelBasedSAC
+from agents.patch import PATCHES, EdgePatch, OptimalValue, oracle_stage
+from agents.sac import TargetPatch
+from envs.errors import UserError
+from envs.reach import exact_edge_test
 
 
 @dataclass
@@ -27,6 +34,20 @@ class RAVLConfig(ModelBasedConfig):
     eta: float = per_member(1.0, off_at_zero=True)
     hidden: list[int] = field(default_factory=lambda: [256, 256, 256])
     initialisation: str = "edac"
+    patch: str = "none"  # of the targets' values, where edge-of-reach states are known: see agents.patch
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patch not in PATCHES:
+            raise UserError(f"method.patch={self.patch!r} must be one of {', '.join(PATCHES)}")
+        if self.patch == "none":
+            return
+        if self.model_quality != 1 or self.rollout_starts != "initial":
+            raise UserError(
+                f"method.patch={self.patch} needs method.model_quality=1 and method.rollout_starts=initial: only for "
+                "rollouts with the true dynamics from the environment's start states is it known exactly which states "
+                "are edge-of-reach"
+            )
 
 
 class RAVL(ModelBasedSAC):
@@ -34,6 +55,33 @@ class RAVL(ModelBasedSAC):
 
     Config = RAVLConfig
     penalty = None
+    shared: RAVLConfig
+
+    @staticmethod
+    def stages(config: ModelBasedConfig) -> dict[str, Stage]:
+        stages = ModelBasedSAC.stages(config)
+        if isinstance(config, RAVLConfig) and config.patch != "none":
+            stages["optimal_values"] = oracle_stage(config.gamma)
+        return stages
+
+    @staticmethod
+    def check_environment(config: ModelBasedConfig, env_id: str) -> None:
+        ModelBasedSAC.check_environment(config, env_id)
+        if isinstance(config, RAVLConfig) and config.patch != "none" and exact_edge_test(env_id) is None:
+            raise UserError(
+                f"method.patch={config.patch} cannot be used in {env_id}, which has no exact test for edge-of-reach "
+                "states; leave it at none, or take a dataset of offsweep/EdgeOfReach-v0"
+            )
+
+    def target_patch(self, artifacts: Mapping[str, dict[str, Any]]) -> TargetPatch | None:
+        if self.shared.patch == "none":
+            return None
+        test, length = self.edge_test(), self.shared.rollout_length
+        if test is None:
+            raise ValueError(f"no exact test for edge-of-reach states of {self.data.env_id}")
+        values = artifacts["optimal_values"]["values"]
+        optimal = OptimalValue(values, self.shared.gamma, self.data, self.device)
+        return EdgePatch(self.shared.patch, lambda obs: test(obs, length), optimal, self.in_environment())
 
 
 METHOD = RAVL

@@ -29,7 +29,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -74,6 +74,24 @@ class SACSettings:
     initialisation: str = "edac"  # see agents.networks.initialise
 
 
+class TargetPatch(Protocol):
+    """Other values in place of some of a target's min_i Qbar_i(s', a~')."""
+
+    num_noises: int  # standard normal draws (M, B, A) that it takes itself
+
+    def __call__(
+        self, next_obs_MBS: Tensor, action_MBA: Tensor, values_MNB: Tensor, value_MB: Tensor, noise_KMBA: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Values `(M, B)`, and which of them are other ones, bool `(M, B)`.
+
+        Args:
+            next_obs_MBS, action_MBA: s' and a~'.
+            values_MNB: of every target critic.
+            value_MB: their minimum.
+            noise_KMBA: its draws.
+        """
+
+
 class SAC:
     """Actors, critics, targets and temperatures of a pack, and their update (an `agents.chunk.Updater`).
 
@@ -83,9 +101,9 @@ class SAC:
         settings: common to the pack.
         observation_dim, action_dim: S and A; actions lie in [-1, 1].
         device: where everything lives.
+        patch: of the targets' values, if any.
     """
 
-    num_noises = 2  # for a~ and for a~'
     period = 1
 
     def __init__(
@@ -96,8 +114,10 @@ class SAC:
         observation_dim: int,
         action_dim: int,
         device: torch.device | str = "cpu",
+        patch: TargetPatch | None = None,
     ) -> None:
         self.seeds = tuple(seeds)
+        self.patch = patch
         self.hyperparameters = tuple(hyperparameters)
         self.settings = settings
         self.observation_dim, self.action_dim = observation_dim, action_dim
@@ -144,6 +164,11 @@ class SAC:
         if self.settings.max_alpha is not None:
             self._alpha.clamp_(max=self.settings.max_alpha)
 
+    @property
+    def num_noises(self) -> int:
+        """Draws for a~, for a~' and for the patch."""
+        return 2 + (0 if self.patch is None else self.patch.num_noises)
+
     # ---- policy ---------------------------------------------------------------------------------------------
 
     def sample_actions(self, obs_MBS: Tensor, noise_MBA: Tensor) -> Tensor:
@@ -164,16 +189,18 @@ class SAC:
         log_prob = terms.sum(-1).add_(self._log_norm).neg_()
         return _PolicySample(action, log_prob, one_minus_sq, shifted, scaled_noise, raw_log_std != log_std, inputs)
 
-    def _min_q(self, critic: StackedMLP, sa_MBX: Tensor) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
-        """min over critics `(M, B)`, its index `(M, 1, B)`, and the layers' inputs of every part."""
+    def _min_q(self, critic: StackedMLP, sa_MBX: Tensor) -> tuple[Tensor, Tensor, list[list[Tensor]], Tensor]:
+        """min over critics `(M, B)`, its index `(M, 1, B)`, the layers' inputs of every part, every critic's value
+        `(M, N, B)`."""
         x_GBX, outputs, inputs = self._to_stack(sa_MBX), [], []
         for place, part in critic.parts(sa_MBX.shape[1]):
             q, layer_inputs = part.forward(x_GBX[place])
             outputs.append(q)
             inputs.append(layer_inputs)
         q_GB1 = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-        q_MB, index = q_GB1.view(self.num_members, self.num_critics, -1).min(dim=1, keepdim=True)
-        return q_MB.squeeze(1), index, inputs
+        q_MNB = q_GB1.view(self.num_members, self.num_critics, -1)
+        q_MB, index = q_MNB.min(dim=1, keepdim=True)
+        return q_MB.squeeze(1), index, inputs, q_MNB
 
     def _to_stack(self, x_MBX: Tensor) -> Tensor:
         """(M, B, X) -> (M*N, B, X): every critic of a member sees the member's rows."""
@@ -198,7 +225,7 @@ class SAC:
         if self.settings.auto_alpha:
             self._update_alpha(sample.log_prob)
         q_pi = self._update_actor(obs, sample, batch)
-        target = self._critic_target(reward, done, next_obs, noise_KMBA[1])
+        target, patched = self._critic_target(reward, done, next_obs, noise_KMBA[1:])
         q, diversity = self._update_critic(state_action, target, batch, with_metrics)
         self.target.flat.lerp_(self.critic.flat, self.settings.tau)
         if not with_metrics:
@@ -215,6 +242,8 @@ class SAC:
         }
         if diversity is not None:
             metrics["critic_diversity"] = diversity
+        if patched is not None:
+            metrics["patched_share"] = patched.float().mean(1)
         return metrics
 
     def _update_alpha(self, log_prob_MB: Tensor) -> None:
@@ -224,7 +253,7 @@ class SAC:
 
     def _update_actor(self, obs_MBS: Tensor, sample: _PolicySample, batch: int) -> Tensor:
         action = sample.action
-        q_MB, index, inputs = self._min_q(self.critic, torch.cat((obs_MBS, action), dim=-1))
+        q_MB, index, inputs, _ = self._min_q(self.critic, torch.cat((obs_MBS, action), dim=-1))
         dq_da = (self._min_gradient_of_rows if self._by_rows else self._min_gradient)(index, inputs)
         # d/da of alpha * log pi is 2 alpha a / (1 - a^2 + 1e-6); then through a = tanh(u)
         alpha = self.alpha_M1.unsqueeze(-1)
@@ -264,17 +293,23 @@ class SAC:
                     start += count
         return dq_da.view(m, batch, a)
 
-    def _critic_target(self, reward: Tensor, done: Tensor, next_obs: Tensor, noise: Tensor) -> Tensor:
+    def _critic_target(
+        self, reward: Tensor, done: Tensor, next_obs: Tensor, noise_KMBA: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Targets `(M, B)`, and which of them are patched."""
+        noise, patched = noise_KMBA[0], None
         if self.settings.entropy_in_target:
             sample = self._policy(next_obs, noise)
             action = sample.action
         else:
             action = self.sample_actions(next_obs, noise)
-        value, _, _ = self._min_q(self.target, torch.cat((next_obs, action), dim=-1))
+        value, _, _, values = self._min_q(self.target, torch.cat((next_obs, action), dim=-1))
+        if self.patch is not None:
+            value, patched = self.patch(next_obs, action, values, value, noise_KMBA[1:])
         if self.settings.entropy_in_target:
             value = torch.addcmul(value, self.alpha_M1, sample.log_prob, value=-1.0)
         continued = torch.addcmul(value, done, value, value=-1.0)  # (1 - d) * value
-        return torch.add(reward, continued, alpha=self.settings.gamma)
+        return torch.add(reward, continued, alpha=self.settings.gamma), patched
 
     def _update_critic(
         self, sa_MBX: Tensor, target_MB: Tensor, batch: int, with_metrics: bool

@@ -10,6 +10,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
+from torch import Tensor
 
 FloatArray = NDArray[np.float32]
 
@@ -23,7 +24,8 @@ class EdgeOfReach(gymnasium.Env[FloatArray, FloatArray]):
     state can be reached at step k and not before exactly where START + k - 1 < |s|_inf <= START + k.
 
     A reconstruction: of the paper's task the plane, the rollout length 10 and the 30 steps are known from its reviews;
-    start states, step size and bumps are chosen here. Both bumps lie well within reach of 10 steps.
+    start states, step size and bumps are chosen here. Both bumps lie well within reach of 10 steps: nothing in the task
+    calls for going to the edge. `offsweep lab edge-of-reach` trains on it (docs/edge_of_reach.md).
     """
 
     START = 2.0
@@ -42,6 +44,20 @@ class EdgeOfReach(gymnasium.Env[FloatArray, FloatArray]):
         squared = np.square(np.asarray(states, np.float64)[..., None, :] - cls.PEAKS).sum(-1)
         bumps: NDArray[np.float64] = cls.HEIGHTS * np.exp(-0.5 * squared / np.square(cls.WIDTHS))
         return np.asarray(bumps.sum(-1))
+
+    @classmethod
+    def edge_of_reach(cls, states: Any, rollout_length: int) -> Any:
+        """Which states rollouts of `rollout_length` steps from the start states can end in, but not pass through.
+
+        Args:
+            states: `(..., 2)`, an array or a tensor.
+
+        Returns:
+            bool `(...)` of the same kind.
+        """
+        distance = abs(states)
+        farthest = distance.amax(-1) if isinstance(distance, Tensor) else distance.max(-1)
+        return (farthest > cls.START + rollout_length - 1) & (farthest <= cls.START + rollout_length)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -19,6 +19,7 @@ EPILOG = """examples:
   offsweep sweep study.yaml study.num_trials=40
   offsweep plan study.yaml compute.price_per_gpu_hour=2.5
   offsweep resume my-study
+  offsweep lab edge-of-reach
   offsweep data verify hopper-medium-v2
   offsweep data collect hopper-medium-expert --workers 2
 """
@@ -88,6 +89,15 @@ def build_parser() -> argparse.ArgumentParser:
     demo = add("demo", "A Bayesian study on embedded data, in a few minutes on two cores.")
     add_workdir(demo)
     add_overrides(demo, "as for sweep")
+
+    lab = add(
+        "lab",
+        "Train and draw a paper's experiment on a toy task; a stopped one goes on, a finished one is drawn again.",
+    )
+    lab.add_argument("lab", nargs="?", metavar="name", help="which; without a name the labs are listed")
+    lab.add_argument("--seeds", type=int, metavar="N", help="runs of every setting")
+    lab.add_argument("--updates", type=int, metavar="N", help="gradient updates of every run")
+    add_workdir(lab)
 
     add("methods", "List the methods and their variants.")
 
@@ -206,6 +216,14 @@ def _dispatch(args: argparse.Namespace) -> int:
     from orchestrator.config import load_config
 
     console = Console() if sys.stdout.isatty() else Console(width=140)
+    if args.command == "lab":
+        from orchestrator.lab import list_labs, run_lab
+
+        if args.lab is None:
+            list_labs(console)
+        else:
+            run_lab(args.lab, str(args.workdir), args.seeds, args.updates, console)
+        return 0
     if args.command == "show":
         launch.show(args.name, args.workdir, console)
         return 0

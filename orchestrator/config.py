@@ -32,6 +32,7 @@ class StudyConfig:
     name: str = ""  # the study's folder and MLflow experiment; empty: method, dataset and time
     num_trials: int = 1
     space: dict[str, Any] = field(default_factory=dict)  # config key -> {type, low, high, log, choices, when}
+    trials: list[dict[str, Any]] = field(default_factory=list)  # instead of a space: {config key: value} of each trial
     sampler: SamplerSpec = field(default_factory=SamplerSpec)
     pruner: PrunerSpec = field(default_factory=PrunerSpec)
     enqueue: list[dict[str, Any]] = field(default_factory=list)  # trials to begin with: {config key: value}
@@ -107,6 +108,8 @@ class Config:
                 f"compute.num_rollout_workers={self.compute.num_rollout_workers} must be 0 with compute.device=cuda: "
                 "the rollouts of a learner on a GPU are made there"
             )
+        if self.study.trials and self.study.num_trials == 1:
+            self.study.num_trials = len(self.study.trials)
         # no more seldom than once, at the end
         self.evaluation.every_epochs = min(self.evaluation.every_epochs, self.method.num_epochs)
 
@@ -118,8 +121,9 @@ class Config:
         """The study as `sweeps` takes it; steps are updates."""
         s = self.study
         spec = StudySpec(
-            s.name, s.space, s.sampler, s.pruner, s.num_trials, self.num_seeds, total_steps=self.method.num_updates
-        )
+            s.name, s.space, s.sampler, s.pruner, s.num_trials, self.num_seeds, total_steps=self.method.num_updates,
+            trials=s.trials,
+        )  # fmt: skip
         spec.validate()
         return spec
 
@@ -191,6 +195,11 @@ def check_space(config: Config) -> StudySpec:
     for key in config.study.space:
         if not key.startswith("method."):
             raise UserError(f"study.space: {key!r} cannot be searched; only keys that begin with method. can")
+    for key in {key for params in config.study.trials for key in params}:
+        if not str(key).startswith("method."):
+            raise UserError(f"study.trials: {key!r} cannot differ; only keys that begin with method. can")
+    if config.study.trials and config.study.enqueue:
+        raise UserError("study.trials lists every trial, so none can be enqueued; leave out study.enqueue")
     for params in config.study.enqueue:
         space.check(params)
     for _ in corner_configs(config):
@@ -200,14 +209,14 @@ def check_space(config: Config) -> StudySpec:
 
 def corner_configs(config: Config) -> Iterator[Config]:
     """The configuration, and what trials can make of it: one for every end and choice of the search space, which is a
-    trial's but for the other keys, and one for every enqueued trial."""
+    trial's but for the other keys, and one for every enqueued or listed trial."""
     yield config
     for key, entry in config.study.space.items():
         if isinstance(entry, Mapping):
             for value in [entry.get("low"), entry.get("high"), *(entry.get("choices") or [])]:
                 if value is not None:
                     yield apply_params(config, {key: value})
-    for params in config.study.enqueue:
+    for params in (*config.study.enqueue, *config.study.trials):
         yield apply_params(config, params)
 
 

@@ -9,7 +9,7 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +51,15 @@ class Outcome:
     experiment: str
 
 
-def start(config: Config, console: Console) -> Outcome:
+Report = Callable[[Study, RunSpool], None]
+"""What is added to a finished study: its files become artifacts of the study's own run."""
+
+
+def start(config: Config, console: Console, report: Report | None = None) -> Outcome:
     """Run a new study to its end.
+
+    Args:
+        report: called when all trials have ended.
 
     Raises:
         UserError: before any compute is spent, whatever is wrong with the configuration, data or store.
@@ -68,17 +75,19 @@ def start(config: Config, console: Console) -> Outcome:
     folder = workdir / "studies" / config.study.name
     with Study.create(folder, spec) as study:
         write_text(folder / "config.yaml", to_yaml(config))
-        return _run(config, study, dataset, console)
+        return _run(config, study, dataset, console, report)
 
 
 def resume(
-    name: str, workdir: Path, overrides: Sequence[str], console: Console, asked: Config | None = None
-) -> Outcome:
+    name: str, workdir: Path, overrides: Sequence[str], console: Console, asked: Config | None = None,
+    report: Report | None = None,
+) -> Outcome:  # fmt: skip
     """Continue a study that was stopped or killed; a finished one is only summarised and its tracking completed.
 
     Args:
         overrides: of compute.* and tracking_uri.
         asked: the configuration as the study's file gives it now, instead of the stored one with `overrides`.
+        report: called when all trials have ended.
 
     Raises:
         UserError: there is no such study, or something that its results depend on would change.
@@ -104,7 +113,7 @@ def resume(
     config.workdir = str(workdir.absolute())
     dataset = _check_before_compute(config)
     with Study.open(folder) as study:
-        return _run(config, study, dataset, console)
+        return _run(config, study, dataset, console, report)
 
 
 def show(name: str, workdir: Path, console: Console) -> None:
@@ -134,7 +143,7 @@ def _check_data(config: Config) -> Dataset:
     return dataset
 
 
-def _run(config: Config, study: Study, dataset: Dataset, console: Console) -> Outcome:
+def _run(config: Config, study: Study, dataset: Dataset, console: Console, report: Report | None) -> Outcome:
     tracker = Tracker(
         _store_uri(config), study.spec.name, study.folder / "spool", study.folder / "tracker.json",
         experiment_tags={
@@ -152,6 +161,8 @@ def _run(config: Config, study: Study, dataset: Dataset, console: Console) -> Ou
                 driver = Driver(config, study, dataset, slots, tags, spool, display, packing)
                 driver.run()
         _compare_with_plan(console, spool, driver)
+        if report is not None:
+            report(study, spool)
         _conclude(spool, study, value_unit(config, dataset))
     print_summary(console, study, config, dataset, tracker.tracking_uri)
     if config.compute.profile:

@@ -244,7 +244,7 @@ def outlook(config: Config, spec: StudySpec) -> Outlook:
         configs.setdefault(key, run)
         trials.append([key] * config.num_seeds)
     if not trials:
-        raise UserError("every trial that was drawn from study.space is refused by the method; see study.space")
+        raise UserError("every trial that was of the study is refused by the method; see study.space or study.trials")
     return Outlook(trials, configs, refused)
 
 
@@ -262,7 +262,8 @@ def _by_importance(ahead: Outlook, dataset: Dataset) -> list[Config]:
 
 def min_rounds(config: Config) -> int:
     """In how many rounds a study's trials must be asked for at least."""
-    adaptive = config.study.sampler.name in ADAPTIVE_SAMPLERS and config.study.num_trials > 1
+    study = config.study
+    adaptive = study.sampler.name in ADAPTIVE_SAMPLERS and study.num_trials > 1 and not study.trials
     return MIN_ROUNDS if adaptive else 1
 
 

@@ -14,13 +14,16 @@ ADAPTIVE_SAMPLERS = ("tpe", "gp")  # those that learn from the results so far
 
 
 def stand_in_trials(spec: StudySpec, enqueue: Sequence[Mapping[str, Any]] = ()) -> list[Params]:
-    """The active parameters of as many trials as the study has, drawn at random in place of its sampler.
+    """The active parameters of as many trials as the study has: listed ones, else drawn at random in place of its
+    sampler.
 
     Args:
         spec: the study; its sampler's seed is the draws'.
         enqueue: values of trials that come first.
     """
     space = spec.validate()
+    if spec.trials:
+        return [dict(params) for params in spec.trials]
     distributions = space.distributions()
     study = optuna.create_study()
     for params in list(enqueue)[: spec.num_trials]:

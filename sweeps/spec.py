@@ -47,6 +47,9 @@ class StudySpec:
     seeds_per_trial: int = 1  # runs per trial
     direction: str = "maximize"  # of the trial's value: maximize or minimize
     total_steps: int = 1  # the largest step that is reported, in the unit of the reports (such as updates)
+    # instead of a space: every trial's settings, {configuration key: value}, in the order of the trials' numbers. All
+    # of them run to their end, whatever the pruner
+    trials: list[dict[str, Any]] = field(default_factory=list)
 
     def validate(self) -> SearchSpace:
         """Check every field; returns the search space that was read on the way.
@@ -79,12 +82,29 @@ class StudySpec:
                 f"study.pruner.warmup_fraction is a share from 0 to 1, not {self.pruner.warmup_fraction!r}."
             )
         space = SearchSpace.from_config(self.space)
-        if not space.parameters and self.num_trials > 1:
+        if self.trials:
+            self._check_trials()
+        elif not space.parameters and self.num_trials > 1:
             raise StudyError(
                 f"study.num_trials is {self.num_trials}, but study.space varies nothing, so all trials "
                 "would be the same; add parameters to study.space, or raise study.seeds_per_trial instead."
             )
         return space
+
+    def _check_trials(self) -> None:
+        if self.space:
+            raise StudyError("study.trials lists every trial, so there is nothing to search; leave out study.space.")
+        if self.num_trials != len(self.trials):
+            raise StudyError(
+                f"study.num_trials is {self.num_trials}, but study.trials lists {len(self.trials)}; leave out "
+                "study.num_trials."
+            )
+        for number, params in enumerate(self.trials):
+            if not isinstance(params, Mapping):
+                raise StudyError(f"study.trials must list blocks of settings, but trial {number} is {params!r}.")
+            if params in self.trials[:number]:
+                first = self.trials.index(params)
+                raise StudyError(f"study.trials: trials {first} and {number} are the same; leave one of them out.")
 
     def to_config(self) -> dict[str, Any]:
         """As plain dictionaries, lists and scalars."""

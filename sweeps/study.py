@@ -31,7 +31,7 @@ from sweeps.journal import Journal, mend
 from sweeps.pruners import make_pruner
 from sweeps.samplers import make_sampler
 from sweeps.space import Params
-from sweeps.spec import StudySpec
+from sweeps.spec import PrunerSpec, StudySpec
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -181,8 +181,9 @@ class Study:
     def ask(self) -> TrialTicket | None:
         """The next trial to run, or None when all `spec.num_trials` have been asked for.
 
-        Enqueued trials come first. Depends on nothing but the spec and the journal: the same results told in
-        the same order lead to the same trials, whether or not the study was resumed between.
+        Listed trials come in their order, enqueued ones before those of the sampler. Depends on nothing but the spec
+        and the journal: the same results told in the same order lead to the same trials, whether or not the study was
+        resumed between.
         """
         self._check_driver()
         trials = self._frozen()
@@ -205,8 +206,11 @@ class Study:
 
         Raises:
             SpaceError: a parameter or value that is not of the space.
+            StudyError: the study's trials are listed.
         """
         self._check_driver()
+        if self.spec.trials:
+            raise StudyError("The study's trials are listed, none can be enqueued; put it into study.trials.")
         self.space.check(params)
         values = {key: params[key] for key in self.space.parameters if key in params}
         if all(trial.system_attrs.get("fixed_params") != values for trial in self._frozen()):
@@ -374,7 +378,8 @@ class Study:
             )
         else:
             self._study = optuna.load_study(study_name=studies[0].study_name, storage=self._storage)
-        self._study.pruner = make_pruner(self.spec.pruner, self.spec.total_steps)
+        pruner = PrunerSpec("none") if self.spec.trials else self.spec.pruner
+        self._study.pruner = make_pruner(pruner, self.spec.total_steps)
         self._check_space()
 
     def _check_space(self) -> None:
@@ -438,6 +443,9 @@ class Study:
 
     def _params(self, trial: FrozenTrial) -> tuple[Params, Params]:
         """All and the active parameters; of a waiting trial what is known so far, and none."""
+        if self.spec.trials:
+            listed = self.spec.trials[trial.number]
+            return dict(listed), dict(listed)
         if trial.state.name == "WAITING":
             return dict(trial.system_attrs.get("fixed_params", {})), {}
         params = {key: trial.params[key] for key in self.space.parameters}

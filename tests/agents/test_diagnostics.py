@@ -317,7 +317,7 @@ def test_standardised_observations_are_tested_in_the_environments_units():
     for given in (data, data.standardised()):
         method = RAVL([RAVLConfig(hidden=[8], rollout_batch=10, model_quality=1.0)], [0], given, {})
         mean, std = given.observation_mean, given.observation_std
-        test = method._edge_test()
+        test = method.edge_test()
         assert test is not None
         shown = plane if mean is None or std is None else (plane - mean) / std
         assert test(shown, 10).tolist() == [True, False, True, False]

@@ -77,7 +77,7 @@ def errors(method: RAVL, frozen: Sequence[float]) -> dict[int, float]:
     values_NH[:, heights] = 0.0  # what is updated may start anywhere
     for _ in range(2 * HEIGHT):
         hold(method, values_NH)
-        target = method.sac._critic_target(reward, done, next_obs, torch.zeros(1, rows.shape[1], ACT))
+        target, _ = method.sac._critic_target(reward, done, next_obs, torch.zeros(1, 1, rows.shape[1], ACT))
         values_NH[:, heights] = target
     return {h: float((values_NH - true)[0, h]) for h in sorted(set(heights.tolist()), reverse=True)}
 

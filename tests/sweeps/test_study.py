@@ -434,3 +434,50 @@ def test_the_journal_is_optunas(tmp_path):
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(tmp_path / "journal.log")))
     trials = optuna.load_study(study_name="made-up", storage=storage).trials
     assert [trial.params for trial in trials] == params
+
+
+# Listed trials
+
+
+LISTED = [{"critics": 2}, {"critics": 10, "eta": 1.0}, {}]
+
+
+def listed(**changes):
+    return StudySpec("listed", num_trials=3, trials=LISTED, total_steps=9, **changes)
+
+
+def test_listed_trials_come_in_their_order_also_across_a_resume_and_are_never_pruned(tmp_path):
+    with Study.create(tmp_path, listed(pruner=PrunerSpec("median", 0.0, 0))) as study:
+        first, second = study.ask(), study.ask()
+        assert (first.number, first.active, second.active) == (0, LISTED[0], LISTED[1])
+        for step in range(5):
+            study.report(0, step, 10.0)
+        study.tell(0, 10.0)
+    with Study.open(tmp_path) as study:
+        assert [(t.number, t.active) for t in study.unfinished()] == [(1, LISTED[1])]
+        for step in range(5):
+            study.report(1, step, -10.0)
+        assert not study.should_prune(1)
+        study.tell(1, -10.0)
+        third = study.ask()
+        assert (third.number, third.active) == (2, {})
+        study.tell(2, 0.0)
+        assert study.ask() is None
+        assert [record.params for record in study.trials()] == LISTED
+        assert study.best.number == 0
+        with pytest.raises(UserError, match="listed"):
+            study.enqueue({"critics": 3})
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"trials": LISTED, "num_trials": 2}, "lists 3"),
+        ({"trials": LISTED, "num_trials": 3, "space": SPACE}, "leave out study.space"),
+        ({"trials": [{"a": 1}, {"a": 1}], "num_trials": 2}, "trials 0 and 1 are the same"),
+        ({"trials": ["eta"], "num_trials": 1}, "trial 0 is 'eta'"),
+    ],
+)
+def test_what_cannot_be_a_list_of_trials(fields, sentence):
+    with pytest.raises(UserError, match=sentence):
+        StudySpec("listed", **fields).validate()

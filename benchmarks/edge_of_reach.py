@@ -1,0 +1,65 @@
+"""The edge-of-reach laboratory (`offsweep lab edge-of-reach`, docs/edge_of_reach.md) as lines of results, one per run.
+
+`value` is the mean return of the last evaluation and `reference` the largest that any policy can have. Read from the
+work folder of a finished laboratory, or trained first if it holds none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.common import print_line, record
+from envs.errors import UserError
+from orchestrator.config import load_config
+from orchestrator.environment import prepare_environment
+
+BENCHMARK = "edge_of_reach"
+
+
+def lines(folder: Path, command: str) -> Iterator[dict[str, Any]]:
+    """A line of every run of the laboratory in a study's folder.
+
+    Raises:
+        UserError: it is not finished.
+    """
+    from orchestrator.lab import best_return, read_runs
+
+    config, best = load_config([folder / "config.yaml"], []), best_return()
+    for run in read_runs(folder):
+        yield record(
+            BENCHMARK, f"{run.method}, k={run.k}, seed {run.seed}", run.mean_return, "return of 30 steps", best,
+            config.compute.threads, command, reference_is="the best possible, by dynamic programming",
+            method=run.method, seed=run.seed, k=run.k, mean_q=run.mean_q, largest_q=run.largest_q,
+            edge_share=run.edge_share, patched_share=run.patched_share, penalty_auroc=run.penalty_auroc,
+            success=run.success, updates=config.method.num_updates,
+        )  # fmt: skip
+
+
+def main() -> int:
+    """Print the lines."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--workdir", type=Path, default=Path("offsweep-work"))
+    args = parser.parse_args()
+    folder = args.workdir / "studies" / "edge-of-reach"
+    prepare_environment()
+    from orchestrator.lab import RUNS_FILE, run_lab
+
+    try:
+        if not (folder / RUNS_FILE).exists():
+            run_lab("edge-of-reach", str(args.workdir), None, None, Console(stderr=True))
+        for line in lines(folder, f"python -m benchmarks.{BENCHMARK} --workdir {args.workdir.name}"):
+            print_line(line)
+    except UserError as error:
+        print(f"{BENCHMARK}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
