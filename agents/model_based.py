@@ -260,9 +260,12 @@ class ModelBasedSAC:
         )  # fmt: skip
 
     def edge_test(self) -> EdgeTest | None:
-        """The environment's exact test, for observations as the rows have them."""
+        """The environment's exact test, for observations as the rows have them; None where there is none. It is one for
+        true dynamics and rollouts from initial states."""
         test, in_environment = exact_edge_test(self.data.env_id), self.in_environment()
-        return None if test is None else lambda obs, length: test(in_environment(obs), length)
+        if test is None or self.shared.model_quality != 1 or self.shared.rollout_starts != "initial":
+            return None
+        return lambda obs, length: test(in_environment(obs), length)
 
     def in_environment(self) -> Callable[[Tensor], Tensor]:
         """From observations `(..., S)` as the rows have them to the environment's units."""

@@ -50,6 +50,7 @@ from orchestrator.config import ComputeConfig, Config, digest, identity, load_co
 from orchestrator.profiling import TABLE, EpochProfile
 from orchestrator.spool import DatasetRecord, RunInfo, RunSpool, RunStatus
 from orchestrator.workers import Workers
+from sweeps import plots
 from sweeps.plots import RunCourse, diagnostics_figure
 
 CHECKPOINT_VERSION = 3
@@ -661,6 +662,8 @@ class LearnerProcess:
         """Bytes held without a pack; the libraries that every pack needs are loaded by then."""
         if self._base is None:
             action_bounds(evaluation_env(config, dataset))
+            if config.evaluation.diagnostics and hasattr(config.method, "rollout_length"):
+                plots.load()  # runs with model rollouts end with a figure
             memory.release(device)
             self._base = memory.in_use(device)
         return self._base

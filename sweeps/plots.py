@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,13 @@ def new_figure(width: float, height: float, layout: Literal["constrained"] | Non
     figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
+
+
+def load() -> None:
+    """Load what the first figure would: the library and its fonts."""
+    figure = new_figure(1.0, 1.0, layout=None)
+    figure.suptitle("0")
+    figure.savefig(io.BytesIO(), format="png")
 
 
 @dataclass(frozen=True)

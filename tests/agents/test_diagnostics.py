@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -314,13 +315,16 @@ def test_standardised_observations_are_tested_in_the_environments_units():
     zero = torch.zeros(200)
     data = TrainingData("offsweep/EdgeOfReach-v0", obs, torch.zeros(200, 2), zero, obs, zero)
     plane = torch.tensor([[11.5, 0.0], [10.9, -3.0], [0.0, -12.0], [12.1, 0.0]])
+    config = RAVLConfig(hidden=[8], rollout_batch=10, model_quality=1.0, rollout_starts="initial")
     for given in (data, data.standardised()):
-        method = RAVL([RAVLConfig(hidden=[8], rollout_batch=10, model_quality=1.0)], [0], given, {})
+        method = RAVL([config], [0], given, {})
         mean, std = given.observation_mean, given.observation_std
         test = method.edge_test()
         assert test is not None
         shown = plane if mean is None or std is None else (plane - mean) / std
         assert test(shown, 10).tolist() == [True, False, True, False]
+    from_anywhere = dataclasses.replace(config, rollout_starts="all")
+    assert RAVL([from_anywhere], [0], data, {}).edge_test() is None  # rollouts can pass through what ends others
 
 
 def test_the_growth_of_mean_q_by_hand():
