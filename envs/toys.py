@@ -10,7 +10,6 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
-from torch import Tensor
 
 FloatArray = NDArray[np.float32]
 
@@ -56,7 +55,8 @@ class EdgeOfReach(gymnasium.Env[FloatArray, FloatArray]):
             bool `(...)` of the same kind.
         """
         distance = abs(states)
-        farthest = distance.amax(-1) if isinstance(distance, Tensor) else distance.max(-1)
+        # a tensor's; torch itself is not loaded for this: the workers that collect data do without
+        farthest = distance.amax(-1) if hasattr(distance, "amax") else distance.max(-1)
         return (farthest > cls.START + rollout_length - 1) & (farthest <= cls.START + rollout_length)
 
     def reset(

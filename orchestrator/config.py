@@ -164,6 +164,12 @@ def _resolve(given: DictConfig) -> Config:
         raise UserError("no dataset given; say for example dataset=embedded/pendulum-medium-v0")
     if isinstance(dataset, DictConfig | ListConfig):
         raise UserError(f"dataset must be one name, not {dataset}")
+    trials = OmegaConf.select(given, "study.trials")
+    if trials is not None and not isinstance(trials, ListConfig):
+        raise UserError(
+            f"study.trials={trials} must list the settings of every trial, such as [{{method.num_critics: 2}}]; the "
+            "number of trials is study.num_trials"
+        )
     if "method_name" in given:
         raise UserError("unknown key method_name; did you mean method?")
     name = str(block.name)
