@@ -31,6 +31,7 @@ from agents.sac import squashed_sample
 from envs.dataset import Scaling
 from envs.environments import register
 from envs.scores import reference_scores
+from envs.transforms import STD_OFFSET
 
 NUM_TARGETS = 2_000  # of every member, in the proportion of its minibatches
 NUM_HELD_OUT = 1_000  # inputs that the threshold is taken from
@@ -222,7 +223,7 @@ class Standardiser:
     def __init__(self, observations_NS: Tensor) -> None:
         self.mean = observations_NS.mean(0, dtype=torch.float64).float()
         std = (observations_NS - self.mean).square().mean(0, dtype=torch.float64).sqrt()
-        self.std = (std + 1e-3).float()  # a column that hardly moves would decide every distance
+        self.std = (std + STD_OFFSET).float()  # a column that hardly moves would decide every distance
 
     def __call__(self, observations: Tensor) -> Tensor:
         return ((observations - self.mean) / self.std).clamp_(-_FARTHEST, _FARTHEST)

@@ -285,9 +285,8 @@ def _figure(settings: Sequence[Sequence[_Measured]], best: float, config: Config
             shown = measured
         if name in ("Base", "Base-OraclePatch", "RAVL"):
             walks[name] = _walks(measured[0].folder)
-    axis = np.linspace(-_PLANE, _PLANE, 129)
-    reward = EdgeOfReach.reward(np.stack(np.meshgrid(axis, axis, indexing="ij"), -1))
-    start = EdgeOfReach.START
+    points, start = grid_points(_PLANE, 0.25), EdgeOfReach.START
+    axis, reward = points[:, 0, 0], EdgeOfReach.reward(points)
     return LabFigure(
         f"Edge-of-reach states: a reconstruction of RAVL's simple environment, k = {length}, true dynamics",
         Map(axis.tolist(), reward, start, start + length - 1, start + length), walks, courses, best,
@@ -299,8 +298,7 @@ def _figure(settings: Sequence[Sequence[_Measured]], best: float, config: Config
 
 def _largest_value(config: Config) -> float:
     """The value of the highest reward forever."""
-    axis = np.linspace(-_PLANE, _PLANE, 513)
-    reward = EdgeOfReach.reward(np.stack(np.meshgrid(axis, axis, indexing="ij"), -1))
+    reward = EdgeOfReach.reward(grid_points(_PLANE, 0.0625))
     return float(reward.max()) / (1 - config.method.gamma)
 
 

@@ -51,7 +51,6 @@ from orchestrator.profiling import TABLE, EpochProfile
 from orchestrator.spool import DatasetRecord, RunInfo, RunSpool, RunStatus
 from orchestrator.workers import Workers
 from sweeps import plots
-from sweeps.plots import RunCourse, diagnostics_figure
 
 CHECKPOINT_VERSION = 3
 MAX_PENDING = 2  # evaluations of a pack under way in evaluators while it trains
@@ -465,12 +464,12 @@ class Learner:
         """Draw what was measured of a run, say how it ended and close its spool."""
         spool, known, tags = self._spools[key], self.diagnoses[key], {"outcome": outcome}
         if known:
-            course = RunCourse(
+            course = plots.RunCourse(
                 self._name(key), [d.updates for d in known], [d.metrics for d in known],
                 [(e.updates, e.value) for e in self.evaluations[key]], self.expert_value,
                 "mean return" if self.reference is None else "score",
             )  # fmt: skip
-            figure, path = diagnostics_figure(course), self.run_folder(key) / "diagnostics.png"
+            figure, path = plots.diagnostics_figure(course), self.run_folder(key) / "diagnostics.png"
             write_atomically(path, lambda p: figure.savefig(p, format="png", dpi=100))
             spool.artifact(path)
             if collapse(known[-1].metrics) is not None:
