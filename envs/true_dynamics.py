@@ -172,7 +172,7 @@ class TrueDynamics:
             raise TrueDynamicsError(
                 f"there are no true dynamics for environment '{env_id}': they can be had for Hopper, HalfCheetah and"
                 " Walker2d (Gymnasium's v4 and v5, and neorl/ ones), for offsweep/EdgeOfReach-v0 and for"
-                " offsweep/Refrigerator-v0."
+                " offsweep/Refrigerator-v0 and RefrigeratorShut-v0."
             )
         self._dynamics: _Plane | _Cooling | _Robot
         if isinstance(env, EdgeOfReach):
