@@ -14,8 +14,10 @@ Shapes: T step, B rollout, G point of the map, R draw at a point, C next tempera
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -117,8 +119,10 @@ class Course:
 
 
 def controlled(model: Model, controller: Controller, seed: int, num: int, length: int) -> Course:
-    """Roll a model out from the temperature at which episodes start. A rollout that is cut goes on all the same, so that
-    those which are not can be compared with all."""
+    """Roll a model out from the temperature at which episodes start.
+
+    A rollout that is cut goes on all the same, so that those which are not can be compared with all.
+    """
     source = generator(seed, "refrigerator rollouts")
     temperature = torch.full((num,), Refrigerator.START)
     error_sum, last_error, alive = torch.zeros(num), torch.zeros(num), torch.ones(num, dtype=torch.bool)
@@ -242,6 +246,24 @@ def reward_curves(reward: DynamicsReward, truth: Model, points: Sequence[tuple[f
 
 # ways of stepping, as they are called in tables
 DRAW, MEAN, FILTERED, SURVIVORS = "random draw", "random mean", "filtered", "filtered, not cut"
+NEAREST = "nearest candidate"
+
+
+class NearestReward:
+    """In a dynamics reward's place: highest for the candidate nearest to the simulator's next temperature, which no
+    filter can know."""
+
+    floats_per_candidate = 1
+
+    def __init__(self, truth: Model) -> None:
+        self.truth = truth
+
+    def __call__(self, state_action_BY: Tensor, next_obs_BCS: Tensor) -> Tensor:
+        true_1BS = torch.empty(1, len(state_action_BY), 1)
+        dynamics, state_action_1BY = self.truth.dynamics, state_action_BY.unsqueeze(0)
+        carried, nothing = dynamics.begin(state_action_1BY[..., :1], None), torch.empty(1, len(state_action_BY), 0)
+        dynamics.step(carried, state_action_1BY, nothing, nothing[..., :1].sum(-1), None, true_1BS)
+        return 1 / (1 + (next_obs_BCS - true_1BS.transpose(0, 1)).abs().squeeze(-1))
 
 
 @dataclass(frozen=True)
@@ -272,16 +294,21 @@ def measure(
     `random draw` is what rollouts do without a filter: a sample of a random elite's Gaussian; `random mean` is that
     Gaussian's mean, which tells what of the filter's gain is no more than less noise. `filtered` is the filter's choice
     with nothing cut; `filtered, not cut` are those of the same rollouts that its threshold would not have ended.
+    `nearest candidate` knows the truth and takes the filter's candidate that is nearest to it: what selection alone
+    could do with this ensemble, whatever its reward.
     """
     truth = Model(SimulatedDynamics(data), data)
     plain, filtered = Model(ensemble, data), Model(FilteredDynamics(ensemble, reward, config), data)
-    models = {DRAW: plain, MEAN: Model(ensemble, data, noisy=False), FILTERED: filtered}
+    knowing = cast(DynamicsReward, NearestReward(truth))
+    nearest = Model(FilteredDynamics(ensemble, knowing, dataclasses.replace(config, selection="argmax")), data)
+    models = {DRAW: plain, MEAN: Model(ensemble, data, noisy=False), FILTERED: filtered, NEAREST: nearest}
     courses, errors, truths = {}, {}, {}
     for controller in CONTROLLERS:
         true = truths[controller.name] = controlled(truth, controller, seed, 1, length)
         for way, model in models.items():
             course = courses[controller.name, way] = controlled(model, controller, seed, num_rollouts, length)
             errors[controller.name, way] = rollout_errors(course, true.temperatures_TB[:, 0])
+        course = courses[controller.name, FILTERED]
         errors[controller.name, SURVIVORS] = rollout_errors(course, true.temperatures_TB[:, 0], survivors=True)
     maps = {way: one_step_errors(model, truth, seed) for way, model in models.items()}
     return Measured(

@@ -28,7 +28,7 @@ class Plane:
     temperatures: Sequence[float]  # °C
     powers: Sequence[float]
     rows: Any  # of the dataset, by nearest point
-    errors: Mapping[str, Any]  # mean |one-step error| in °C by way of stepping; the first one is the reference
+    errors: Mapping[str, Any]  # mean |one-step error| in °C by way of stepping
     reward_of_truth: Any
     reward_of_model: Any
 
@@ -57,6 +57,7 @@ class RefrigeratorFigure:
     """Everything that the figure shows."""
 
     title: str
+    compared: tuple[str, str]  # ways of stepping: without the filter and with it
     plane: Plane
     courses: Sequence[ControllerCourse]  # three
     curves: Sequence[Curve]
@@ -64,21 +65,20 @@ class RefrigeratorFigure:
 
 
 def draw_refrigerator(content: RefrigeratorFigure) -> Figure:
-    """Above: data and errors over the plane. Middle: rewards over the plane, curves of the reward, the share of rollouts
-    that is not cut. Below: error by step of each controller, and the whole of it."""
+    """Above: data and errors over the plane. Middle: rewards over the plane, curves of the reward, the share of
+    rollouts that is not cut. Below: error by step of each controller, and the whole of it."""
     figure = new_figure(17.0, 12.0)
     figure.suptitle(content.title)
     places = figure.subplots(3, 4).ravel()
-    plane, ways = content.plane, list(content.plane.errors)
+    plane, (reference_way, filtered_way) = content.plane, content.compared
     _support(places[0], content)
-    reference = plane.errors[ways[0]]
-    filtered = plane.errors[ways[-1]]
+    reference, filtered = plane.errors[reference_way], plane.errors[filtered_way]
     highest = float(max(np.max(reference), np.max(filtered)))
-    _map(places[1], plane, reference, f"|one-step error| in °C: {ways[0]}", vmin=0.0, vmax=highest)
-    _map(places[2], plane, filtered, f"|one-step error| in °C: {ways[-1]}", vmin=0.0, vmax=highest)
+    _map(places[1], plane, reference, f"|one-step error| in °C: {reference_way}", vmin=0.0, vmax=highest)
+    _map(places[2], plane, filtered, f"|one-step error| in °C: {filtered_way}", vmin=0.0, vmax=highest)
     gain = np.log2(np.maximum(filtered, 1e-6) / np.maximum(reference, 1e-6))
     most = float(max(np.abs(gain).max(), 0.1))
-    _map(places[3], plane, gain, f"log2 of error, {ways[-1]} / {ways[0]}", "RdBu_r", vmin=-most, vmax=most)
+    _map(places[3], plane, gain, f"log2 of error, {filtered_way} / {reference_way}", "RdBu_r", vmin=-most, vmax=most)
     rewards = (plane.reward_of_truth, plane.reward_of_model)
     low, high = (float(f([f(r) for r in rewards])) for f in (np.min, np.max))
     for axes, values, whose in zip(places[4:6], rewards, ("the true step", "the model's draws"), strict=True):

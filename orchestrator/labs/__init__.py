@@ -4,8 +4,8 @@ A laboratory is a module here and a study in `sweeps/studies` of the same name. 
 
 - `ABOUT`: what it shows, in a line;
 - `options(seeds, updates)`: what the numbers of the command line change of the study, as a configuration;
-- `show(config, study, spool, console)`: called when all trials have ended; prints the table and leaves `lab.csv` and the
-  figure in the study's folder, both also as artifacts.
+- `show(config, study, spool, console)`: called when all trials have ended; prints the table and leaves `lab.csv` and
+  the figure in the study's folder, both also as artifacts.
 """
 
 from __future__ import annotations

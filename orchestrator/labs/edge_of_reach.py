@@ -1,7 +1,7 @@
 """The edge-of-reach laboratory: the simple environment of RAVL (Sims et al. 2024, Figures 4, 5 and 7), rebuilt.
 
-The task is `envs.toys.EdgeOfReach`: with true dynamics the base method fails since errors at edge-of-reach states compound, an oracle's values there, or RAVL's
-many critics, are the cure. docs/edge_of_reach.md says what is shown.
+The task is `envs.toys.EdgeOfReach`: with true dynamics the base method fails since errors at edge-of-reach states
+compound, an oracle's values there, or RAVL's many critics, are the cure. docs/edge_of_reach.md says what is shown.
 
 Shapes: N critic, B state.
 """

@@ -1,8 +1,8 @@
-"""The refrigerator laboratory: does MOREC's transition filter (Luo et al. 2024) recover transitions that the data lacks?
+"""The refrigerator laboratory: does MOREC's transition filter (Luo et al. 2024) mend what a model never saw?
 
 Every trial of the study is one repetition with an ensemble and a dynamics reward of its own. What they are worth is
-measured against the simulator by `agents.refrigerator`; the policies that are trained on the way, for a few updates, are
-a by-product. docs/morec.md says what is shown.
+measured against the simulator by `agents.refrigerator`; the policies that are trained on the way, for a few updates,
+are a by-product. docs/morec.md says what is shown.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from agents.refrigerator import (
     DRAW,
     FILTERED,
     MEAN,
+    NEAREST,
     SURVIVORS,
     Measured,
     grid,
@@ -43,7 +44,7 @@ from sweeps.study import Study
 
 ABOUT = "whether choosing among a model's predictions by a dynamics reward mends what it never saw (MOREC's toy task)"
 FIGURE_FILE, MAP_FILE = "refrigerator.png", "map.csv"
-WAYS = (DRAW, MEAN, FILTERED)
+WAYS = (DRAW, MEAN, FILTERED, NEAREST)
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,11 @@ def ratios(rows: Sequence[LabRow], way: str, reference: str) -> dict[str, Ratio]
     filter no ratio is made: they are other rollouts."""
     found = {}
     for controller in dict.fromkeys(row.controller for row in rows):
-        both = [
+        mine, others = (
             {row.seed: row.rmse for row in rows if (row.controller, row.way) == (controller, w)}
             for w in (way, reference)
-        ]
-        found[controller] = paired_ratio(*([one[seed] for seed in sorted(both[0])] for one in both))
+        )
+        found[controller] = paired_ratio(list(mine.values()), [others[seed] for seed in mine])
     return found
 
 
@@ -194,8 +195,8 @@ def _rollout_table(rows: Sequence[LabRow], config: Config) -> Table:
 def _map_table(maps: Sequence[MapRow]) -> Table:
     temperatures, powers = grid()
     table = Table(
-        title=f"mean |one-step error| in °C, {temperatures[0]:g} to {temperatures[-1]:g} °C and powers {powers[0]:g} to "
-        f"{powers[-1]:g}, and its ratio to {DRAW}'s"
+        title=f"mean |one-step error| in °C, {temperatures[0]:g} to {temperatures[-1]:g} °C and powers {powers[0]:g} "
+        f"to {powers[-1]:g}, and its ratio to {DRAW}'s"
     )
     for column in ("way", "where there is data", "where there is none", "ratio with data", "ratio without"):
         table.add_column(column, justify="left" if column == "way" else "right")
@@ -247,4 +248,4 @@ def _figure(found: Mapping[int, Measured], config: Config) -> RefrigeratorFigure
         for i, curve in enumerate(first.curves)
     ]  # fmt: skip
     title = f"A refrigerator's model off its data, with and without MOREC's filter ({len(every)} repetitions)"
-    return RefrigeratorFigure(title, plane, courses, curves, config.method.filter.threshold)
+    return RefrigeratorFigure(title, (DRAW, FILTERED), plane, courses, curves, config.method.filter.threshold)

@@ -18,6 +18,7 @@ from agents.refrigerator import (
     FAR,
     FILTERED,
     MEAN,
+    NEAREST,
     SURVIVORS,
     Controller,
     Course,
@@ -162,6 +163,8 @@ def test_the_filter_mends_what_its_reward_knows_and_survivors_are_told_apart(dat
         assert 0 < share[-1] < 1
         assert (share.diff() <= 0).all()
         assert by_way[SURVIVORS].rmse < by_way[FILTERED].rmse
+        nearest = measured.errors[controller.name, NEAREST]
+        assert nearest.rmse == pytest.approx(by_way[FILTERED].rmse, rel=0.05)  # both know
         assert by_way[FILTERED].share_T.tolist() == [1.0] * 20
     for supported in (True, False):
         assert measured.map_error(FILTERED, supported) < 0.5 * measured.map_error(DRAW, supported)
