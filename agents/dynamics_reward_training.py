@@ -5,7 +5,7 @@ A discriminator D tells real transitions from those of a learner, a policy that 
     max_D  E_data[log D(s, a, s')] + E_{(s, a) ~ data, s' ~ learner}[log(1 - D(s, a, s'))] + entropy_bonus E[H(D)]
     max_learner  E[-log(1 - D(s, a, s'))]
 
-Snapshots of D, with running means of the logits of both classes, are the mixture that `agents.dynamics_reward` scores by.
+Snapshots of D, with running means of both classes' logits, are the mixture that `agents.dynamics_reward` scores by.
 
 Of the paper's trainer nothing is public: not its rates, sizes of the head, intervals and regularisers, nor where the
 learner's (s, a) come from. All settings here are this project's, chosen by the measurements in docs/morec.md:
@@ -55,7 +55,7 @@ _NEARLY_CONSTANT = 1e-6  # standard deviation of a scaled column that tells noth
 class DynamicsRewardConfig:
     """What the discriminators are and how they learn; all of it this project's own choice but the encoder's widths."""
 
-    hidden: list[int] = field(default_factory=lambda: [128, 256, 256, 256])  # encoder 128, 256 (released) and head
+    hidden: list[int] = field(default_factory=lambda: [128, 256, 256])  # encoder 128, 256 (released) and head
     delta_input: bool = True  # s' - s instead of s' among the inputs
     learning_rate: float = 1e-3  # falls to 0 along a half cosine
     weight_decay: float = 0.0  # L2 on the discriminator's parameters
