@@ -8,8 +8,8 @@ does it (Schulman et al. 2017) with the mean reward of a row's other draws as th
 
     maximise mean min(rho A, clip(rho, 1 - c, 1 + c) A),   rho = pi(y | s, a) / pi_before(y | s, a)
 
-with respect to mu only. MOREC's own learner is not public. Gradients are written out; `tests/agents/test_dynamics_policy.py` holds them against
-autograd.
+with respect to mu only. MOREC's own learner is not public. Gradients are written out;
+`tests/agents/test_dynamics_policy.py` holds them against autograd.
 
 Shapes: C draw of a row, B batch, S observation, A action, Y = S + A.
 """
