@@ -177,7 +177,16 @@ def test_morecs_settings_per_dataset() -> None:
         shared = (c.filter.draws, c.filter.temperature, c.filter.threshold, c.filter.cut, c.filter.num_discriminators)
         assert shared == (2, 0.1, 0.6, "terminal", 40), dataset
     kit = config("mopo", "hopper-medium-v2")
-    same = ("hidden", "actor_lr", "actor_lr_schedule", "critic_lr", "alpha_lr", "max_alpha", "num_updates", "batch_size")
+    same = (
+        "hidden",
+        "actor_lr",
+        "actor_lr_schedule",
+        "critic_lr",
+        "alpha_lr",
+        "max_alpha",
+        "num_updates",
+        "batch_size",
+    )
     assert [getattr(c, name) for name in same] == [getattr(kit, name) for name in same]
     assert dataclasses.replace(c.dynamics, filter="none") == kit.dynamics
 
