@@ -74,7 +74,8 @@ def options(seeds: int | None, updates: int | None) -> dict[str, Any]:
     """What changes of the study (see `orchestrator.labs`)."""
     changed: dict[str, Any] = {}
     if seeds is not None:
-        trials = [{"method.dynamics.seed": i, "method.dynamics_reward.seed": i} for i in range(seeds)]
+        # seed 0 is the one that the settings were chosen with
+        trials = [{"method.dynamics.seed": i + 1, "method.dynamics_reward.seed": i + 1} for i in range(seeds)]
         changed["study"] = {"trials": trials}
     if updates is not None:
         changed["method"] = {"num_updates": updates, "updates_per_epoch": math.gcd(updates, 100)}
@@ -164,10 +165,10 @@ def _print_tables(
     console.print(_rollout_table(rows, config))
     console.print(_map_table(maps))
     for place, curve in enumerate(next(iter(found.values())).curves):
-        peaks = ", ".join(f"{measured.curves[place].peak:+.1f}" for measured in found.values())
+        peaks = ", ".join(f"{round(measured.curves[place].peak, 1) + 0.0:+.1f}" for measured in found.values())
         console.print(
-            f"dynamics reward at {curve.temperature:g} °C and power {curve.power:g}, far from the data: highest at the "
-            f"true next temperature {peaks} °C (by repetition)", highlight=False, soft_wrap=True,
+            f"dynamics reward at {curve.temperature:g} °C and power {curve.power:g}, far from the data: highest {peaks} "
+            "°C from the true next temperature (by repetition)", highlight=False, soft_wrap=True,
         )  # fmt: skip
 
 
