@@ -165,7 +165,8 @@ def _print_tables(
     console.print(_rollout_table(rows, config))
     console.print(_map_table(maps))
     for place, curve in enumerate(next(iter(found.values())).curves):
-        peaks = ", ".join(f"{round(measured.curves[place].peak, 1) + 0.0:+.1f}" for measured in found.values())
+        offsets = [round(measured.curves[place].peak, 1) + 0.0 for measured in found.values()]
+        peaks = ", ".join(f"{offset:+.1f}" for offset in offsets)
         console.print(
             f"dynamics reward at {curve.temperature:g} °C and power {curve.power:g}, far from the data: highest {peaks} "
             "°C from the true next temperature (by repetition)", highlight=False, soft_wrap=True,
