@@ -40,6 +40,7 @@ class ControllerCourse:
     name: str
     visited: tuple[Sequence[float], Sequence[float]]  # temperatures and powers of the simulator, (T,) each
     rmse: Mapping[str, Any]  # (R, T) in °C by way of stepping; may hold what is not a number
+    totals: Mapping[str, Sequence[float]]  # (R,) likewise, over all steps
     share: Any  # (R, T) of the rollouts not cut
 
 
@@ -137,14 +138,14 @@ def _errors(axes: Axes, course: ControllerCourse) -> None:
         axes.fill_between(
             steps[known], rmse[:, known].min(0), rmse[:, known].max(0), color=color, alpha=0.15, lw=0
         )  # fmt: skip
-    axes.set(title=f"{course.name}: median and range of the seeds", xlabel="step", yscale="log")
+    axes.set(title=f"RMSE by step: {course.name}", xlabel="step (median and range of the seeds)", yscale="log")
 
 
 def _totals(axes: Axes, courses: Sequence[ControllerCourse]) -> None:
     ways = list(courses[0].rmse)
     for w, (way, color) in enumerate(zip(ways, _COLORS, strict=False)):
         for c, course in enumerate(courses):
-            values = np.sqrt(np.nanmean(np.square(course.rmse[way]), 1))
+            values = [value for value in course.totals[way] if np.isfinite(value)]
             axes.plot([c + 0.15 * (w - len(ways) / 2)] * len(values), values, "o", color=color, ms=4, alpha=0.7)
     axes.set_xticks(range(len(courses)), [course.name for course in courses], fontsize=8)
     axes.set(title="RMSE over all steps, every seed", yscale="log")

@@ -168,8 +168,8 @@ def _print_tables(
         offsets = [round(measured.curves[place].peak, 1) + 0.0 for measured in found.values()]
         peaks = ", ".join(f"{offset:+.1f}" for offset in offsets)
         console.print(
-            f"dynamics reward at {curve.temperature:g} °C and power {curve.power:g}, far from the data: highest {peaks} "
-            "°C from the true next temperature (by repetition)", highlight=False, soft_wrap=True,
+            f"dynamics reward at {curve.temperature:g} °C and power {curve.power:g}, far from the data: highest "
+            f"{peaks} °C from the true next temperature (by repetition)", highlight=False, soft_wrap=True,
         )  # fmt: skip
 
 
@@ -177,19 +177,21 @@ def _rollout_table(rows: Sequence[LabRow], config: Config) -> Table:
     steps = len(rows[0].rmse_by_step)
     table = Table(
         title=f"refrigerator: RMSE in °C against the simulator over rollouts of {steps} steps, mean of "
-        f"{len({row.seed for row in rows})} repetitions; ratio of the filtered error to each of the two without a "
-        "filter [bootstrap's interval of 95 %] (Student's)"
+        f"{len({row.seed for row in rows})} repetitions, and the filtered error over each of the two without a filter; "
+        "intervals of 95 % over the repetitions, in square brackets the bootstrap's, in round ones Student's"
     )
-    for column in ("controller", *WAYS, f"ratio to {DRAW}", f"ratio to {MEAN}", SURVIVORS, "left at the end"):
+    columns = (*WAYS, f"over {DRAW}", f"over {MEAN}", SURVIVORS, "left at the end")
+    for column in ("controller", *columns):
         table.add_column(column, justify="left" if column == "controller" else "right")
     against = [ratios(rows, FILTERED, reference) for reference in (DRAW, MEAN)]
     for controller in dict.fromkeys(row.controller for row in rows):
         by_way = {w: [r for r in rows if (r.controller, r.way) == (controller, w)] for w in (*WAYS, SURVIVORS)}
-        means = {w: sum(r.rmse for r in mine) / len(mine) for w, mine in by_way.items()}
+        known = {w: [r.rmse for r in mine if math.isfinite(r.rmse)] for w, mine in by_way.items()}
+        means = {w: sum(values) / len(values) if values else math.nan for w, values in known.items()}
         left = sum(r.share for r in by_way[SURVIVORS]) / len(by_way[SURVIVORS])
         table.add_row(
             controller, *(f"{means[w]:.3f}" for w in WAYS), *(show_ratio(r[controller]) for r in against),
-            f"{means[SURVIVORS]:.3f}", f"{100 * left:.0f} %",
+            "" if math.isnan(means[SURVIVORS]) else f"{means[SURVIVORS]:.3f}", f"{100 * left:.0f} %",
         )  # fmt: skip
     return table
 
@@ -198,7 +200,7 @@ def _map_table(maps: Sequence[MapRow]) -> Table:
     temperatures, powers = grid()
     table = Table(
         title=f"mean |one-step error| in °C, {temperatures[0]:g} to {temperatures[-1]:g} °C and powers {powers[0]:g} "
-        f"to {powers[-1]:g}, and its ratio to {DRAW}'s"
+        f"to {powers[-1]:g}, and over {DRAW}'s"
     )
     for column in ("way", "where there is data", "where there is none", "ratio with data", "ratio without"):
         table.add_column(column, justify="left" if column == "way" else "right")
@@ -214,12 +216,12 @@ def _map_table(maps: Sequence[MapRow]) -> Table:
 
 
 def show_ratio(ratio: Ratio) -> str:
-    """A ratio with both intervals; says so where the filter is not shown to help."""
+    """A ratio with both intervals; says so where the wider one does not lie below 1."""
     if math.isnan(ratio.student[0]):
         return f"{ratio.mean:.2f}"
     (low, high), (wide_low, wide_high) = ratio.bootstrap, ratio.student
-    text = f"{ratio.mean:.2f} [{low:.2f}, {high:.2f}] ({wide_low:.2f}, {wide_high:.2f})"
-    return text if ratio.below_one else f"{text} no gain"
+    words = "" if ratio.below_one else " no gain"
+    return f"{ratio.mean:.2f}{words}\n[{low:.2f}, {high:.2f}]\n({wide_low:.2f}, {wide_high:.2f})"
 
 
 def _figure(found: Mapping[int, Measured], config: Config) -> RefrigeratorFigure:
@@ -241,7 +243,8 @@ def _figure(found: Mapping[int, Measured], config: Config) -> RefrigeratorFigure
         errors = {w: np.stack([m.errors[name, w].rmse_T.numpy() for m in every]) for w in (*WAYS, SURVIVORS)}
         share = np.stack([m.errors[name, SURVIVORS].share_T.numpy() for m in every])
         visited = truth.temperatures_TB[:-1, 0].tolist(), truth.powers_TB[:, 0].tolist()
-        courses.append(ControllerCourse(name, visited, errors, share))
+        totals = {w: [m.errors[name, w].rmse for m in every] for w in errors}
+        courses.append(ControllerCourse(name, visited, errors, totals, share))
     curves = [
         Curve(
             f"{curve.temperature:g} °C, power {curve.power:g}", curve.offsets_C.tolist(),
