@@ -1,8 +1,8 @@
 """A dataset's transitions as what learns a dynamics reward takes them: every column has mean 0, standard deviation 1.
 
 Discriminators are stored for inputs in the release's scaling (`agents.dynamics_reward.scaled_inputs`), shares of the
-dataset's range, in which a step's change is nearly nothing. Both are affine, so what standardises inputs can become part
-of a network's first layer.
+dataset's range, in which a step's change is nearly nothing. Both are affine, so what standardises inputs can become
+part of a network's first layer.
 
 A column that (nearly) never changes is 0 throughout: by it alone a learner's draws could be told from the real.
 
