@@ -38,11 +38,12 @@ from torch.nn.functional import logsigmoid, softplus
 
 from agents.distillation import distil
 from agents.dynamics_policy import DynamicsPolicy
-from agents.dynamics_reward import DynamicsReward, input_bounds, rescaled, reward_of, scaled_inputs
+from agents.dynamics_reward import DynamicsReward, rescaled, reward_of
 from agents.method import Stage, TrainingData
 from agents.networks import StackedMLP, initialise
 from agents.optim import Adam
 from agents.randomness import generator
+from agents.transition_inputs import NEARLY_CONSTANT, TransitionInputs
 from envs.errors import UserError
 
 NUM_CANDIDATES = 10  # of a held-out row, as the filter has them
@@ -50,7 +51,6 @@ _CHECKED_ROWS = 1_000  # held-out rows that the mixture is checked on
 _DISTILLED_ROWS = 100_000  # examples, a quarter of each kind
 _CHUNK = 2_048
 _THRESHOLD = 0.6  # of r_D, the filter's default, at which the distilled scorer is held against the mixture
-_NEARLY_CONSTANT = 1e-6  # standard deviation of a scaled column that tells nothing
 
 
 @dataclass
@@ -202,21 +202,8 @@ class RewardTrainer:
             )
         split = torch.randperm(n, generator=self._draw("holdout"), device=self.device)
         self._held, self._rows = split[:num_held], split[num_held:]
-        self._bounds = input_bounds(data.observations, data.actions)
+        self._transitions = TransitionInputs(data, config.delta_input)
         s, a = data.observation_dim, data.action_dim
-        columns = [self._scaled(slice(None), delta) for delta in (True, False)]
-        table = torch.cat((columns[0], columns[1][:, s + a :]), 1).double()
-        mean, std = table.mean(0), table.std(0, correction=0)
-        # a column that never changes would give every learner away
-        scale = torch.where(std > _NEARLY_CONSTANT, 1 / std, 0.0)
-        self._mean, self._std, self._scale = mean.float(), std.float(), scale.float()
-        change = (data.next_observations - data.observations).double()
-        self._change_mean = change.mean(0).float()
-        varies = scale[s + a : s + a + s] > 0
-        self._change_std = torch.where(varies, change.std(0, correction=0), 0.0).float()
-        # [s, a, s' - s, s'], standardised
-        self._table = ((table - mean) * scale).float()
-        self._dims = s, a
         self.batch_size = min(config.batch_size, len(self._rows))
         self.updates_per_epoch = len(self._rows) // self.batch_size
         self.num_updates = config.max_epochs * self.updates_per_epoch
@@ -231,20 +218,14 @@ class RewardTrainer:
         self.snapshots: list[Snapshot] = []
         self._expert_logit, self._learner_logit = torch.zeros(2, device=self.device).unbind()
         self._update = 0
-        first = config.snapshots_from
+        waited = int(config.snapshots_from * self.num_updates)
         self._due = [
-            math.ceil(self.num_updates * (first + (1 - first) * (k + 1) / config.num_snapshots))
+            waited + math.ceil((self.num_updates - waited) * (k + 1) / config.num_snapshots)
             for k in range(config.num_snapshots)
         ]
 
     def _draw(self, purpose: str, *counters: int) -> torch.Generator:
         return generator(self.config.seed, f"dynamics reward {purpose}", *counters, device=self.device)
-
-    def _scaled(self, rows: Tensor | slice, delta: bool) -> Tensor:
-        data = self.data
-        return scaled_inputs(
-            data.observations[rows], data.actions[rows], data.next_observations[rows], self._bounds, delta
-        )
 
     def _batches(self, purpose: str, epoch: int) -> Iterator[tuple[Tensor, torch.Generator]]:
         """Row numbers of every batch of an epoch, and what draws the epoch's noise."""
@@ -252,24 +233,6 @@ class RewardTrainer:
         order = self._rows[torch.randperm(len(self._rows), generator=draw, device=self.device)]
         for rows in order[: self.updates_per_epoch * self.batch_size].split(self.batch_size):
             yield rows, draw
-
-    # ---- inputs ---------------------------------------------------------------------------------------------------
-
-    def _parts(self, rows_BW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`[s, a]`, the change, and D's inputs, of rows of the table."""
-        s, a = self._dims
-        context, change, after = rows_BW.split((s + a, s, s), 1)
-        return context, change, torch.cat((context, change if self.config.delta_input else after), 1)
-
-    def _inputs(self, context_BY: Tensor, change: Tensor) -> Tensor:
-        """D's inputs `(..., B, X)` of standardised changes `(..., B, S)`."""
-        s, a = self._dims
-        last = change
-        if not self.config.delta_input:
-            obs, moved, after = slice(0, s), slice(s + a, s + a + s), slice(s + a + s, None)
-            place = context_BY[:, :s] * self._std[obs] + self._mean[obs]
-            last = (place + self._mean[moved] + change * self._std[moved] - self._mean[after]) * self._scale[after]
-        return torch.cat((context_BY.expand(*change.shape[:-1], -1), last), -1)
 
     def _noise(self, shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=draw, device=self.device)
@@ -285,7 +248,7 @@ class RewardTrainer:
             loss = torch.zeros_like(loss)
             for i, (rows, _) in enumerate(self._batches("pretraining", epoch)):
                 optimiser.scale_rates(_cosine((epoch * self.updates_per_epoch + i) / total))
-                context, change, _ = self._parts(self._table[rows])
+                context, change, _ = self._transitions.parts(rows)
                 loss += self.policy.likelihood_step(optimiser, context, change)
         self.likelihood_policy = self.policy.copy()
         self._policy_optimiser = Adam(self.policy.network, [config.policy_learning_rate])
@@ -311,7 +274,7 @@ class RewardTrainer:
     def _step(self, rows: Tensor, draw: torch.Generator) -> Tensor:
         """One update of D, and one of the learner; returns D's loss before it."""
         config = self.config
-        context, _, real = self._parts(self._table[rows])
+        context, _, real = self._transitions.parts(rows)
         fake, own = self._learner_draws(context, draw)
         out, inputs = self.discriminator.forward(torch.cat((real, fake)).unsqueeze(0))
         logits_real, logits_fake = out.view(-1).split((len(real), len(fake)))
@@ -325,7 +288,7 @@ class RewardTrainer:
         self._update += 1
         self._follow(logits_real.mean(), logits_fake.mean())
         if own is not None:
-            reward_CB = softplus(self._logits(self._inputs(context[: own.shape[1]], own)))
+            reward_CB = softplus(self._logits(self._transitions.inputs(context[: own.shape[1]], own)))
             self.policy.policy_steps(
                 self._policy_optimiser, context[: own.shape[1]], own, reward_CB, config.policy_clip,
                 config.policy_passes,
@@ -335,7 +298,7 @@ class RewardTrainer:
     def _learner_draws(self, context_BY: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """The fake class's inputs `(B, X)`; of its rows that are the learner's, which come first, also unscaled draws
         `(C, n, S)` of the policy for its own update, where it has one."""
-        config, s = self.config, self._dims[0]
+        config, s = self.config, self.data.observation_dim
         num_own = len(context_BY) - round(config.likelihood_share * len(context_BY))
         scale_B1 = self._draw_scales(len(context_BY), draw)
         noise_BS = self._noise((len(context_BY), s), draw)
@@ -348,7 +311,7 @@ class RewardTrainer:
         if num_own and config.policy_learning_rate:
             noise = self._noise((config.policy_draws, num_own, s), draw)
             own = self.policy.sample(context_BY[:num_own], noise)
-        return self._inputs(context_BY, torch.cat(changes)), own
+        return self._transitions.inputs(context_BY, torch.cat(changes)), own
 
     def _draw_scales(self, num: int, draw: torch.Generator) -> Tensor:
         """Factors of the draws' standard deviations, `(num, 1)`."""
@@ -374,11 +337,11 @@ class RewardTrainer:
 
     def _metrics(self, loss: Tensor) -> dict[str, float]:
         """Of an epoch; read from the device in one go."""
-        context, _, real = self._parts(self._table[self._held[:_CHECKED_ROWS]])
-        noise = self._noise((len(context), self._dims[0]), self._draw("check", self._update))
+        context, _, real = self._transitions.parts(self._held[:_CHECKED_ROWS])
+        noise = self._noise((len(context), self.data.observation_dim), self._draw("check", self._update))
         draws = [policy.sample(context, noise) for policy in (self.policy, self.likelihood_policy)]
         values = [loss, self._expert_logit, self._learner_logit]
-        for inputs in (real, *(self._inputs(context, change) for change in draws)):
+        for inputs in (real, *(self._transitions.inputs(context, change) for change in draws)):
             values.append(self._current_probability(self._logits(inputs)).mean())
         values.append(self.policy.moments(context).log_std_BS.exp().mean())
         names = ("loss", "expert_logit", "learner_logit", "p_real", "p_learner", "p_likelihood", "policy_std")
@@ -411,29 +374,14 @@ class RewardTrainer:
         ):
             target.copy_(torch.cat(source))
         tensors = {
-            **self._bounds, **self._layers(stack),
+            **self._transitions.bounds, **self._transitions.layers(stack),
             "expert_logit": torch.stack([one.expert_logit for one in self.snapshots]),
             "learner_logit": torch.stack([one.learner_logit for one in self.snapshots]),
         }  # fmt: skip
         return {
-            "tensors": tensors, "delta_input": self.config.delta_input, "observation_dim": self._dims[0],
+            "tensors": tensors, "delta_input": self.config.delta_input, "observation_dim": self.data.observation_dim,
             "snapshot_updates": [one.update for one in self.snapshots], "distilled": None,
         }  # fmt: skip
-
-    def _layers(self, network: StackedMLP) -> dict[str, Tensor]:
-        """Weights and biases of networks of standardised inputs, for scaled ones: what standardises them becomes part
-        of the first layer."""
-        s, a = self._dims
-        columns = torch.arange(s + a + s, device=self.device)
-        if not self.config.delta_input:
-            columns[s + a :] += s
-        scale, shift = self._scale[columns].double(), self._mean[columns].double()
-        first = network.weights[0].double() * scale.view(1, -1, 1)
-        bias = network.biases[0].double() - shift.view(1, 1, -1) @ first
-        layers = {"W0": first.float(), "b0": bias.float()}
-        for i in range(1, len(network.weights)):
-            layers |= {f"W{i}": network.weights[i], f"b{i}": network.biases[i]}
-        return layers
 
     def _check(self, reward: DynamicsReward) -> dict[str, float]:
         """How the mixture judges held-out rows and draws at their (s, a)."""
@@ -442,7 +390,7 @@ class RewardTrainer:
         p = self._candidate_probabilities(reward)
         after = data.next_observations[rows]
         std = data.observations.std(0, correction=0)
-        unit = torch.where(std > _NEARLY_CONSTANT, 1 / std, 0.0)
+        unit = torch.where(std > NEARLY_CONSTANT, 1 / std, 0.0)
         error_BC = torch.linalg.vector_norm((drawn_BCS - after.unsqueeze(1)) * unit, dim=-1)
         best = p[:, 2:].argmax(1, keepdim=True)
         return {
@@ -455,11 +403,11 @@ class RewardTrainer:
     def _candidates(self) -> Tensor:
         """Next observations `(B, 2 + C, S)` of held-out rows: the real one, a draw of the learner, and C draws of the
         policy that likelihood fitted."""
-        rows, s = self._held[:_CHECKED_ROWS], self._dims[0]
-        context, obs = self._table[rows][:, : sum(self._dims)], self.data.observations[rows]
+        rows, s = self._held[:_CHECKED_ROWS], self.data.observation_dim
+        context, obs = self._transitions.parts(rows)[0], self.data.observations[rows]
         noise = self._noise((NUM_CANDIDATES, len(rows), s), self._draw("check"))
         own, drawn = (
-            self._changed(obs, policy.sample(context, z))
+            self._transitions.changed(obs, policy.sample(context, z))
             for policy, z in ((self.policy, noise[:1]), (self.likelihood_policy, noise))
         )
         return torch.cat((self.data.next_observations[rows].unsqueeze(0), own, drawn)).transpose(0, 1)
@@ -475,21 +423,23 @@ class RewardTrainer:
 
         It is fitted on what the filter may ask about: real transitions, draws of both policies with standard
         deviations scaled as in the training, and draws at actions other than the data's."""
-        config, (s, a) = self.config, self._dims
+        config, s, a = self.config, self.data.observation_dim, self.data.action_dim
         draw = self._draw("distillation")
         order = torch.randperm(len(self._rows), generator=draw, device=self.device)
-        context, _, real = self._parts(self._table[self._rows[order[: _DISTILLED_ROWS // 4]]])
+        context, _, real = self._transitions.parts(self._rows[order[: _DISTILLED_ROWS // 4]])
         elsewhere = context.clone()
         elsewhere[:, s:] += self._noise((len(context), a), draw)
         parts = [real]
         kinds = ((context, self.likelihood_policy), (context, self.policy), (elsewhere, self.likelihood_policy))
         for where, policy in kinds:
             noise = self._noise((len(where), s), draw)
-            parts.append(self._inputs(where, policy.sample(where, noise, self._draw_scales(len(where), draw))))
+            parts.append(
+                self._transitions.inputs(where, policy.sample(where, noise, self._draw_scales(len(where), draw)))
+            )
         inputs = torch.cat(parts)
         p = torch.cat([self._mixture_probability(part) for part in inputs.split(_CHUNK)])
         network = distil(inputs, p, config.distil_hidden, config.distil_epochs, config.seed)
-        distilled = self._layers(network)
+        distilled = self._transitions.layers(network)
         scorer = DynamicsReward.from_state_dict({**state, "distilled": distilled}, scorer="distilled")
         exact, fitted = (self._candidate_probabilities(one)[:, 2:] for one in (reward, scorer))
         cut = [reward_of(x) < _THRESHOLD for x in (exact, fitted)]
@@ -509,10 +459,6 @@ class RewardTrainer:
             logits = network.forward(inputs_BX.unsqueeze(0))[0].view(-1)
             total += torch.sigmoid(rescaled(logits, one.learner_logit, one.expert_logit))
         return total / len(self.snapshots)
-
-    def _changed(self, obs_BS: Tensor, change: Tensor) -> Tensor:
-        """Next observations `(..., B, S)`, in the data's units, of standardised changes."""
-        return obs_BS + self._change_mean + self._change_std * change
 
 
 def rank_correlation(x_N: Tensor, y_N: Tensor) -> Tensor:

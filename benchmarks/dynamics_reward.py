@@ -215,7 +215,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(args.seeds, args.ensemble_epochs) < 1:
         parser.error("seeds and ensemble-epochs must be greater than 0")
     configure_cpu(1)
-    command = " ".join(["python", "-m", f"benchmarks.{BENCHMARK}", *(sys.argv[1:] if argv is None else argv)])
+    words = list(sys.argv[1:] if argv is None else argv)
+    if args.workdir is not None:  # where things lie on this machine is nobody's concern
+        at = words.index("--workdir")
+        del words[at : at + 2]
+    command = " ".join(["python", "-m", f"benchmarks.{BENCHMARK}", *words])
     with tempfile.TemporaryDirectory() as folder:
         try:
             for task in args.tasks:

@@ -124,12 +124,12 @@ def test_a_stored_discriminator_computes_in_the_datas_units_what_it_learned_in_s
     state, _ = trainer.finish()
     reward = DynamicsReward.from_state_dict(state)
     p = reward.probability(torch.cat((wide.observations, wide.actions), 1), wide.next_observations.unsqueeze(1))
-    real = trainer._parts(trainer._table)[2]
+    transitions = trainer._transitions
+    context, change, real = transitions.parts(torch.arange(600))
     torch.testing.assert_close(p.squeeze(1), trainer._mixture_probability(real), rtol=1e-4, atol=1e-4)
-    context, change, real = trainer._parts(trainer._table)
-    torch.testing.assert_close(trainer._inputs(context, change), real, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(transitions.inputs(context, change), real, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
-        trainer._changed(wide.observations, change), wide.next_observations, rtol=1e-4, atol=1e-4
+        transitions.changed(wide.observations, change), wide.next_observations, rtol=1e-4, atol=1e-4
     )
     # a column that never changes says nothing: drift in it is not told from the real
     drifted = wide.next_observations + torch.tensor([0.0, 0.1])
@@ -168,8 +168,10 @@ def test_snapshots_are_even_and_hold_the_running_means():
     assert float(trainer.snapshots[0].learner_logit) == pytest.approx(-1.0)
 
 
-def test_few_updates_still_make_all_snapshots():
-    state = train_dynamics_reward(linear_data(60), DynamicsRewardConfig(**{**QUICK, "max_epochs": 2}))
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.7])
+def test_few_updates_still_make_all_snapshots(share: float):
+    config = DynamicsRewardConfig(**{**QUICK, "max_epochs": 2, "snapshots_from": share})
+    state = train_dynamics_reward(linear_data(60), config)
     assert len(state["snapshot_updates"]) == QUICK["num_snapshots"]
     DynamicsReward.from_state_dict(state, num_discriminators=QUICK["num_snapshots"])
 
@@ -193,7 +195,7 @@ def test_an_update_never_waits_for_the_device(monkeypatch):
     trainer = RewardTrainer(linear_data(300), DynamicsRewardConfig(**{**QUICK, "max_epochs": 1, "weight_decay": 1e-4}))
     trainer.pretrain()
     meta = torch.device("meta")
-    trainer.device, trainer._table = meta, trainer._table.to(meta)
+    trainer.device, trainer._transitions.table = meta, trainer._transitions.table.to(meta)
     trainer.discriminator = trainer.discriminator.to(meta)
     trainer.policy.network, trainer.likelihood_policy.network = (
         policy.network.to(meta) for policy in (trainer.policy, trainer.likelihood_policy)
