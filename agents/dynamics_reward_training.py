@@ -13,10 +13,11 @@ learner's (s, a) come from. All settings here are this project's, chosen by the 
 - (s, a) are the data's and episodes have one step. What the filter judges are draws of likelihood models, and so is
   what D has to tell from the real: the learner begins as a Gaussian fitted by likelihood, and of its draws a share
   `likelihood_share` is of the policy as it was fitted, however far the learner has been improved.
-- Standard deviations of the draws that D sees are multiplied by a factor, log-uniform between 1 and `draw_scale` and
-  drawn for every row: so D tells far from near also where likelihood has fitted the data's own noise so well that it
-  could learn nothing else, and the mean logit of the learner's draws, below which all scores are alike, lies lower than
-  those of a model's usual predictions. Factors below 1 would teach it that the middle of noisy data is not real.
+- Standard deviations of the draws that D sees are multiplied by a factor, log-uniform between `min_draw_scale`, 1 unless
+  it is set, and `draw_scale`, and drawn for every row: so D tells far from near also where likelihood has
+  fitted the data's own noise so well that it could learn nothing else, and the mean logit of the learner's draws, below
+  which all scores are alike, lies lower than those of a model's usual predictions. Factors below 1 teach it that the
+  middle of noisy data is not quite real, and where real ends: what generalises better is measured per task.
 - Inputs are standardised for the training, by an affine map that the first layer takes over when a snapshot is taken:
   in the release's units, shares of the dataset's range, a step's change is nearly nothing.
 
@@ -68,7 +69,8 @@ class DynamicsRewardConfig:
     snapshots_from: float = 0.25  # share of the updates that pass before the interval at whose end the first is taken
     logit_decay: float = 0.99  # of the running means of the logits, per update
     likelihood_share: float = 0.5  # of the learner's draws, those of the policy as likelihood fitted it
-    draw_scale: float = 8.0  # the draws' standard deviations are multiplied by 1 .. draw_scale
+    draw_scale: float = 8.0  # the draws' standard deviations are multiplied by min_draw_scale .. draw_scale
+    min_draw_scale: float = 1.0  # below 1 D learns more sharply where the peak is, but doubts the middle of noisy data
     policy_hidden: list[int] = field(default_factory=lambda: [256, 256])
     policy_learning_rate: float = 4e-5  # of the policy gradients; 0: the learner stays as likelihood fitted it
     policy_draws: int = 2  # C, of a row
@@ -103,6 +105,8 @@ class DynamicsRewardConfig:
             raise UserError(f"dynamics_reward.holdout_fraction={self.holdout_fraction} must lie between 0 and 1")
         if not 1 <= self.draw_scale < math.inf:
             raise UserError(f"dynamics_reward.draw_scale={self.draw_scale} must be 1 or greater, and finite")
+        if not 0 < self.min_draw_scale <= 1:
+            raise UserError(f"dynamics_reward.min_draw_scale={self.min_draw_scale} must be above 0 and at most 1")
         if self.policy_draws < 2:
             raise UserError(
                 f"dynamics_reward.policy_draws={self.policy_draws} must be at least 2: a row's draws are compared"
@@ -316,7 +320,8 @@ class RewardTrainer:
     def _draw_scales(self, num: int, draw: torch.Generator) -> Tensor:
         """Factors of the draws' standard deviations, `(num, 1)`."""
         uniform = torch.rand((num, 1), generator=draw, device=self.device)
-        return torch.exp(math.log(self.config.draw_scale) * uniform)
+        low, high = math.log(self.config.min_draw_scale), math.log(self.config.draw_scale)
+        return torch.exp(low + (high - low) * uniform)
 
     def _logits(self, inputs: Tensor) -> Tensor:
         """D's logits `(...)` of standardised inputs `(..., X)`."""

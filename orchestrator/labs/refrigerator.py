@@ -44,6 +44,7 @@ from sweeps.study import Study
 
 ABOUT = "whether choosing among a model's predictions by a dynamics reward mends what it never saw (MOREC's toy task)"
 FIGURE_FILE, MAP_FILE = "refrigerator.png", "map.csv"
+FIRST_SEED = 6  # those before it are the ones that settings were chosen with
 WAYS = (DRAW, MEAN, FILTERED, NEAREST)
 
 
@@ -74,8 +75,8 @@ def options(seeds: int | None, updates: int | None) -> dict[str, Any]:
     """What changes of the study (see `orchestrator.labs`)."""
     changed: dict[str, Any] = {}
     if seeds is not None:
-        # seed 0 is the one that the settings were chosen with
-        trials = [{"method.dynamics.seed": i + 1, "method.dynamics_reward.seed": i + 1} for i in range(seeds)]
+        drawn = range(FIRST_SEED, FIRST_SEED + seeds)
+        trials = [{"method.dynamics.seed": seed, "method.dynamics_reward.seed": seed} for seed in drawn]
         changed["study"] = {"trials": trials}
     if updates is not None:
         changed["method"] = {"num_updates": updates, "updates_per_epoch": math.gcd(updates, 100)}

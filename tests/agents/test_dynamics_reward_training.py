@@ -223,8 +223,9 @@ def test_rank_correlation():
 
 
 @pytest.mark.parametrize(
-    "values", [{"learning_rate": 0.0}, {"policy_draws": 1}, {"draw_scale": 0.5}, {"likelihood_share": 1.5},
-               {"hidden": []}, {"snapshots_from": 1.0}, {"entropy_bonus": -1.0}, {"distil_hidden": [0]}],
+    "values", [{"learning_rate": 0.0}, {"policy_draws": 1}, {"draw_scale": 0.5}, {"min_draw_scale": 1.5},
+               {"likelihood_share": 1.5}, {"hidden": []}, {"snapshots_from": 1.0}, {"entropy_bonus": -1.0},
+               {"distil_hidden": [0]}],
 )  # fmt: skip
 def test_bad_settings_are_named(values: dict[str, Any]):
     with pytest.raises(UserError, match=f"dynamics_reward.{next(iter(values))}="):
