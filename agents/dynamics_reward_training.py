@@ -13,8 +13,8 @@ learner's (s, a) come from. All settings here are this project's, chosen by the 
 - (s, a) are the data's and episodes have one step. What the filter judges are draws of likelihood models, and so is
   what D has to tell from the real: the learner begins as a Gaussian fitted by likelihood, and of its draws a share
   `likelihood_share` is of the policy as it was fitted, however far the learner has been improved.
-- Standard deviations of the draws that D sees are multiplied by a factor, log-uniform between `min_draw_scale` (1 unless
-  it is set) and `draw_scale`, drawn for every row: so D tells far from near also where likelihood has fitted the data's
+- Standard deviations of the draws that D sees are multiplied by a factor, log-uniform between `min_draw_scale` (1 by
+  default) and `draw_scale`, drawn for every row: so D tells far from near also where likelihood has fitted the data's
   own noise so well that it could learn nothing else, and the mean logit of the learner's draws, below which all scores
   are alike, lies lower than those of a model's usual predictions. Factors below 1 teach it that the middle of noisy
   data is not quite real, and where real ends: what generalises better is measured per task.
