@@ -231,9 +231,9 @@ class RewardTrainer:
         self.snapshots: list[Snapshot] = []
         self._expert_logit, self._learner_logit = torch.zeros(2, device=self.device).unbind()
         self._update = 0
-        first = config.snapshots_from
+        waited = int(config.snapshots_from * self.num_updates)
         self._due = [
-            math.ceil(self.num_updates * (first + (1 - first) * (k + 1) / config.num_snapshots))
+            waited + math.ceil((self.num_updates - waited) * (k + 1) / config.num_snapshots)
             for k in range(config.num_snapshots)
         ]
 

@@ -168,8 +168,10 @@ def test_snapshots_are_even_and_hold_the_running_means():
     assert float(trainer.snapshots[0].learner_logit) == pytest.approx(-1.0)
 
 
-def test_few_updates_still_make_all_snapshots():
-    state = train_dynamics_reward(linear_data(60), DynamicsRewardConfig(**{**QUICK, "max_epochs": 2}))
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.7])
+def test_few_updates_still_make_all_snapshots(share: float):
+    config = DynamicsRewardConfig(**{**QUICK, "max_epochs": 2, "snapshots_from": share})
+    state = train_dynamics_reward(linear_data(60), config)
     assert len(state["snapshot_updates"]) == QUICK["num_snapshots"]
     DynamicsReward.from_state_dict(state, num_discriminators=QUICK["num_snapshots"])
 
