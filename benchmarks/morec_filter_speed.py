@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=2_000, help="of a step (default: %(default)s)")
     parser.add_argument("--blocks", type=int, default=5, help="measurements of each thing (default: %(default)s)")
     parser.add_argument("--ensemble-epochs", type=int, default=12, help="(default: %(default)s)")
-    parser.add_argument("--reward-epochs", type=int, default=20, help="(default: %(default)s)")
+    parser.add_argument("--reward-epochs", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument(
         "--folder", type=Path, help="where data and what is learned from it are kept (default: nowhere)"
     )
