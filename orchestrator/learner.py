@@ -715,10 +715,11 @@ class LearnerProcess:
             def report(which: int, step: int, metrics: Mapping[str, float]) -> None:
                 histories[which].append((step, dict(metrics)))
 
-            data = training_data(dataset, resolve_device(self.compute.device))
+            data, started = training_data(dataset, resolve_device(self.compute.device)), time.perf_counter()
             results = _build(missing, data, report)
+            seconds = time.perf_counter() - started  # of all that were built in one go
             # the history is kept with the stage: whoever uses it can show it
-            about = {"dataset": dataset.name, "dataset_hash": dataset.content_hash}
+            about = {"dataset": dataset.name, "dataset_hash": dataset.content_hash, "seconds": seconds}
             return [
                 result if isinstance(result, UserError) else Built(result, {**about, "history": history})
                 for result, history in zip(results, histories, strict=True)

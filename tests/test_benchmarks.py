@@ -141,7 +141,7 @@ def test_a_run_is_summarised_by_its_last_score_and_its_largest_value_estimate(sp
     spool.metrics(3000, {"train/q_mean": 70.0, "eval/score": 30.0})
     spool.set_tags({"outcome": "finished"})
     spool.end("FINISHED")
-    summary = true_dynamics.run_summary(spool.path)
+    summary = true_dynamics.summary_of(spool.path)
     assert summary["normalized_score"] == 30.0
     assert (summary["mean_q"], summary["max_mean_q"], summary["updates"]) == (70.0, 900.0, 3000)
     assert summary["environment"] == "Hopper-v5"
@@ -151,7 +151,7 @@ def test_a_diverged_run_has_no_score(spool):
     spool.metrics(3000, {"train/q_mean": float("nan")})
     spool.set_tags({"outcome": "diverged"})
     spool.end("FAILED")
-    summary = true_dynamics.run_summary(spool.path)
+    summary = true_dynamics.summary_of(spool.path)
     assert summary["normalized_score"] is None
     line = common.record("true_dynamics", "base/s0", None, "score", 1.0, 1, "python", **summary)
     assert json.loads(json.dumps(line, allow_nan=False))["mean_q"] is None
