@@ -1,7 +1,8 @@
 """What the model-based methods share: soft actor-critic on a mix of real rows and model rollouts (MBPO, Janner et al.
 2019).
 
-Rollouts step through a learned ensemble, or through dynamics that are better or worse: see `agents.model_quality`.
+Rollouts step through a learned ensemble, through dynamics that are better or worse (`agents.model_quality`), or through
+an ensemble whose predictions are filtered (`agents.transition_filter`).
 
 An epoch is one rollout phase followed by `updates_per_epoch` gradient updates. Each batch holds int(real_ratio *
 batch_size) rows of the dataset, the rest come from the member's own ring of model rows.
@@ -13,7 +14,7 @@ import copy
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
@@ -26,11 +27,14 @@ from agents.config import SACConfig, actor_lr_scale, check_positive, make_sac
 from agents.diagnostics import EdgeTest, Standardiser, measure
 from agents.dynamics import (
     DynamicsConfig,
+    Ensemble,
     EpochReport,
     together_settings,
     train_ensemble,
     train_ensembles,
+    training_settings,
 )
+from agents.dynamics_reward import DynamicsReward
 from agents.graphs import default_capture
 from agents.method import BuildTogether, Measures, RolloutJob, RolloutResult, Stage, TrainingData
 from agents.model_error import ModelError, simulator
@@ -38,13 +42,18 @@ from agents.model_quality import check_quality, dynamics_of_quality
 from agents.policies import squashed_arrays
 from agents.randomness import generator
 from agents.replay import Replay, transition_rows
-from agents.rollout import MAX_LENGTH, Penalty, shard_size
+from agents.rollout import MAX_LENGTH, Dynamics, Penalty, shard_size
 from agents.sac import TargetPatch
+from agents.transition_filter import FilterConfig, FilteredDynamics
 from envs.errors import UserError
 from envs.reach import exact_edge_test
 from envs.termination import termination_rule
 
 ROLLOUT_STARTS = ("all", "initial")
+FILTERED_SHARD_ROWS = (
+    500  # of filtered rollouts on a CPU, which take so long that the usual 2,000 starts are to be shared
+)
+SURVIVAL = (10, 50, 90)  # percentiles of the rollouts' lengths
 
 
 @dataclass
@@ -62,6 +71,7 @@ class ModelBasedConfig(SACConfig):
     # next observations and rewards are interpolated (RAVL, Figure 1)
     model_quality: float = 0.0
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)  # with dynamics.filter=morec
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,6 +87,16 @@ class ModelBasedConfig(SACConfig):
                 f"method.model_quality={self.model_quality} must lie between -1 (an untrained model) and 1 (the true "
                 "dynamics); 0 is the learned model"
             )
+        if self.filtered and self.model_quality != 0:
+            raise UserError(
+                f"method.dynamics.filter={self.dynamics.filter} needs method.model_quality=0, not "
+                f"{self.model_quality}: what is filtered are the predictions of the learned ensemble"
+            )
+
+    @property
+    def filtered(self) -> bool:
+        """Whether rollouts step through filtered predictions."""
+        return self.dynamics.filter != "none"
 
 
 def ensemble_stage(config: DynamicsConfig) -> Stage:
@@ -100,7 +120,7 @@ def ensemble_stage(config: DynamicsConfig) -> Stage:
         return [one if isinstance(one, UserError) else one.state_dict() for one in trained]
 
     together = BuildTogether(together_settings(config), build_together)
-    return Stage("dynamics_ensemble", asdict(config), build, together)
+    return Stage("dynamics_ensemble", training_settings(config), build, together)
 
 
 def _columns(data: TrainingData) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -113,6 +133,20 @@ def _epoch_metrics(epoch: EpochReport) -> dict[str, float]:
         "train_loss": epoch.train_loss, "holdout_mse_best": min(errors), "holdout_mse_mean": sum(errors) / len(errors),
         "learning_rate": epoch.learning_rate,
     }  # fmt: skip
+
+
+def _percentiles(num_rollouts: int, survivors: Sequence[int]) -> list[int]:
+    """The smallest lengths that so many percent of rollouts do not exceed as `SURVIVAL` says. A length is the number of
+    a rollout's transitions, 0 where the first was not kept.
+
+    Args:
+        survivors: transitions of each step.
+    """
+    longer = [*survivors, 0]  # than 0 steps, than 1 step, ...
+    return [
+        next(n for n, count in enumerate(longer) if 100 * (num_rollouts - count) >= percent * num_rollouts)
+        for percent in SURVIVAL
+    ]
 
 
 class ModelBasedSAC:
@@ -131,9 +165,10 @@ class ModelBasedSAC:
         self.configs, self.seeds, self.data = list(configs), list(seeds), data
         self.shared = shared = configs[0]  # what is not per member is equal in a pack
         self.device = torch.device(device)
-        self.dynamics = dynamics_of_quality(
-            shared.model_quality, artifacts.get("dynamics"), shared.dynamics.seed, data, self.device
-        )
+        stage = artifacts.get("dynamics")
+        # as it predicts, whatever is done with its predictions in `dynamics`
+        self.ensemble = None if stage is None else Ensemble.from_state_dict(stage).to(self.device)
+        self.dynamics = self._make_dynamics(artifacts)
         patch = self.target_patch(artifacts)
         self.sac = make_sac(configs, self.seeds, data.observation_dim, data.action_dim, device, patch)
         self.num_real = int(shared.real_ratio * shared.batch_size)
@@ -146,6 +181,20 @@ class ModelBasedSAC:
         self._standardiser: Standardiser | None = None
         self._model_error: ModelError | None = None
         self._has_model_error = bool(self.replay.capacity) and shared.model_quality < 1  # else nothing is to be known
+
+    def _make_dynamics(self, artifacts: Mapping[str, dict[str, Any]]) -> Dynamics:
+        """What rollouts step through."""
+        shared = self.shared
+        if not shared.filtered:
+            return dynamics_of_quality(shared.model_quality, self.ensemble, shared.dynamics.seed, self.data)
+        settings = shared.filter
+        reward = DynamicsReward.from_state_dict(
+            artifacts["dynamics_reward"], num_discriminators=settings.num_discriminators, scorer=settings.scorer,
+            precision=settings.precision,
+        )  # fmt: skip
+        if self.ensemble is None:
+            raise ValueError("there is no learned ensemble")
+        return FilteredDynamics(self.ensemble, reward.to(self.device), settings)
 
     @staticmethod
     def stages(config: ModelBasedConfig) -> dict[str, Stage]:
@@ -175,6 +224,8 @@ class ModelBasedSAC:
             return []
         length = self.shared.rollout_length
         size, rows = shard_size(self.device, self.sac.actor, self.dynamics, length)
+        if self.shared.filtered and self.device.type == "cpu":
+            rows = min(rows, FILTERED_SHARD_ROWS)
         termination, jobs = self.data.termination, []
         for members in (range(m, min(m + size, self.num_members)) for m in range(0, self.num_members, size)):
             seeds, actor = tuple(self.seeds[m] for m in members), self.sac.actor.select(members)
@@ -184,6 +235,7 @@ class ModelBasedSAC:
                 jobs.append(RolloutJob(
                     tuple(members), seeds, epoch, shard, termination, actor,
                     self.data.observations[index_MB], length, type(self).penalty, coef, self._states(index_MB),
+                    self.shared.filter.cut,
                 ))  # fmt: skip
         return jobs
 
@@ -225,9 +277,16 @@ class ModelBasedSAC:
                 # not a number where nothing could be kept and there is nothing to learn from
                 "rollout/reward_mean": total.reward_sum / count if self.replay.sizes[m] else math.nan,
                 "rollout/dropped": float(total.dropped),
+                "rollout/epochs_held": self.replay.sizes[m] / count,
             }
             if type(self).penalty is not None:
                 metrics["rollout/penalty_mean"] = total.penalty_sum / count
+            if self.shared.filtered:
+                steps = total.transitions + (total.cut if self.shared.filter.cut == "drop" else 0)
+                metrics["rollout/cut_share"] = total.cut / self.num_starts
+                metrics["rollout/dynamics_reward_mean"] = total.dynamics_reward_sum / max(steps, 1)
+            lengths = _percentiles(self.num_starts, total.survivors)
+            metrics.update({f"rollout/length_p{p}": float(n) for p, n in zip(SURVIVAL, lengths, strict=True)})
             per_member.append(metrics)
         return per_member
 

@@ -127,8 +127,9 @@ def config(method: str, dataset: str, variant: str | None = None) -> Any:
     """The method's config with the file's settings, as a user gets it."""
     _, settings = method_settings(method, dataset, variant)
     cls = load_method(method).Config
-    if "dynamics" in settings:
-        settings["dynamics"] = dataclasses.replace(cls().dynamics, **settings["dynamics"])
+    for name, block in settings.items():
+        if isinstance(block, dict):
+            settings[name] = dataclasses.replace(getattr(cls(), name), **block)
     return cls(**settings)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -283,7 +284,7 @@ def test_a_rollout_phase_on_a_gpu_reads_one_thing_per_job(monkeypatch: pytest.Mo
 
     def read(totals: Tensor) -> list[list[float]]:
         reads.append(tuple(totals.shape))
-        return [[50.0 + m, 3.0, 2.0, 1.0, 4.0] for m in range(len(totals))]
+        return [[50.0 + m, 3.0, 2.0, 1.0, 4.0, 0.0, 0.0, 30.0, 20.0, m] for m in range(len(totals))]
 
     monkeypatch.setattr("agents.rollout._read", read)
     for module in ("rollout", "model_based"):  # there is no generator for this device
@@ -300,7 +301,7 @@ def test_a_rollout_phase_on_a_gpu_reads_one_thing_per_job(monkeypatch: pytest.Mo
         )  # fmt: skip
         for epoch in range(8):  # the rings wrap
             metrics = method.add_rollouts([job.run(method.dynamics) for job in method.rollout_jobs(epoch)])
-    assert reads == [(4, 5)] * 8
+    assert reads == [(4, 7 + 3)] * 8
     assert [m["rollout/transitions"] for m in metrics] == [50.0, 51.0, 52.0, 53.0]
     assert method.replay.sizes == [2 * 60 * 3] * 4
 
@@ -327,6 +328,13 @@ def test_a_job_keeps_the_policy_it_was_made_with() -> None:
     assert not torch.equal(method.rollout_jobs(0)[0].run(method.dynamics).rows[0][:60], before[:60])
 
 
+def lengths_by_hand(tags: Tensor, starts: int) -> dict[str, float]:
+    made = [starts, *(int((tags.abs() == step).sum()) for step in (1, 2, 3)), 0]  # rollouts at least so long
+    lengths = np.repeat([0, 1, 2, 3], -np.diff(made))
+    percentiles = np.percentile(lengths, [10, 50, 90], method="inverted_cdf")
+    return {f"rollout/length_p{p}": float(n) for p, n in zip((10, 50, 90), percentiles, strict=True)}
+
+
 @pytest.mark.parametrize("starts", [60, SHARD_ROWS + 60], ids=["one shard", "two shards"])
 def test_rollout_metrics_are_those_of_the_rows(starts: int) -> None:
     method = learner(mopo_configs(rollout_batch=starts), SEEDS)
@@ -342,6 +350,7 @@ def test_rollout_metrics_are_those_of_the_rows(starts: int) -> None:
             "rollout/transitions": len(rows), "rollout/mean_length": len(rows) / starts,
             "rollout/terminal_share": float(rows[:, D].mean()), "rollout/reward_mean": float(rows[:, R].mean()),
             "rollout/dropped": 0.0, "rollout/penalty_mean": metrics[m]["rollout/penalty_mean"],
+            "rollout/epochs_held": 1.0, **lengths_by_hand(tags, starts),
         }, rel=1e-5)  # fmt: skip
         assert 0 < rows[:, D].mean() < 1
         assert starts < len(rows) < 3 * starts
