@@ -331,9 +331,7 @@ class ModelBasedSAC:
         if self._model_error is None:
             return [{} for _ in self.seeds]
         rows = self.data.episode_starts if self.shared.rollout_starts == "initial" else None
-        return self._model_error(
-            self.sac.actor, self.dynamics, None, rows, self.seeds, epoch, self.shared.rollout_length
-        )
+        return self._model_error(self.sac.actor, self.dynamics, rows, self.seeds, epoch, self.shared.rollout_length)
 
     def edge_test(self) -> EdgeTest | None:
         """The environment's exact test, for observations as the rows have them; None where there is none. It is one for

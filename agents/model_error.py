@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple
 
 import gymnasium
 import torch
@@ -41,6 +41,7 @@ from agents.networks import StackedMLP
 from agents.randomness import generator
 from agents.rollout import Dynamics
 from agents.sac import squashed_sample
+from agents.transition_filter import FilteredDynamics
 from envs.environments import register
 
 NUM_STARTS = 100  # of every member
@@ -48,6 +49,7 @@ STEPS = (1, 5, 10, 20, 50, 100)  # at which errors are told, beside the last
 NUM_RANKED = 20  # states of each of these steps whose candidates are ranked by the dynamics reward
 NUM_POINTS = 300  # candidates that are kept for a figure
 
+_NO_ERROR = 1e-24  # squared, instead of 0: far below what float32 shows, and it has a logarithm
 REWARDS, LOG_ERRORS = "model/sample_dynamics_reward", "model/sample_log10_error"
 
 
@@ -59,16 +61,6 @@ class Course(NamedTuple):
     cut_HB: Tensor  # whether the dynamics have cut the rollout at this step
     state_action_RY: Tensor  # some states of the rollouts with their actions
     true_next_RS: Tensor  # where one step of the simulator leads from them
-
-
-class Filter(Protocol):
-    """What the candidates of a transition filter are asked for here (see `agents.transition_filter`)."""
-
-    def candidates(self, state_action_BY: Tensor, noise_BZ: Tensor) -> tuple[Tensor, Tensor]:
-        """Next observations `(B, C, S)` and rewards `(B, C)` that are selected from."""
-
-    def dynamics_reward(self, state_action_BY: Tensor, next_obs_BCS: Tensor) -> Tensor:
-        """r_D of candidates, `(B, C)`."""
 
 
 def steps_told(length: int) -> list[int]:
@@ -128,44 +120,37 @@ class ModelError:
         self._standardised = Standardiser(data.observations)
 
     def __call__(
-        self, actor: StackedMLP, dynamics: Dynamics, filtered: Dynamics | None, rows: Tensor | None,
-        seeds: Sequence[int], epoch: int, length: int,
-    ) -> list[Measures]:  # fmt: skip
+        self, actor: StackedMLP, dynamics: Dynamics, rows: Tensor | None, seeds: Sequence[int], epoch: int, length: int
+    ) -> list[Measures]:
         """Metrics `model/*` of every member, those that are defined, and of a filtered model a sample of candidates
         (lists `REWARDS` and `LOG_ERRORS`).
 
         Args:
             actor: lead (M,).
-            dynamics: the plain model.
-            filtered: the same with a transition filter, if it has one.
+            dynamics: the model, filtered or plain.
             rows: numbers of the dataset's rows that rollouts start from; None: all.
             seeds: of the members.
             epoch: of the evaluation, counts the draws.
             length: H, steps.
         """
-        return [
-            self._of_member(actor.select([m]), dynamics, filtered, rows, seed, epoch, length)
-            for m, seed in enumerate(seeds)
-        ]
+        members = enumerate(seeds)
+        return [self._of_member(actor.select([m]), dynamics, rows, seed, epoch, length) for m, seed in members]
 
     @torch.inference_mode()
     def _of_member(
-        self, actor: StackedMLP, dynamics: Dynamics, filtered: Dynamics | None, rows: Tensor | None, seed: int,
-        epoch: int, length: int,
-    ) -> Measures:  # fmt: skip
+        self, actor: StackedMLP, dynamics: Dynamics, rows: Tensor | None, seed: int, epoch: int, length: int
+    ) -> Measures:
         device = self.data.observations.device
         source = generator(seed, "model error", epoch, device=device)
         total = len(self.data.observations if rows is None else rows)
         index_B = torch.randint(total, (NUM_STARTS,), generator=source, device=device)
         index_B = index_B if rows is None else rows[index_B]
         noise = torch.randn((length, NUM_STARTS, self.data.action_dim), generator=source, device=device)
-        plain = self.follow(actor, dynamics, index_B, noise, source)
-        if filtered is None:
-            return error_metrics(plain, None)
-        course = self.follow(actor, filtered, index_B, noise, source)
-        return error_metrics(plain, course) | self.reward_metrics(
-            cast(Filter, filtered), filtered.num_noises, course, source
-        )
+        if not isinstance(dynamics, FilteredDynamics):
+            return error_metrics(self.follow(actor, dynamics, index_B, noise, source), None)
+        plain = self.follow(actor, dynamics.ensemble, index_B, noise, source)
+        filtered = self.follow(actor, dynamics, index_B, noise, source)
+        return error_metrics(plain, filtered) | self.reward_metrics(dynamics, filtered, source)
 
     def follow(
         self, actor: StackedMLP, dynamics: Dynamics, index_B: Tensor, action_noise_HBA: Tensor, source: torch.Generator
@@ -207,7 +192,10 @@ class ModelError:
                     own_next, _ = self._true_step(own, state_action)
                 one_step_HB[t, place] = self._error(predicted, own_next).where(finite, math.nan)
                 ranked.append((state_action[0, :NUM_RANKED], own_next[0, :NUM_RANKED]))
-            going_on = (finite & ~self._termination(predicted) & ~self._termination(true_next)).squeeze(0)
+            ended = self._termination(predicted)
+            if made.cut_MB is not None:
+                cut_HB[t, place] = made.cut_MB & ~ended
+            going_on = (finite & ~ended & ~self._termination(true_next)).squeeze(0)
             obs, carried, true = predicted[:, going_on], _part(made.carried_MBX, going_on), _part(next_true, going_on)
             place = place[going_on]
             if not len(place):
@@ -227,14 +215,18 @@ class ModelError:
         difference = self._standardised(predicted) - self._standardised(true)
         return difference.double().square().mean(-1)
 
-    def reward_metrics(self, chosen_from: Filter, num_noises: int, course: Course, source: torch.Generator) -> Measures:
-        """How well the dynamics reward ranks candidates by their one-step error, at states of a rollout."""
+    def reward_metrics(self, dynamics: FilteredDynamics, course: Course, source: torch.Generator) -> Measures:
+        """How well the dynamics reward ranks candidates by their one-step error, at states of filtered rollouts."""
         state_action_RY, true_RS = course.state_action_RY, course.true_next_RS
-        noise = torch.randn((len(true_RS), num_noises), generator=source, device=true_RS.device)
-        next_RCS, _ = chosen_from.candidates(state_action_RY, noise)
-        reward_RC = chosen_from.dynamics_reward(state_action_RY, next_RCS).cpu()
-        # one that is not off by anything has no logarithm; such a small one counts as the smallest there may be
-        log_error_RC = self._error(next_RCS, true_RS.unsqueeze(1)).cpu().clamp_(min=1e-24).log10_() / 2
+        noise = torch.randn((len(true_RS), dynamics.num_noises), generator=source, device=true_RS.device)
+        predicted = dynamics.ensemble.predict_elites(state_action_RY)
+        next_RCS = dynamics.candidates(state_action_RY, *predicted, noise)[..., :-1].transpose(0, 1)
+        reward_RC = dynamics.reward(state_action_RY, next_RCS).cpu()
+        log_error_RC = self._error(next_RCS, true_RS.unsqueeze(1)).cpu().clamp_(min=_NO_ERROR).log10_() / 2
+        finite_R = (reward_RC.isfinite() & log_error_RC.isfinite()).all(1)
+        reward_RC, log_error_RC = reward_RC[finite_R], log_error_RC[finite_R]
+        if not len(reward_RC):
+            return {}
         within_R = spearman(reward_RC, log_error_RC)
         whole, within = spearman(reward_RC.flatten(), log_error_RC.flatten()), within_R.nanmean()
         metrics: Measures = {}

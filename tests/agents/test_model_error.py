@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 
 from agents.diagnostics import Standardiser
+from agents.dynamics import Ensemble
+from agents.dynamics_reward import DynamicsReward
 from agents.method import Measures, TrainingData
-from agents.model_error import ModelError, simulator, spearman, steps_told
+from agents.model_error import LOG_ERRORS, REWARDS, ModelError, simulator, spearman, steps_told
 from agents.mopo import MOPO, MOPOConfig
 from agents.networks import StackedMLP
 from agents.rollout import Dynamics, Penalty, Step
+from agents.transition_filter import FilterConfig, FilteredDynamics
 from agents.true_dynamics import SimulatedDynamics
+from tests.agents.filters import linear_reward
 from tests.agents.test_model_based import assert_equal, train
 from tests.agents.test_model_quality import SETTINGS, learner, plane
 from tests.agents.test_true_dynamics import make_data
@@ -57,14 +61,14 @@ def make_actor(members: int = 1, state_dim: int = 2, action_dim: int = 2) -> Sta
 
 
 def measured(
-    dynamics: Dynamics, data: TrainingData | None = None, filtered: Dynamics | None = None, length: int = 5,
-    seeds: Sequence[int] = (7,), actor: StackedMLP | None = None, rows: Tensor | None = None,
+    dynamics: Dynamics, data: TrainingData | None = None, length: int = 5, seeds: Sequence[int] = (7,),
+    actor: StackedMLP | None = None, rows: Tensor | None = None,
 ) -> list[Measures]:  # fmt: skip
     data = data or plane()
     true = simulator(data)
     assert true is not None
     actor = actor or make_actor(len(seeds), data.observation_dim, data.action_dim)
-    return ModelError(data, true)(actor, dynamics, filtered, rows, seeds, 3, length)
+    return ModelError(data, true)(actor, dynamics, rows, seeds, 3, length)
 
 
 def test_a_constant_bias_adds_up_in_the_open_loop_and_not_in_single_steps():
@@ -170,6 +174,89 @@ def test_a_member_is_measured_the_same_alone_and_in_a_pack_and_every_time():
     assert pack[0] != pack[1]
     assert torch.equal(actor.flat, kept)
     assert torch.equal(before, torch.get_rng_state())
+
+
+# ---- filtered --------------------------------------------------------------------------------------------------
+
+BIAS = 0.5
+
+
+def half_right(**settings: Any) -> FilteredDynamics:
+    """Of EdgeOfReach: two elites, one of which is off by `BIAS` in x, and a discriminator that sees that."""
+    change = torch.zeros(2, 4, 6)
+    change[:, 2:, :2] = torch.eye(2)  # s' - s = a
+    offset = torch.zeros(2, 1, 6)
+    offset[1, 0, 0] = BIAS
+    tensors = {
+        "W0": change, "b0": offset, "max_logvar": torch.full((3,), -18.0), "min_logvar": torch.full((3,), -20.0),
+        "mean": torch.zeros(4), "std": torch.ones(4),
+    }  # fmt: skip
+    off_in_x = [4.0, 0.0, 4.0, 0.0, -4.0, 0.0]  # 4 (s + a - s') in x
+    reward = linear_reward([off_in_x], 2, 2, learner=[-2.0], expert=[0.0])
+    settings = {"draws": 1, "selection": "argmax", "num_discriminators": 1, **settings}
+    return FilteredDynamics(
+        Ensemble(tensors, [0, 1], 2), DynamicsReward.from_state_dict(reward), FilterConfig(**settings)
+    )
+
+
+def of_a_step() -> float:
+    """The error of a wrong step."""
+    return float((BIAS / Standardiser(plane().observations).std[0]).square().div(2).sqrt())
+
+
+def test_what_a_filter_selects_is_held_beside_the_plain_model_from_the_same_starts():
+    (found,) = measured(half_right(), length=10)
+    for step in (1, 5, 10):
+        assert found[f"model/rmse_filtered_step_{step}"] == pytest.approx(0.0, abs=1e-3)
+        assert found[f"model/one_step_error_filtered_step_{step}"] == pytest.approx(0.0, abs=1e-3)
+        assert found[f"model/survivor_share_step_{step}"] == 1.0
+        # every wrong step of the plain model, half of all, adds the bias
+        expected = of_a_step() * math.sqrt(step / 4 + step**2 / 4)
+        assert found[f"model/rmse_step_{step}"] == pytest.approx(expected, rel=0.2)
+        assert found[f"model/rmse_survivors_unfiltered_step_{step}"] == found[f"model/rmse_step_{step}"]
+    assert found["model/one_step_error"] == pytest.approx(of_a_step() / math.sqrt(2), rel=0.1)
+    assert found["model/one_step_error_filtered"] == pytest.approx(0.0, abs=1e-3)
+    (plain,) = measured(half_right().ensemble, length=10)
+    assert {name: found[name] for name in plain} == plain
+
+
+def test_survivors_are_told_apart_from_what_was_only_selected():
+    """With a choice that is as good as random, those survive that had luck; the plain model had none from their
+    starts."""
+    (found,) = measured(half_right(selection="softmax", temperature=1e6), length=5)
+    for step in (1, 5):
+        assert found[f"model/rmse_filtered_step_{step}"] > 0.4 * of_a_step()  # type: ignore[operator]
+        assert found[f"model/survivor_share_step_{step}"] == pytest.approx(0.5**step, abs=0.1)
+    assert found["model/rmse_survivors_step_1"] == pytest.approx(0.0, abs=1e-3)
+    assert found["model/rmse_survivors_unfiltered_step_1"] == pytest.approx(of_a_step() / math.sqrt(2), rel=0.3)
+    (whole,) = measured(half_right(selection="softmax", temperature=1e6, threshold=0.0), length=5)
+    assert whole["model/survivor_share_step_5"] == 1.0
+    assert whole["model/rmse_survivors_step_5"] == whole["model/rmse_filtered_step_5"]
+    assert whole["model/rmse_filtered_step_5"] == found["model/rmse_filtered_step_5"]
+
+
+def test_a_reward_that_sees_the_error_falls_with_it():
+    (found,) = measured(half_right(draws=3))
+    assert found["model/reward_error_correlation"] < -0.8  # type: ignore[operator]
+    assert found["model/reward_error_correlation_within"] < -0.8  # type: ignore[operator]
+    rewards, errors = found[REWARDS], found[LOG_ERRORS]
+    assert isinstance(rewards, list)
+    assert isinstance(errors, list)
+    assert len(rewards) == len(errors) == 2 * 20 * 6  # at two steps
+    wrong = torch.tensor(errors) > -1
+    lowest = -math.log(1 - 1 / (1 + math.e))
+    assert torch.tensor(rewards)[wrong].tolist() == pytest.approx([lowest] * int(wrong.sum()), abs=1e-3)
+    assert torch.tensor(errors)[wrong].mean() == pytest.approx(math.log10(of_a_step()), abs=1e-3)
+    assert int(wrong.sum()) == len(errors) / 2
+
+
+def test_a_filtered_member_is_measured_the_same_alone_and_in_a_pack():
+    actor = make_actor(2)
+    pack = measured(half_right(selection="softmax"), seeds=(5, 6), actor=actor)
+    assert measured(half_right(selection="softmax"), seeds=(5, 6), actor=actor) == pack
+    (alone,) = measured(half_right(selection="softmax"), seeds=(6,), actor=actor.select([1]))
+    for name, value in alone.items():
+        assert value == pytest.approx(pack[1][name], rel=1e-5)
 
 
 # ---- where there is no simulator -------------------------------------------------------------------------------
