@@ -113,13 +113,13 @@ def last_values(spool: Path) -> dict[str, Any]:
     model, rollout = {}, {}
     for name, course in metric_courses(spool, "model/", "rollout/").items():
         value = course[max(course)]
-        metric, found, step = name.removeprefix("model/").partition("_step_")
+        metric, _, step = name.removeprefix("model/").rpartition("_step_")
         if name.startswith("rollout/"):
             rollout[name.removeprefix("rollout/")] = value
-        elif found:
+        elif step.isdigit():
             by_step.setdefault(metric, {})[step] = value
         else:
-            model[metric] = value
+            model[name.removeprefix("model/")] = value
     ordered = {name: dict(sorted(steps.items(), key=lambda item: int(item[0]))) for name, steps in by_step.items()}
     return {"rmse_by_step": ordered, "model": model, "rollout": rollout}
 

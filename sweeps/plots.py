@@ -136,9 +136,10 @@ def _model_error(axes: Axes, course: RunCourse) -> None:
     for name, (label, color, style) in shown.items():
         points = [p for p in _by_step(course.metrics[-1], f"model/{name}_step_") if p[1] > 0]
         if points:
-            axes.plot([s for s, _ in points], [x for _, x in points], style, marker=".", color=color, label=label)
-    axes.set_yscale("log")
-    _describe(axes, f"error of the model, at {course.updates[-1]} updates", "step of the rollout", "RMSE / std")
+            errors = [math.log10(x) for _, x in points]
+            axes.plot([s for s, _ in points], errors, style, marker=".", color=color, label=label)
+    title = f"error of the model, at {course.updates[-1]} updates"
+    _describe(axes, title, "step of the rollout", "log10 of the error, in std")
 
 
 def _reward_by_error(axes: Axes, course: RunCourse) -> None:
