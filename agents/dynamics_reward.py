@@ -229,10 +229,7 @@ class DynamicsReward:
         known = len(state["snapshot_updates"])
         if scorer == "distilled":
             if state["distilled"] is None:
-                raise UserError(
-                    "method.filter.scorer=distilled, but this dynamics reward was trained without a distilled network; "
-                    "train it with one, or set method.filter.scorer=discriminators"
-                )
+                raise UserError(NOT_DISTILLED)
             bounds = {name: state["tensors"][name] for name in _BOUNDS}
             return cls({**state, "tensors": bounds}, scorer, precision)
         wanted = known if num_discriminators is None else num_discriminators
@@ -253,11 +250,17 @@ class DynamicsReward:
 _BOUNDS = ("observation_low", "observation_high", "action_low", "action_high")
 
 
+NOT_DISTILLED = (
+    "method.filter.scorer=distilled needs a dynamics reward with a distilled network; set "
+    "method.dynamics_reward.distil_epochs to 1 or more, or method.filter.scorer=discriminators"
+)
+
+
 def too_many(wanted: int, known: int) -> str:
     """The sentence for more discriminators than are kept."""
     return (
         f"method.filter.num_discriminators={wanted} is more than the {known} snapshots that the dynamics reward keeps; "
-        f"set it to {known} or fewer"
+        f"set it to {known} or fewer, or raise method.dynamics_reward.num_snapshots"
     )
 
 

@@ -34,7 +34,8 @@ from agents.dynamics import (
     train_ensembles,
     training_settings,
 )
-from agents.dynamics_reward import DynamicsReward
+from agents.dynamics_reward import NOT_DISTILLED, DynamicsReward, too_many
+from agents.dynamics_reward_training import DynamicsRewardConfig, reward_stage
 from agents.graphs import default_capture
 from agents.method import BuildTogether, Measures, RolloutJob, RolloutResult, Stage, TrainingData
 from agents.model_error import ModelError, simulator
@@ -71,7 +72,9 @@ class ModelBasedConfig(SACConfig):
     # next observations and rewards are interpolated (RAVL, Figure 1)
     model_quality: float = 0.0
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
-    filter: FilterConfig = field(default_factory=FilterConfig)  # with dynamics.filter=morec
+    # with dynamics.filter=morec
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    dynamics_reward: DynamicsRewardConfig = field(default_factory=DynamicsRewardConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,11 +90,20 @@ class ModelBasedConfig(SACConfig):
                 f"method.model_quality={self.model_quality} must lie between -1 (an untrained model) and 1 (the true "
                 "dynamics); 0 is the learned model"
             )
-        if self.filtered and self.model_quality != 0:
+        if self.filtered:
+            self._check_filter()
+
+    def _check_filter(self) -> None:
+        if self.model_quality != 0:
             raise UserError(
                 f"method.dynamics.filter={self.dynamics.filter} needs method.model_quality=0, not "
                 f"{self.model_quality}: what is filtered are the predictions of the learned ensemble"
             )
+        wanted, known = self.filter.num_discriminators, self.dynamics_reward.num_snapshots
+        if self.filter.scorer == "discriminators" and wanted > known:
+            raise UserError(too_many(wanted, known))
+        if self.filter.scorer == "distilled" and not self.dynamics_reward.distil_epochs:
+            raise UserError(NOT_DISTILLED)
 
     @property
     def filtered(self) -> bool:
@@ -198,7 +210,10 @@ class ModelBasedSAC:
 
     @staticmethod
     def stages(config: ModelBasedConfig) -> dict[str, Stage]:
-        return {} if config.model_quality == 1 else {"dynamics": ensemble_stage(config.dynamics)}
+        stages = {} if config.model_quality == 1 else {"dynamics": ensemble_stage(config.dynamics)}
+        if config.filtered:
+            stages["dynamics_reward"] = reward_stage(config.dynamics_reward)
+        return stages
 
     @staticmethod
     def check_environment(config: ModelBasedConfig, env_id: str) -> None:

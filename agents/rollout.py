@@ -249,8 +249,6 @@ class Rollout:
                 dropped += int((~finite).sum())
                 stepped, place, before = _only(finite, stepped, place, before)
                 new = _moved_up(new, finite)
-            if stepped.penalty_MB is not None:
-                penalty_sum += float(stepped.penalty_MB.sum(dtype=torch.float64))
             if stepped.dynamics_reward_MB is not None:
                 dynamics_reward_sum += float(stepped.dynamics_reward_MB.sum(dtype=torch.float64))
             if stepped.cut_MB is not None:
@@ -261,6 +259,8 @@ class Rollout:
                         _mark_cut(tags, before[cut])
                     stepped, place, before = _only(~cut, stepped, place, before)
                     new = _moved_up(new, ~cut)
+            if stepped.penalty_MB is not None:
+                penalty_sum += float(stepped.penalty_MB.sum(dtype=torch.float64))
             half = half_B if len(place) == num_starts else half_B.index_select(0, place)
             torch.mul(half, step + 1, out=tags[filled : filled + len(place)])
             before = torch.arange(filled, filled + len(place), device=place.device)
@@ -298,8 +298,6 @@ class Rollout:
             finite = torch.isfinite(rows[:, t]).all(-1)
             dropped += (alive & ~finite).sum(1)
             alive = torch.logical_and(alive, finite, out=kept[:, t])
-            if stepped.penalty_MB is not None:
-                penalty_sum += stepped.penalty_MB.where(alive, 0.0).sum(1, dtype=torch.float64)
             if stepped.dynamics_reward_MB is not None:
                 dynamics_reward_sum += stepped.dynamics_reward_MB.where(alive, 0.0).sum(1, dtype=torch.float64)
             if stepped.cut_MB is not None:
@@ -311,6 +309,8 @@ class Rollout:
                     alive = torch.logical_and(alive, ~cut, out=kept[:, t])
                     if t:
                         cut_MKB[:, t - 1] = cut
+            if stepped.penalty_MB is not None:
+                penalty_sum += stepped.penalty_MB.where(alive, 0.0).sum(1, dtype=torch.float64)
             alive = alive & ~stepped.ended_MB
         reward_done = rows[..., self._reward : self._reward + 2].where(kept.unsqueeze(-1), 0.0)
         reward_sum, terminals = reward_done.sum((1, 2), dtype=torch.float64).unbind(1)

@@ -142,8 +142,9 @@ class FilteredDynamics:
         if self.config.selection == "argmax":
             return scores_BC.argmax(1)
         cumulated_BC = torch.softmax(scores_BC / self.config.temperature, 1).cumsum(1)
-        uniform_B1 = torch.special.ndtr(normal_B).unsqueeze(1) * cumulated_BC[:, -1:]
-        return (cumulated_BC <= uniform_B1).sum(1).clamp_max_(scores_BC.shape[1] - 1)
+        uniform_B1 = torch.special.ndtr(normal_B).clamp_max_(_BELOW_ONE).unsqueeze(1)
+        return (cumulated_BC <= uniform_B1 * cumulated_BC[:, -1:]).sum(1)
 
 
 _NEVER = 1e6  # below every r_D, and finite however small the temperature
+_BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1

@@ -142,7 +142,7 @@ def test_the_distilled_network() -> None:
     p = LOWEST + (HIGHEST - LOWEST) * torch.sigmoid(inputs.squeeze(-1))
     torch.testing.assert_close(reward.probability(state_action, after), p, rtol=1e-5, atol=1e-5)
     with pytest.raises(
-        UserError, match=r"^method\.filter\.scorer=distilled, but this dynamics reward was trained with"
+        UserError, match=r"^method\.filter\.scorer=distilled needs a dynamics reward with a distilled network"
     ):
         DynamicsReward.from_state_dict(random_reward(8, OBS, ACT), scorer="distilled")
 

@@ -105,6 +105,30 @@ SAC_N_CORL = {
     "pen-human-v1": 100,
     "door-cloned-v1": 100,
 }
+# polixir/morec be8a641, generate_tmuxp_morec_mopo.py: penalty coefficient, selection, real ratio, fixed temperature
+MOPO_MOREC = {
+    "halfcheetah-random-v2": (0.5, "softmax", 0.05, None),
+    "halfcheetah-medium-v2": (0.5, "argmax", 0.05, None),
+    "halfcheetah-medium-replay-v2": (0.5, "softmax", 0.05, None),
+    "halfcheetah-medium-expert-v2": (0.5, "argmax", 0.05, None),
+    "hopper-random-v2": (10.0, "argmax", 0.05, None),
+    "hopper-medium-v2": (15.0, "softmax", 0.05, None),
+    "hopper-medium-replay-v2": (15.0, "softmax", 0.05, None),
+    "hopper-medium-expert-v2": (15.0, "softmax", 0.05, None),
+    "walker2d-random-v2": (1.0, "softmax", 0.05, None),
+    "walker2d-medium-v2": (0.5, "softmax", 0.05, None),
+    "walker2d-medium-replay-v2": (0.25, "argmax", 0.05, None),
+    "walker2d-medium-expert-v2": (1.0, "softmax", 0.05, None),
+    "neorl/HalfCheetah-v3-low-1000": (2.0, "argmax", 0.05, None),
+    "neorl/HalfCheetah-v3-medium-1000": (2.0, "argmax", 0.05, None),
+    "neorl/HalfCheetah-v3-high-1000": (2.0, "softmax", 0.05, None),
+    "neorl/Hopper-v3-low-1000": (2.0, "argmax", 0.05, 0.1),
+    "neorl/Hopper-v3-medium-1000": (20.0, "argmax", 0.5, None),
+    "neorl/Hopper-v3-high-1000": (20.0, "argmax", 0.5, 0.2),
+    "neorl/Walker2d-v3-low-1000": (2.0, "softmax", 0.05, None),
+    "neorl/Walker2d-v3-medium-1000": (2.0, "softmax", 0.05, None),
+    "neorl/Walker2d-v3-high-1000": (2.0, "argmax", 0.05, None),
+}
 # expectile, beta, observations standardised, rewards scaled, deterministic, tau
 IQL_CODE = {  # ikostrikov/implicit_q_learning 09d7002, configs and train_offline.py
     "halfcheetah-medium-v2": (0.7, 3.0, False, "return-range", False, 0.005),
@@ -141,6 +165,30 @@ def test_mopos_settings_per_dataset(variant: str, table: dict[str, tuple[int, fl
     for dataset, expected in table.items():
         c = config("mopo", dataset, variant)
         assert (c.rollout_length, c.penalty_coef) == expected, dataset
+
+
+def test_morecs_settings_per_dataset() -> None:
+    for dataset, (coef, selection, real_ratio, alpha) in MOPO_MOREC.items():
+        c = config("mopo", dataset, "morec")
+        assert (c.penalty_coef, c.filter.selection, c.real_ratio) == (coef, selection, real_ratio), dataset
+        assert (c.alpha if not c.auto_alpha else None) == alpha, dataset
+        assert c.filter.clip == (1e6 if dataset.startswith("neorl/") else 25.0), dataset
+        assert (c.rollout_length, c.rollout_batch, c.dynamics.filter) == (100, 2000, "morec"), dataset
+        shared = (c.filter.draws, c.filter.temperature, c.filter.threshold, c.filter.cut, c.filter.num_discriminators)
+        assert shared == (2, 0.1, 0.6, "terminal", 40), dataset
+    kit = config("mopo", "hopper-medium-v2")
+    same = (
+        "hidden",
+        "actor_lr",
+        "actor_lr_schedule",
+        "critic_lr",
+        "alpha_lr",
+        "max_alpha",
+        "num_updates",
+        "batch_size",
+    )
+    assert [getattr(c, name) for name in same] == [getattr(kit, name) for name in same]
+    assert dataclasses.replace(c.dynamics, filter="none") == kit.dynamics
 
 
 def test_settings_of_the_model_free_methods_per_dataset() -> None:
@@ -307,7 +355,6 @@ def test_every_key_of_every_block_is_a_field(method: str) -> None:
     content = settings_file(method)
     cls = load_method(method).Config
     fields = {f.name for f in dataclasses.fields(cls)}
-    dynamics = {f.name for f in dataclasses.fields(cls().dynamics)} if "dynamics" in fields else set()
     assert set(content) == {"default_variant", "variants"}
     assert content["default_variant"] in content["variants"]
     for variant in content["variants"]:
@@ -315,7 +362,10 @@ def test_every_key_of_every_block_is_a_field(method: str) -> None:
         assert "*" in blocks, variant
         for pattern, block in blocks.items():
             assert set(block) <= fields, (variant, pattern)
-            assert set(block.get("dynamics", {})) <= dynamics, (variant, pattern)
+            for name, part in block.items():
+                if isinstance(part, dict):
+                    known = {f.name for f in dataclasses.fields(getattr(cls(), name))}
+                    assert set(part) <= known, (variant, pattern, name)
             # every dataset of the block gets a config that passes its own checks
             config(method, pattern.replace("*", "x"), variant)
 
