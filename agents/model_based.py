@@ -44,7 +44,7 @@ from agents.policies import squashed_arrays
 from agents.randomness import generator
 from agents.replay import Replay, transition_rows
 from agents.rollout import MAX_LENGTH, Dynamics, Penalty, shard_size
-from agents.sac import TargetPatch
+from agents.sac import TargetHook
 from agents.transition_filter import FilterConfig, FilteredDynamics
 from envs.errors import UserError
 from envs.reach import exact_edge_test
@@ -181,9 +181,9 @@ class ModelBasedSAC:
         # as it predicts, whatever is done with its predictions in `dynamics`
         self.ensemble = None if stage is None else Ensemble.from_state_dict(stage).to(self.device)
         self.dynamics = self._make_dynamics(artifacts)
-        patch = self.target_patch(artifacts)
-        self.sac = make_sac(configs, self.seeds, data.observation_dim, data.action_dim, device, patch)
         self.num_real = int(shared.real_ratio * shared.batch_size)
+        hook = self.target_hook(artifacts)
+        self.sac = make_sac(configs, self.seeds, data.observation_dim, data.action_dim, device, hook)
         self.num_starts = shared.rollout_batch
         capacity = self.num_starts * shared.rollout_length * shared.rollout_epochs_retained
         real = transition_rows(data.observations, data.actions, data.rewards, data.terminals, data.next_observations)
@@ -220,8 +220,8 @@ class ModelBasedSAC:
         termination_rule(env_id)
         check_quality(config.model_quality, env_id)
 
-    def target_patch(self, artifacts: Mapping[str, dict[str, Any]]) -> TargetPatch | None:
-        """What some of the targets' values are replaced by."""
+    def target_hook(self, artifacts: Mapping[str, dict[str, Any]]) -> TargetHook | None:
+        """What is changed in the critics' targets."""
         return None
 
     @property
