@@ -90,6 +90,7 @@ def filter_overrides(args: argparse.Namespace) -> list[str]:
     given = {
         "rollout_length": args.length, "filter.scorer": args.scorer, "filter.precision": args.precision,
         "filter.num_discriminators": args.discriminators, "filter.cut": args.cut,
+        "dynamics_reward.max_epochs": args.reward_epochs,
     }  # fmt: skip
     return [f"method.{key}={value}" for key, value in given.items() if value is not None]
 
@@ -177,6 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", help="method.filter.precision")
     parser.add_argument("--discriminators", type=int, help="method.filter.num_discriminators")
     parser.add_argument("--cut", help="method.filter.cut")
+    parser.add_argument("--reward-epochs", type=int, help="of the dynamics reward (default: the variant's)")
     return parser
 
 
