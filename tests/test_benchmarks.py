@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from agents.dynamics import DynamicsConfig, EnsembleTrainer
+from agents.method import load_method
 from agents.replay import Replay, transition_rows
 from benchmarks import (
     common,
@@ -14,6 +15,7 @@ from benchmarks import (
     data_collect,
     data_load,
     learner_speed,
+    morec_scores,
     run,
     true_dynamics,
     true_dynamics_speed,
@@ -209,3 +211,54 @@ def test_the_cases_share_one_dynamics_ensemble_and_differ_where_they_should():
         assert config.method.hidden == [256, 256]
         assert config.method.num_updates == 20000
         assert config.evaluation.every_epochs * config.method.updates_per_epoch == 5000
+
+
+def test_plain_and_filtered_methods_share_their_stages_and_differ_in_the_filter():
+    words = ["--updates", "10000", "--hidden", "64", "64", "--length", "30", "--scorer", "distilled",
+             "--dynamics-epochs", "15", "--reward-epochs", "3", "--rollout-batch", "5000"]  # fmt: skip
+    args = morec_scores.build_parser().parse_args(words)
+    cases = morec_scores.cases_of(args)
+    assert [case.name for case in cases[:4]] == [f"hopper-medium-snapshots/{name}" for name in morec_scores.METHODS]
+    assert [case.filtered for case in cases[:4]] == [False, True, False, True]
+    configs = {case: morec_scores.load_config([], morec_scores.overrides(case, args)) for case in cases}
+    for case, config in configs.items():
+        m = config.method
+        assert (m.filtered, m.dynamics.max_epochs, m.num_updates, m.hidden) == (case.filtered, 15, 10000, [64, 64])
+        assert m.rollout_batch == (1000 if case.filtered else 5000)
+        assert config.evaluation.every_epochs * m.updates_per_epoch == 5000
+        if case.filtered:
+            assert (m.rollout_length, m.filter.scorer, m.dynamics_reward.max_epochs) == (30, "distilled", 3)
+            plain = configs[morec_scores.Case(case.dataset, morec_scores.PLAIN[case.method])].method
+            assert m.dynamics.filter == "morec"
+            assert plain.rollout_length < 30
+    methods = list(configs.values())
+    stages = [load_method(config.method_name).stages(config.method) for config in methods]
+    settings = [[(stage.kind, stage.settings) for stage in one.values()] for one in stages]
+    assert all(one[0] == settings[0][0] for one in settings)
+    rewards = [one[1] for one in settings if len(one) > 1]
+    assert len(rewards) == len(cases) / 2
+    assert all(reward == rewards[0] for reward in rewards)
+
+
+def test_the_last_errors_of_a_run_are_read_by_step(spool):
+    for step, error in ((1000, 5.0), (2000, 2.0)):
+        spool.metrics(step, {
+            "model/rmse_step_10": error, "model/rmse_step_1": 1.0, "model/one_step_error_step_10": 0.5,
+            "model/one_step_error": 0.25, "rollout/cut_share": 0.1 * error, "reach/share": 0.3,
+        })  # fmt: skip
+    assert morec_scores.last_values(spool.path) == {
+        "rmse_by_step": {"rmse": {"1": 1.0, "10": 2.0}, "one_step_error": {"10": 0.5}},
+        "model": {"one_step_error": 0.25}, "rollout": {"cut_share": 0.2},
+    }  # fmt: skip
+
+
+def test_a_mean_is_of_the_steps_that_every_seed_has():
+    lines = [
+        {"normalized_score": score, "rmse_by_step": {"rmse": errors}, "unit": "score", "threads": 1, "dataset": "d",
+         "seed": seed, "updates": 10, "hidden": [64], "wall_s": 1.0, "environment": "e"}
+        for seed, (score, errors) in enumerate([(10.0, {"1": 1.0, "50": 9.0}), (30.0, {"1": 3.0})])
+    ]  # fmt: skip
+    mean = morec_scores.mean_line(morec_scores.Case("d-v0", "morec-mopo"), lines, 10.0, "python")
+    assert (mean["value"], mean["ratio"], mean["rmse_by_step"]) == (20.0, 2.0, {"rmse": {"1": 2.0}})
+    lines[0]["normalized_score"] = None
+    assert morec_scores.mean_line(morec_scores.Case("d-v0", "morec-mopo"), lines, 10.0, "python")["value"] is None
