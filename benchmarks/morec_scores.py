@@ -1,7 +1,11 @@
 """MOPO and MOBILE, each plain and as MOREC's base method, trained by `offsweep train`: scores and errors of the model.
 
     mopo, mobile               plain, with the rollout length and the starts of their own settings
+    mopo-long, mobile-long     the same with the rollouts of the next, unfiltered (not trained by default)
     morec-mopo, morec-mobile   variant morec: filtered rollouts of `--length` steps from `--morec-rollout-batch` starts
+
+The weight of the penalty is the same in all three: OfflineRL-Kit's for the D4RL set <robot>-medium-replay-v2, whose
+place the datasets take. MOREC's own weights were tuned with its filter; with them more than the filter would differ.
 
 Each method is trained on a pack of seeds. All of a dataset share one dynamics ensemble, and both with a filter one
 dynamics reward: seeds do not cover these. What is not named by an option keeps the method's settings for the dataset.
@@ -42,13 +46,12 @@ from orchestrator.config import Config, load_config
 from orchestrator.learner import flatten
 
 BENCHMARK = "morec_scores"
-METHODS = {
-    "mopo": ("method=mopo",),
-    "morec-mopo": ("method=mopo", "method.variant=morec"),
-    "mobile": ("method=mobile",),
-    "morec-mobile": ("method=mobile", "method.variant=morec"),
-}
-PLAIN = {"morec-mopo": "mopo", "morec-mobile": "mobile"}
+PLAIN = ("mopo", "mobile")
+METHODS = tuple(name for plain in PLAIN for name in (plain, f"{plain}-long", f"morec-{plain}"))
+DEFAULT_METHODS = tuple(name for name in METHODS if not name.endswith("-long"))
+COEFFICIENTS = {  # of the penalties, by robot and plain method
+    ("hopper", "mopo"): 2.5, ("halfcheetah", "mopo"): 0.5, ("hopper", "mobile"): 0.1, ("halfcheetah", "mobile"): 0.1,
+}  # fmt: skip
 DATASETS = tuple(f"embedded/{robot}-medium-snapshots-v0,subsample=100000,seed=0" for robot in ("hopper", "halfcheetah"))
 EVALUATE_EVERY = 5_000  # updates
 EPOCH = 1_000  # updates
@@ -66,19 +69,31 @@ class Case:
         return f"{short_name(self.dataset)}/{self.method}"
 
     @property
+    def plain(self) -> str:
+        """The method without filter and with rollouts of its own length."""
+        return next(name for name in PLAIN if name in self.method)
+
+    @property
     def filtered(self) -> bool:
-        return self.method in PLAIN
+        return self.method.startswith("morec-")
 
 
 def overrides(case: Case, args: argparse.Namespace) -> list[str]:
     """The words behind `offsweep train` for a case."""
-    epoch = math.gcd(args.updates, EPOCH)
-    starts = args.morec_rollout_batch if case.filtered else args.rollout_batch
+    epoch, long = math.gcd(args.updates, EPOCH), case.method != case.plain
+    rollouts = {
+        "rollout_length": args.length if long else None,
+        "rollout_batch": args.morec_rollout_batch if long else args.rollout_batch,
+    }  # fmt: skip
+    robot = short_name(case.dataset).partition("-")[0]
+    rates = {f"{name}_lr": args.learning_rate for name in ("actor", "critic", "alpha")}
+    settings = rollouts | rates | {"penalty_coef": COEFFICIENTS.get((robot, case.plain))}
     return [
-        *METHODS[case.method], f"dataset={case.dataset}", f"seed={args.seed}", f"num_seeds={args.seeds}",
+        f"method={case.plain}", *(["method.variant=morec"] if case.filtered else []), f"dataset={case.dataset}",
+        f"seed={args.seed}", f"num_seeds={args.seeds}",
         f"method.num_updates={args.updates}", f"method.updates_per_epoch={epoch}",
         f"method.hidden=[{','.join(map(str, args.hidden))}]",
-        *([f"method.rollout_batch={starts}"] if starts else []),
+        *(f"method.{key}={value}" for key, value in settings.items() if value is not None),
         *(filter_overrides(args) if case.filtered else []),
         *dynamics_overrides(case.dataset, args), f"evaluation.every_epochs={max(1, EVALUATE_EVERY // epoch)}",
         f"evaluation.episodes={args.episodes}", "compute.num_learners=0", f"compute.runs_per_pack={args.seeds}",
@@ -88,7 +103,7 @@ def overrides(case: Case, args: argparse.Namespace) -> list[str]:
 
 def filter_overrides(args: argparse.Namespace) -> list[str]:
     given = {
-        "rollout_length": args.length, "filter.scorer": args.scorer, "filter.precision": args.precision,
+        "filter.scorer": args.scorer, "filter.precision": args.precision,
         "filter.num_discriminators": args.discriminators, "filter.cut": args.cut,
         "dynamics_reward.max_epochs": args.reward_epochs,
     }  # fmt: skip
@@ -139,15 +154,15 @@ def lines_of(
             command, reference_is="mean score of the dataset's episodes", dataset=dataset.name, method=case.method,
             seed=seed, **run, **last_values(spool), stage_minutes=stage_minutes(config, dataset, workdir),
             updates_planned=m.num_updates, seeds_in_pack=config.num_seeds, episodes=config.evaluation.episodes,
-            penalty_coef=m.penalty_coef, hidden=m.hidden, batch=m.batch_size, real_ratio=m.real_ratio,
-            rollout_length=m.rollout_length, rollout_batch=m.rollout_batch,
+            penalty_coef=m.penalty_coef, actor_lr=m.actor_lr, critic_lr=m.critic_lr, hidden=m.hidden,
+            batch=m.batch_size, real_ratio=m.real_ratio, rollout_length=m.rollout_length, rollout_batch=m.rollout_batch,
             filter=asdict(m.filter) if case.filtered else None, dynamics_epochs=m.dynamics.max_epochs,
             dataset_hash=dataset.content_hash[:16], rows=dataset.num_transitions, stages=stage_keys(config, dataset),
         )  # fmt: skip
 
 
 def mean_line(case: Case, lines: Sequence[dict[str, Any]], plain: float | None, command: str) -> dict[str, Any]:
-    """A method's mean over its seeds, with a filter beside the plain method's; no value where a seed has none."""
+    """A method's mean over its seeds, beside the plain method's; no value where a seed has none."""
     scores = [line["normalized_score"] for line in lines]
     whole = None not in scores
     errors: dict[str, dict[str, float]] = {}
@@ -157,7 +172,7 @@ def mean_line(case: Case, lines: Sequence[dict[str, Any]], plain: float | None, 
         errors[metric] = {step: statistics.fmean(one[step] for one in of_seeds) for step in shared}
     return record(
         BENCHMARK, f"{case.name}/mean", statistics.fmean(scores) if whole else None, lines[0]["unit"], plain,
-        lines[0]["threads"], command, reference_is="the mean of the plain method, of one with a filter",
+        lines[0]["threads"], command, reference_is="the mean of the plain method",
         dataset=lines[0]["dataset"], method=case.method, seeds=[line["seed"] for line in lines],
         updates=min(line["updates"] for line in lines),
         std=statistics.stdev(scores) if whole and len(scores) > 1 else None, normalized_scores=scores,
@@ -168,11 +183,12 @@ def mean_line(case: Case, lines: Sequence[dict[str, Any]], plain: float | None, 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = study_parser(BENCHMARK, __doc__)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(DEFAULT_METHODS))
     parser.add_argument("--datasets", nargs="+", default=list(DATASETS))
-    parser.add_argument("--length", type=int, help="steps of filtered rollouts (default: the variant's)")
+    parser.add_argument("--learning-rate", type=float, help="of actor, critics and temperature (default: the methods')")
+    parser.add_argument("--length", type=int, default=100, help="steps of long rollouts (default: %(default)s)")
     parser.add_argument(
-        "--morec-rollout-batch", type=int, default=1_000, help="starts of filtered rollouts (default: %(default)s)"
+        "--morec-rollout-batch", type=int, default=1_000, help="starts of long rollouts (default: %(default)s)"
     )
     parser.add_argument("--scorer", help="method.filter.scorer")
     parser.add_argument("--precision", help="method.filter.precision")
@@ -220,8 +236,7 @@ def run_all(args: argparse.Namespace, command: str) -> int:
             lines = list(lines_of(case, folder, configs[case], dataset, args.workdir, command))
             for line in lines:
                 print_line(line)
-            plain = means.get(Case(case.dataset, PLAIN[case.method])) if case.filtered else None
-            mean = mean_line(case, lines, plain, command)
+            mean = mean_line(case, lines, means.get(Case(case.dataset, case.plain)), command)
             print_line(mean)
             means[case] = mean["value"]
     return 0

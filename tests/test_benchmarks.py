@@ -215,28 +215,29 @@ def test_the_cases_share_one_dynamics_ensemble_and_differ_where_they_should():
 
 def test_plain_and_filtered_methods_share_their_stages_and_differ_in_the_filter():
     words = ["--updates", "10000", "--hidden", "64", "64", "--length", "30", "--scorer", "distilled",
-             "--dynamics-epochs", "15", "--reward-epochs", "3", "--rollout-batch", "5000"]  # fmt: skip
+             "--dynamics-epochs", "15", "--reward-epochs", "3", "--rollout-batch", "5000", "--learning-rate", "0.001",
+             "--methods", *morec_scores.METHODS]  # fmt: skip
     args = morec_scores.build_parser().parse_args(words)
     cases = morec_scores.cases_of(args)
-    assert [case.name for case in cases[:4]] == [f"hopper-medium-snapshots/{name}" for name in morec_scores.METHODS]
-    assert [case.filtered for case in cases[:4]] == [False, True, False, True]
+    methods = ["mopo", "mopo-long", "morec-mopo", "mobile", "mobile-long", "morec-mobile"]
+    assert [case.name for case in cases[:6]] == [f"hopper-medium-snapshots/{name}" for name in methods]
+    assert [case.filtered for case in cases[:6]] == [False, False, True] * 2
     configs = {case: morec_scores.load_config([], morec_scores.overrides(case, args)) for case in cases}
     for case, config in configs.items():
         m = config.method
         assert (m.filtered, m.dynamics.max_epochs, m.num_updates, m.hidden) == (case.filtered, 15, 10000, [64, 64])
-        assert m.rollout_batch == (1000 if case.filtered else 5000)
+        long = case.method != case.plain
+        assert (m.rollout_length, m.rollout_batch) == ((30, 1000) if long else (5, 5000))
+        assert (m.actor_lr, m.critic_lr, m.alpha_lr) == (0.001, 0.001, 0.001)
+        assert m.penalty_coef == configs[morec_scores.Case(case.dataset, case.plain)].method.penalty_coef
         assert config.evaluation.every_epochs * m.updates_per_epoch == 5000
         if case.filtered:
-            assert (m.rollout_length, m.filter.scorer, m.dynamics_reward.max_epochs) == (30, "distilled", 3)
-            plain = configs[morec_scores.Case(case.dataset, morec_scores.PLAIN[case.method])].method
-            assert m.dynamics.filter == "morec"
-            assert plain.rollout_length < 30
-    methods = list(configs.values())
-    stages = [load_method(config.method_name).stages(config.method) for config in methods]
+            assert (m.filter.scorer, m.dynamics_reward.max_epochs) == ("distilled", 3)
+    stages = [load_method(config.method_name).stages(config.method) for config in configs.values()]
     settings = [[(stage.kind, stage.settings) for stage in one.values()] for one in stages]
     assert all(one[0] == settings[0][0] for one in settings)
     rewards = [one[1] for one in settings if len(one) > 1]
-    assert len(rewards) == len(cases) / 2
+    assert len(rewards) == len(cases) / 3
     assert all(reward == rewards[0] for reward in rewards)
 
 
