@@ -5,7 +5,8 @@ also occurs as an input: as a state of the dataset, or as some s_t with t < k of
 happens are edge-of-reach (Sims, Lu, Foerster and Teh, "The Edge-of-Reach Problem in Offline Model-Based Reinforcement
 Learning", NeurIPS 2024): errors there are never corrected and spread through the targets. Where an environment has an
 exact test for them (`envs.reach`) the labels are exact. Elsewhere they are a proxy of our own: a state is taken for one
-if it ends a rollout of full length and lies farther from every input than 99 % of inputs lie from the others.
+if it ends a rollout, of full length or cut short by the dynamics, and lies farther from every input than 99 % of inputs
+lie from the others.
 
 Terminal rows are left out throughout: nothing is bootstrapped from their s'.
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from agents.networks import StackedMLP
 from agents.randomness import generator
 from agents.replay import Replay
+from agents.rollout import tag_cuts, tag_steps
 from agents.sac import squashed_sample
 from envs.dataset import Scaling
 from envs.environments import register
@@ -165,14 +167,15 @@ def value_metrics(
 
     Args:
         values_NQ: every critic's value of s'.
-        tags_Q: |tag| is the step t + 1 that made s', 0 a row of the dataset.
+        tags_Q: see `agents.rollout`; 0 is a row of the dataset.
         done_Q: whether s' is terminal.
         beyond_Q: whether s' lies beyond the threshold.
         edge_Q: exact labels, or None.
         length: k, steps of a rollout.
     """
-    steps_Q, alive_Q = tags_Q.abs(), ~done_Q
-    last_Q = alive_Q & (steps_Q == length)
+    steps_Q, alive_Q = tag_steps(tags_Q), ~done_Q
+    ends_Q = (steps_Q == length) | tag_cuts(tags_Q)  # s' from which the rollout does not go on
+    last_Q = alive_Q & ends_Q
     exact = edge_Q is not None
     edge_Q = (alive_Q & edge_Q) if edge_Q is not None else last_Q & beyond_Q
     within_Q = alive_Q & ~edge_Q
@@ -180,7 +183,7 @@ def value_metrics(
     penalty_Q, variance_Q = values_NQ.mean(0) - min_Q, values_NQ.var(0, correction=0)
     metrics = {
         "share": _mean(beyond_Q, last_Q),
-        "share_control": _mean(beyond_Q, alive_Q & (steps_Q > 0) & (steps_Q < length)),
+        "share_control": _mean(beyond_Q, alive_Q & (steps_Q > 0) & ~ends_Q),
         "q_mean": _mean(min_Q, alive_Q),
         "auroc": auroc(penalty_Q, edge_Q, within_Q),
         "auroc_variance": auroc(variance_Q, edge_Q, within_Q),

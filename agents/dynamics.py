@@ -43,6 +43,8 @@ _fused_adam = torch._fused_adam_
 
 _GPU_HOLDOUT_ROWS = 4096  # evaluated at once, of every ensemble
 
+FILTERS = ("none", "morec")
+
 # what may differ between ensembles that train together: it enters arithmetic only
 TOGETHER = ("seed", "learning_rate", "weight_decay")
 
@@ -67,8 +69,12 @@ class DynamicsConfig:
     plateau_lr_factor: float = 0.3
     max_epochs: int = 2000
     seed: int = 0  # ensembles are a stage of their own: runs with other seeds share one
+    # of rollouts: none | morec (see agents.transition_filter, settings method.filter.*). The ensemble is the same
+    filter: str = "none"
 
     def __post_init__(self) -> None:
+        if self.filter not in FILTERS:
+            raise UserError(f"method.dynamics.filter={self.filter!r} must be {' or '.join(FILTERS)}")
         for name in ("learning_rate", "batch_size", "max_holdout", "patience", "max_epochs"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"dynamics.{name}={getattr(self, name)} must be greater than 0 and finite")
@@ -131,6 +137,17 @@ class Ensemble:
         mean, logvar = self.forward(self._normalise(state_action_BX).unsqueeze(0))
         return mean, logvar.mul_(0.5).exp_()
 
+    def predict_elites(self, state_action_BX: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation `(K, B, D)` of the elites, in their order."""
+        weights, _ = self._elite_weights
+        x_KBX = self._normalise(state_action_BX).expand(len(self.elites), -1, -1)
+        mean, logvar = self._bounded(_outputs(x_KBX, weights))
+        return mean, logvar.mul_(0.5).exp_()
+
+    def of_elites(self, values_EBD: Tensor) -> Tensor:
+        """The elites' part `(K, B, D)` of what all members have predicted."""
+        return torch.stack([values_EBD[e] for e in self.elites])
+
     def predict_drawn(self, state_action_BX: Tensor, member_B: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation `(B, D)` for raw inputs `(B, S + A)`, row b by the elite `member_B[b]`.
 
@@ -141,12 +158,6 @@ class Ensemble:
             mean, logvar = self._drawn_by_groups(state_action_BX, member_B)
         else:
             mean, logvar = self._drawn_of_all(state_action_BX, member_B)
-        return mean, logvar.mul_(0.5).exp_()
-
-    def predict_elites(self, state_action_BX: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation `(K, B, D)` of the elites, in their order, for raw inputs `(B, S + A)`."""
-        x_KBX = self._normalise(state_action_BX).expand(len(self.elites), -1, -1)
-        mean, logvar = self._bounded(_outputs(x_KBX, self._elite_weights[0]))
         return mean, logvar.mul_(0.5).exp_()
 
     def _drawn_by_groups(self, state_action_BX: Tensor, member_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,6 +242,10 @@ class Ensemble:
 
     def to(self, device: torch.device | str) -> Ensemble:
         return Ensemble({k: v.to(device) for k, v in self.tensors.items()}, self.elites, self.observation_dim)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # the copies of the elites' weights are not sent along
+        return Ensemble, (self.tensors, self.elites, self.observation_dim)
 
     def state_dict(self) -> dict[str, Any]:
         return {"tensors": self.tensors, "elites": self.elites, "observation_dim": self.observation_dim}
@@ -737,6 +752,11 @@ class _CapturedStep:
         self._loss_P.copy_(self._step(self._rows_GB))
 
 
+def training_settings(config: DynamicsConfig) -> dict[str, Any]:
+    """The settings that a trained ensemble depends on."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name != "filter"}
+
+
 def together_settings(config: DynamicsConfig) -> dict[str, Any]:
     """The settings in which ensembles must agree to train together."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in TOGETHER}
+    return {name: value for name, value in training_settings(config).items() if name not in TOGETHER}

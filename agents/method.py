@@ -235,13 +235,14 @@ class RolloutJob:
     penalty: Penalty | None
     penalty_coef: Tensor  # (M,)
     start_states: Tensor | None = None  # (M, B, X) float64, of the simulator, where they are known and wanted
+    cut: str = "terminal"  # one of `agents.rollout.CUTS`
 
     def run(self, dynamics: Dynamics) -> RolloutResult:
         draws = draw(
             self.seeds, self.epoch, self.shard, self.starts.shape[1], self.length, self.actor.sizes[-1] // 2, dynamics,
             self.starts.device,
         )  # fmt: skip
-        rollout = Rollout(self.actor, dynamics, self.termination, self.penalty, self.penalty_coef)
+        rollout = Rollout(self.actor, dynamics, self.termination, self.penalty, self.penalty_coef, self.cut)
         return RolloutResult(self.members, *zip(*rollout(self.starts, draws, self.start_states), strict=True))
 
 
@@ -251,7 +252,7 @@ class RolloutResult:
 
     members: tuple[int, ...]
     rows: tuple[Tensor, ...]  # (n, W) of each member
-    tags: tuple[Tensor, ...]  # (n,) int8 of each member: step and half of the starts (see `agents.rollout`)
+    tags: tuple[Tensor, ...]  # (n,) int16 of each member: step and half of the starts (see `agents.rollout`)
     statistics: tuple[RolloutStatistics, ...]
 
 
@@ -392,7 +393,7 @@ def variant_blocks(name: str, variant: str) -> dict[str, dict[str, Any]]:
 
 
 def _over(block: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """A block with another's values over its own, key by key, inside `dynamics` too."""
+    """A block with another's values over its own, key by key, inside `dynamics` and the like too."""
     merged = dict(block)
     for key, value in upper.items():
         merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value

@@ -1,7 +1,8 @@
 """What the model-based methods share: soft actor-critic on a mix of real rows and model rollouts (MBPO, Janner et al.
 2019).
 
-Rollouts step through a learned ensemble, or through dynamics that are better or worse: see `agents.model_quality`.
+Rollouts step through a learned ensemble, through dynamics that are better or worse (`agents.model_quality`), or through
+an ensemble whose predictions are filtered (`agents.transition_filter`).
 
 An epoch is one rollout phase followed by `updates_per_epoch` gradient updates. Each batch holds int(real_ratio *
 batch_size) rows of the dataset, the rest come from the member's own ring of model rows.
@@ -13,7 +14,7 @@ import copy
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
@@ -26,24 +27,33 @@ from agents.config import SACConfig, actor_lr_scale, check_positive, make_sac
 from agents.diagnostics import EdgeTest, Standardiser, measure
 from agents.dynamics import (
     DynamicsConfig,
+    Ensemble,
     EpochReport,
     together_settings,
     train_ensemble,
     train_ensembles,
+    training_settings,
 )
+from agents.dynamics_reward import NOT_DISTILLED, DynamicsReward, too_many
+from agents.dynamics_reward_training import DynamicsRewardConfig, reward_stage
 from agents.graphs import default_capture
 from agents.method import BuildTogether, RolloutJob, RolloutResult, Stage, TrainingData
 from agents.model_quality import check_quality, dynamics_of_quality
 from agents.policies import squashed_arrays
 from agents.randomness import generator
 from agents.replay import Replay, transition_rows
-from agents.rollout import MAX_LENGTH, Penalty, shard_size
+from agents.rollout import MAX_LENGTH, Dynamics, Penalty, shard_size
 from agents.sac import TargetHook
+from agents.transition_filter import FilterConfig, FilteredDynamics
 from envs.errors import UserError
 from envs.reach import exact_edge_test
 from envs.termination import termination_rule
 
 ROLLOUT_STARTS = ("all", "initial")
+FILTERED_SHARD_ROWS = (
+    500  # of filtered rollouts on a CPU, which take so long that the usual 2,000 starts are to be shared
+)
+SURVIVAL = (10, 50, 90)  # percentiles of the rollouts' lengths
 
 
 @dataclass
@@ -61,6 +71,9 @@ class ModelBasedConfig(SACConfig):
     # next observations and rewards are interpolated (RAVL, Figure 1)
     model_quality: float = 0.0
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
+    # with dynamics.filter=morec
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    dynamics_reward: DynamicsRewardConfig = field(default_factory=DynamicsRewardConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,6 +89,25 @@ class ModelBasedConfig(SACConfig):
                 f"method.model_quality={self.model_quality} must lie between -1 (an untrained model) and 1 (the true "
                 "dynamics); 0 is the learned model"
             )
+        if self.filtered:
+            self._check_filter()
+
+    def _check_filter(self) -> None:
+        if self.model_quality != 0:
+            raise UserError(
+                f"method.dynamics.filter={self.dynamics.filter} needs method.model_quality=0, not "
+                f"{self.model_quality}: what is filtered are the predictions of the learned ensemble"
+            )
+        wanted, known = self.filter.num_discriminators, self.dynamics_reward.num_snapshots
+        if self.filter.scorer == "discriminators" and wanted > known:
+            raise UserError(too_many(wanted, known))
+        if self.filter.scorer == "distilled" and not self.dynamics_reward.distil_epochs:
+            raise UserError(NOT_DISTILLED)
+
+    @property
+    def filtered(self) -> bool:
+        """Whether rollouts step through filtered predictions."""
+        return self.dynamics.filter != "none"
 
 
 def ensemble_stage(config: DynamicsConfig) -> Stage:
@@ -99,7 +131,7 @@ def ensemble_stage(config: DynamicsConfig) -> Stage:
         return [one if isinstance(one, UserError) else one.state_dict() for one in trained]
 
     together = BuildTogether(together_settings(config), build_together)
-    return Stage("dynamics_ensemble", asdict(config), build, together)
+    return Stage("dynamics_ensemble", training_settings(config), build, together)
 
 
 def _columns(data: TrainingData) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -112,6 +144,20 @@ def _epoch_metrics(epoch: EpochReport) -> dict[str, float]:
         "train_loss": epoch.train_loss, "holdout_mse_best": min(errors), "holdout_mse_mean": sum(errors) / len(errors),
         "learning_rate": epoch.learning_rate,
     }  # fmt: skip
+
+
+def _percentiles(num_rollouts: int, survivors: Sequence[int]) -> list[int]:
+    """The smallest lengths that so many percent of rollouts do not exceed as `SURVIVAL` says. A length is the number of
+    a rollout's transitions, 0 where the first was not kept.
+
+    Args:
+        survivors: transitions of each step.
+    """
+    longer = [*survivors, 0]  # than 0 steps, than 1 step, ...
+    return [
+        next(n for n, count in enumerate(longer) if 100 * (num_rollouts - count) >= percent * num_rollouts)
+        for percent in SURVIVAL
+    ]
 
 
 class ModelBasedSAC:
@@ -130,9 +176,10 @@ class ModelBasedSAC:
         self.configs, self.seeds, self.data = list(configs), list(seeds), data
         self.shared = shared = configs[0]  # what is not per member is equal in a pack
         self.device = torch.device(device)
-        self.dynamics = dynamics_of_quality(
-            shared.model_quality, artifacts.get("dynamics"), shared.dynamics.seed, data, self.device
-        )
+        stage = artifacts.get("dynamics")
+        # as it predicts, whatever is done with its predictions in `dynamics`
+        self.ensemble = None if stage is None else Ensemble.from_state_dict(stage).to(self.device)
+        self.dynamics = self._make_dynamics(artifacts)
         self.num_real = int(shared.real_ratio * shared.batch_size)
         hook = self.target_hook(artifacts)
         self.sac = make_sac(configs, self.seeds, data.observation_dim, data.action_dim, device, hook)
@@ -144,9 +191,26 @@ class ModelBasedSAC:
         self._runner = self._make_runner()
         self._standardiser: Standardiser | None = None
 
+    def _make_dynamics(self, artifacts: Mapping[str, dict[str, Any]]) -> Dynamics:
+        """What rollouts step through."""
+        shared = self.shared
+        if not shared.filtered:
+            return dynamics_of_quality(shared.model_quality, self.ensemble, shared.dynamics.seed, self.data)
+        settings = shared.filter
+        reward = DynamicsReward.from_state_dict(
+            artifacts["dynamics_reward"], num_discriminators=settings.num_discriminators, scorer=settings.scorer,
+            precision=settings.precision,
+        )  # fmt: skip
+        if self.ensemble is None:
+            raise ValueError("there is no learned ensemble")
+        return FilteredDynamics(self.ensemble, reward.to(self.device), settings)
+
     @staticmethod
     def stages(config: ModelBasedConfig) -> dict[str, Stage]:
-        return {} if config.model_quality == 1 else {"dynamics": ensemble_stage(config.dynamics)}
+        stages = {} if config.model_quality == 1 else {"dynamics": ensemble_stage(config.dynamics)}
+        if config.filtered:
+            stages["dynamics_reward"] = reward_stage(config.dynamics_reward)
+        return stages
 
     @staticmethod
     def check_environment(config: ModelBasedConfig, env_id: str) -> None:
@@ -172,6 +236,8 @@ class ModelBasedSAC:
             return []
         length = self.shared.rollout_length
         size, rows = shard_size(self.device, self.sac.actor, self.dynamics, length)
+        if self.shared.filtered and self.device.type == "cpu":
+            rows = min(rows, FILTERED_SHARD_ROWS)
         termination, jobs = self.data.termination, []
         for members in (range(m, min(m + size, self.num_members)) for m in range(0, self.num_members, size)):
             seeds, actor = tuple(self.seeds[m] for m in members), self.sac.actor.select(members)
@@ -181,6 +247,7 @@ class ModelBasedSAC:
                 jobs.append(RolloutJob(
                     tuple(members), seeds, epoch, shard, termination, actor,
                     self.data.observations[index_MB], length, type(self).penalty, coef, self._states(index_MB),
+                    self.shared.filter.cut,
                 ))  # fmt: skip
         return jobs
 
@@ -222,9 +289,16 @@ class ModelBasedSAC:
                 # not a number where nothing could be kept and there is nothing to learn from
                 "rollout/reward_mean": total.reward_sum / count if self.replay.sizes[m] else math.nan,
                 "rollout/dropped": float(total.dropped),
+                "rollout/epochs_held": self.replay.sizes[m] / count,
             }
             if type(self).penalty is not None:
                 metrics["rollout/penalty_mean"] = total.penalty_sum / count
+            if self.shared.filtered:
+                steps = total.transitions + (total.cut if self.shared.filter.cut == "drop" else 0)
+                metrics["rollout/cut_share"] = total.cut / self.num_starts
+                metrics["rollout/dynamics_reward_mean"] = total.dynamics_reward_sum / max(steps, 1)
+            lengths = _percentiles(self.num_starts, total.survivors)
+            metrics.update({f"rollout/length_p{p}": float(n) for p, n in zip(SURVIVAL, lengths, strict=True)})
             per_member.append(metrics)
         return per_member
 

@@ -9,9 +9,6 @@ Shapes: M member, B start, S observation, A action, X simulator state.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -37,17 +34,14 @@ def check_quality(quality: float, env_id: str) -> None:
         raise UserError(f"method.model_quality={quality} must be 0 or less here: {error}") from None
 
 
-def dynamics_of_quality(
-    quality: float, stage: Mapping[str, Any] | None, seed: int, data: TrainingData, device: torch.device
-) -> Dynamics:
+def dynamics_of_quality(quality: float, learned: Ensemble | None, seed: int, data: TrainingData) -> Dynamics:
     """Dynamics for rollouts.
 
     Args:
         quality: see above.
-        stage: the learned ensemble as its stage keeps it; not needed at 1.
+        learned: the learned ensemble; not needed at 1.
         seed: of the learned ensemble; the untrained one has the weights that its training began with.
         data: what the ensemble learned from.
-        device: the learner's.
 
     Raises:
         UserError: the environment has no true dynamics, which a positive quality needs.
@@ -58,9 +52,8 @@ def dynamics_of_quality(
         true = SimulatedDynamics(data)
         if quality == 1:
             return true
-    if stage is None:
+    if learned is None:
         raise ValueError("there is no learned ensemble")
-    learned = Ensemble.from_state_dict(dict(stage)).to(device)
     if quality == 0:
         return learned
     other = true if quality > 0 else learned.untrained(seed)
@@ -94,7 +87,8 @@ class InterpolatedDynamics:
         penalty: Penalty | None, next_obs_MBS: Tensor,
     ) -> Step:  # fmt: skip
         predicted = torch.empty_like(next_obs_MBS)
-        reward, cost, _ = self.learned.step(None, state_action_MBY, noise_MBZ, choice_MB, penalty, predicted)
+        guess = self.learned.step(None, state_action_MBY, noise_MBZ, choice_MB, penalty, predicted)
+        reward, cost = guess.reward_MB, guess.penalty_MB
         noise_MBZ = noise_MBZ[..., : self.other.num_noises]
         other = self.other.step(carried_MBX, state_action_MBY, noise_MBZ, choice_MB, penalty, next_obs_MBS)
         carried = other.carried_MBX

@@ -3,7 +3,7 @@
 A row holds one transition, columns `[s, a, r, d, s']` (widths S, A, 1, 1, S), so a minibatch of all members is one
 gather and `[s, a]` is a slice of it. d is 1 for true terminals only: a time limit does not end the value of a state.
 
-Beside every row lies a tag of one byte that says where in which rollout it was made (see `agents.rollout`), 0 for what
+Beside every row lies a tag of two bytes that says where in which rollout it was made (see `agents.rollout`), 0 for what
 no rollout has made. Updates do not look at it.
 """
 
@@ -31,7 +31,7 @@ class Replay:
         device: the learner's device; rows are kept and gathered there.
 
     Attributes:
-        tags: `(N + M * capacity,)` int8, of the row numbers that `gather` takes.
+        tags: `(N + M * capacity,)` int16, of the row numbers that `gather` takes.
     """
 
     def __init__(self, real: Tensor, num_members: int, capacity: int, device: torch.device | str = "cpu") -> None:
@@ -41,7 +41,7 @@ class Replay:
         self.device = torch.device(device)
         self._rows = torch.empty((self.num_real + num_members * capacity, self.width), device=device)
         self._rows[: self.num_real] = real.to(device)
-        self.tags = torch.zeros(len(self._rows), dtype=torch.int8, device=device)
+        self.tags = torch.zeros(len(self._rows), dtype=torch.int16, device=device)
         self.sizes = [0] * num_members
         self._cursors = [0] * num_members
 
@@ -55,7 +55,7 @@ class Replay:
         start, cursor = self._start(member), self._cursors[member]
         first = min(len(rows), self.capacity - cursor)
         if tags is None:
-            tags = torch.zeros(len(rows), dtype=torch.int8, device=rows.device)
+            tags = torch.zeros(len(rows), dtype=torch.int16, device=rows.device)
         for ring, new in ((self._rows, rows), (self.tags, tags)):
             ring[start + cursor : start + cursor + first] = new[:first].to(ring.device)
             ring[start : start + len(new) - first] = new[first:].to(ring.device)

@@ -172,7 +172,7 @@ def ring_bytes(config: Config, dataset: Dataset) -> int:
     """Of a member's model rows, once the ring is full."""
     names = ("rollout_batch", "rollout_length", "rollout_epochs_retained")
     rows = math.prod(getattr(config.method, name, 0) for name in names)
-    return rows * (4 * (2 * dataset.observation_dim + dataset.action_dim + 2) + 1)
+    return rows * (4 * (2 * dataset.observation_dim + dataset.action_dim + 2) + 2)
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
@@ -419,7 +419,7 @@ class _Bench:
         replay = getattr(method, "replay", None)
         if not isinstance(replay, Replay) or not results or not len(results[0].rows[0]):
             return 0
-        row = 4 * replay.width + 1  # and its tag
+        row = 4 * replay.width + 2  # and its tag
         most = min(replay.capacity, RING_FILL_BYTES // (row * method.num_members))
         while replay.sizes[0] + len(results[0].rows[0]) <= most:
             method.add_rollouts(results)

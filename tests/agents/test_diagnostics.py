@@ -38,7 +38,7 @@ def test_distances_are_those_of_a_loop_that_leaves_out_the_own_side():
     queries, inputs = torch.randn(600, 3, generator=g), torch.randn(700, 3, generator=g)
     signs, input_signs = (torch.randint(-1, 2, (n,), generator=g) for n in (600, 700))
     queries[:50] = inputs[:50]  # 0 apart from what they may be compared with, and else not
-    found = nearest_distances(queries, signs.to(torch.int8), inputs, input_signs.to(torch.int8))
+    found = nearest_distances(queries, signs.to(torch.int16), inputs, input_signs.to(torch.int16))
     for q in (*range(20), *range(510, 530)):
         allowed = [(queries[q] - inputs[r]).norm() for r in range(700) if not signs[q] * input_signs[r] > 0]
         assert float(found[q]) == pytest.approx(float(min(allowed)), abs=3e-3)
@@ -108,7 +108,7 @@ def plain(metrics: dict[str, Tensor]) -> dict[str, float]:
     return {name.removeprefix("reach/"): float(x) for name, x in metrics.items() if math.isfinite(float(x))}
 
 
-TAGS = torch.tensor([0, 1, -1, 2, -2, 2, -2], dtype=torch.int8)
+TAGS = torch.tensor([0, 1, -1, 2, -2, 2, -2], dtype=torch.int16)
 DONE = torch.tensor([0, 0, 0, 0, 0, 0, 1], dtype=torch.bool)
 BEYOND = torch.tensor([1, 1, 0, 1, 0, 0, 1], dtype=torch.bool)
 VALUES = torch.tensor([[1.0, 2, 3, 9, 5, 4, 99], [0.0, 2, 5, 7, 6, 8, 77]])  # two critics
@@ -192,7 +192,7 @@ def rollout_rows(starts: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, T
     action, zero = torch.zeros(len(starts), 1), torch.zeros(len(starts))
     half = torch.where(torch.arange(len(starts)) % 2 == 1, -1, 1)
     rows = [transition_rows(s, action, zero, zero, t) for s, t in ((starts, first), (first, last))]
-    return torch.cat(rows), torch.cat((half, 2 * half)).to(torch.int8)
+    return torch.cat(rows), torch.cat((half, 2 * half)).to(torch.int16)
 
 
 def replay_of(num_members: int, rows: Tensor, tags: Tensor) -> Replay:
@@ -249,7 +249,7 @@ def test_the_inputs_of_the_own_half_do_not_count():
     replay = replay_of(1, *rollout_rows(starts, far, far))
     standardiser = Standardiser(replay.gather(torch.arange(500))[:, :2])
     queries = standardiser(torch.tensor([[50.0, 0.0], [50.0, 0.0], [0.0, 0.0]]))
-    tags = torch.tensor([1, -1, 1], dtype=torch.int8)
+    tags = torch.tensor([1, -1, 1], dtype=torch.int16)
     distances, threshold = _distances(replay, 0, queries, tags, standardiser, torch.Generator().manual_seed(0))
     assert distances[0] > 30
     assert distances[1:].max() < 0.3

@@ -105,6 +105,30 @@ SAC_N_CORL = {
     "pen-human-v1": 100,
     "door-cloned-v1": 100,
 }
+# polixir/morec be8a641, generate_tmuxp_morec_mopo.py: penalty coefficient, selection, real ratio, fixed temperature
+MOPO_MOREC = {
+    "halfcheetah-random-v2": (0.5, "softmax", 0.05, None),
+    "halfcheetah-medium-v2": (0.5, "argmax", 0.05, None),
+    "halfcheetah-medium-replay-v2": (0.5, "softmax", 0.05, None),
+    "halfcheetah-medium-expert-v2": (0.5, "argmax", 0.05, None),
+    "hopper-random-v2": (10.0, "argmax", 0.05, None),
+    "hopper-medium-v2": (15.0, "softmax", 0.05, None),
+    "hopper-medium-replay-v2": (15.0, "softmax", 0.05, None),
+    "hopper-medium-expert-v2": (15.0, "softmax", 0.05, None),
+    "walker2d-random-v2": (1.0, "softmax", 0.05, None),
+    "walker2d-medium-v2": (0.5, "softmax", 0.05, None),
+    "walker2d-medium-replay-v2": (0.25, "argmax", 0.05, None),
+    "walker2d-medium-expert-v2": (1.0, "softmax", 0.05, None),
+    "neorl/HalfCheetah-v3-low-1000": (2.0, "argmax", 0.05, None),
+    "neorl/HalfCheetah-v3-medium-1000": (2.0, "argmax", 0.05, None),
+    "neorl/HalfCheetah-v3-high-1000": (2.0, "softmax", 0.05, None),
+    "neorl/Hopper-v3-low-1000": (2.0, "argmax", 0.05, 0.1),
+    "neorl/Hopper-v3-medium-1000": (20.0, "argmax", 0.5, None),
+    "neorl/Hopper-v3-high-1000": (20.0, "argmax", 0.5, 0.2),
+    "neorl/Walker2d-v3-low-1000": (2.0, "softmax", 0.05, None),
+    "neorl/Walker2d-v3-medium-1000": (2.0, "softmax", 0.05, None),
+    "neorl/Walker2d-v3-high-1000": (2.0, "argmax", 0.05, None),
+}
 # expectile, beta, observations standardised, rewards scaled, deterministic, tau
 IQL_CODE = {  # ikostrikov/implicit_q_learning 09d7002, configs and train_offline.py
     "halfcheetah-medium-v2": (0.7, 3.0, False, "return-range", False, 0.005),
@@ -171,12 +195,38 @@ MOBILE_2023 = {  # yihaosun1124/mobile 63ea424, configs/gym
 }
 
 
+MOBILE_MOREC = {  # polixir/morec be8a641, generate_tmuxp_morec_mobile.py
+    "halfcheetah-random-v2": (100, 0.25, 0, 0.05, True),
+    "hopper-random-v2": (100, 7.5, 0, 0.05, False),
+    "walker2d-random-v2": (100, 1.0, 0, 0.05, True),
+    "halfcheetah-medium-v2": (100, 0.25, 0, 0.05, True),
+    "hopper-medium-v2": (100, 1.5, 0, 0.05, True),
+    "walker2d-medium-v2": (100, 0.75, 0, 0.05, True),
+    "halfcheetah-medium-replay-v2": (100, 0.25, 0, 0.05, True),
+    "hopper-medium-replay-v2": (100, 0.5, 0, 0.05, True),
+    "walker2d-medium-replay-v2": (100, 0.1, 0, 0.05, True),
+    "halfcheetah-medium-expert-v2": (100, 1.0, 0, 0.5, True),
+    "hopper-medium-expert-v2": (100, 1.5, 0, 0.05, True),
+    "walker2d-medium-expert-v2": (100, 0.25, 0, 0.05, True),
+    "neorl/HalfCheetah-v3-low-1000": (100, 1.0, 0, 0.05, True),
+    "neorl/HalfCheetah-v3-medium-1000": (100, 0.5, 0, 0.05, True),
+    "neorl/HalfCheetah-v3-high-1000": (100, 0.75, 0, 0.05, True),
+    "neorl/Hopper-v3-low-1000": (100, 0.5, 0, 0.05, True),
+    "neorl/Hopper-v3-medium-1000": (100, 2.0, 0, 0.05, True),
+    "neorl/Hopper-v3-high-1000": (100, 2.5, 0.1, 0.05, True),
+    "neorl/Walker2d-v3-low-1000": (100, 0.75, 0, 0.05, True),
+    "neorl/Walker2d-v3-medium-1000": (100, 0.25, 0, 0.05, True),
+    "neorl/Walker2d-v3-high-1000": (100, 0.1, 0, 0.5, True),
+}
+
+
 def config(method: str, dataset: str, variant: str | None = None) -> Any:
     """The method's config with the file's settings, as a user gets it."""
     _, settings = method_settings(method, dataset, variant)
     cls = load_method(method).Config
-    if "dynamics" in settings:
-        settings["dynamics"] = dataclasses.replace(cls().dynamics, **settings["dynamics"])
+    for name, block in settings.items():
+        if isinstance(block, dict):
+            settings[name] = dataclasses.replace(getattr(cls(), name), **block)
     return cls(**settings)
 
 
@@ -190,7 +240,10 @@ def test_mopos_settings_per_dataset(variant: str, table: dict[str, tuple[int, fl
         assert (c.rollout_length, c.penalty_coef) == expected, dataset
 
 
-@pytest.mark.parametrize(("variant", "table"), [("kit", MOBILE_KIT), ("2024", MOBILE_2024), ("2023", MOBILE_2023)])
+@pytest.mark.parametrize(
+    ("variant", "table"),
+    [("kit", MOBILE_KIT), ("2024", MOBILE_2024), ("2023", MOBILE_2023), ("morec", MOBILE_MOREC)],
+)
 def test_mobiles_settings_per_dataset(variant: str, table: dict[str, tuple[int, float, float, float, bool]]) -> None:
     for dataset, expected in table.items():
         c = config("mobile", dataset, variant)
@@ -199,7 +252,36 @@ def test_mobiles_settings_per_dataset(variant: str, table: dict[str, tuple[int, 
         assert (c.auto_alpha, c.alpha) in ((True, 1.0), (False, fixed))
         capped = 30 if variant == "kit" or dataset == "walker2d-medium-v2" else 2000
         assert c.dynamics.max_epochs == capped, dataset
-        assert (c.update_order, c.critic_loss, c.actor_critics) == ("critics-first", "mean", "online")
+        against = "target" if variant == "morec" else "online"
+        assert (c.update_order, c.critic_loss, c.actor_critics) == ("critics-first", "mean", against)
+        assert c.dynamics.filter == ("morec" if variant == "morec" else "none")
+        if variant == "morec":
+            assert (c.filter.num_discriminators, c.filter.selection, c.filter.cut) == (10, "softmax", "terminal")
+            assert (c.rollout_batch, c.filter.clip) == (2000, 1e6 if dataset.startswith("neorl/") else 25.0), dataset
+
+
+def test_morecs_settings_per_dataset() -> None:
+    for dataset, (coef, selection, real_ratio, alpha) in MOPO_MOREC.items():
+        c = config("mopo", dataset, "morec")
+        assert (c.penalty_coef, c.filter.selection, c.real_ratio) == (coef, selection, real_ratio), dataset
+        assert (c.alpha if not c.auto_alpha else None) == alpha, dataset
+        assert c.filter.clip == (1e6 if dataset.startswith("neorl/") else 25.0), dataset
+        assert (c.rollout_length, c.rollout_batch, c.dynamics.filter) == (100, 2000, "morec"), dataset
+        shared = (c.filter.draws, c.filter.temperature, c.filter.threshold, c.filter.cut, c.filter.num_discriminators)
+        assert shared == (2, 0.1, 0.6, "terminal", 40), dataset
+    kit = config("mopo", "hopper-medium-v2")
+    same = (
+        "hidden",
+        "actor_lr",
+        "actor_lr_schedule",
+        "critic_lr",
+        "alpha_lr",
+        "max_alpha",
+        "num_updates",
+        "batch_size",
+    )
+    assert [getattr(c, name) for name in same] == [getattr(kit, name) for name in same]
+    assert dataclasses.replace(c.dynamics, filter="none") == kit.dynamics
 
 
 def test_settings_of_the_model_free_methods_per_dataset() -> None:
@@ -366,7 +448,6 @@ def test_every_key_of_every_block_is_a_field(method: str) -> None:
     content = settings_file(method)
     cls = load_method(method).Config
     fields = {f.name for f in dataclasses.fields(cls)}
-    dynamics = {f.name for f in dataclasses.fields(cls().dynamics)} if "dynamics" in fields else set()
     assert set(content) == {"default_variant", "variants"}
     assert content["default_variant"] in content["variants"]
     for variant in content["variants"]:
@@ -374,7 +455,10 @@ def test_every_key_of_every_block_is_a_field(method: str) -> None:
         assert "*" in blocks, variant
         for pattern, block in blocks.items():
             assert set(block) <= fields, (variant, pattern)
-            assert set(block.get("dynamics", {})) <= dynamics, (variant, pattern)
+            for name, part in block.items():
+                if isinstance(part, dict):
+                    known = {f.name for f in dataclasses.fields(getattr(cls(), name))}
+                    assert set(part) <= known, (variant, pattern, name)
             # every dataset of the block gets a config that passes its own checks
             config(method, pattern.replace("*", "x"), variant)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,13 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from agents.dynamics import DynamicsConfig, Ensemble
 from agents.method import RolloutResult, TrainingData
-from agents.mobile import MOBILE, MOBILEConfig
+from agents.mobile import MOBILE, BellmanInconsistency, MOBILEConfig
 from agents.model_based import ModelBasedConfig, ModelBasedSAC
 from agents.mopo import MOPO, MOPOConfig, max_aleatoric
 from agents.ravl import RAVL, RAVLConfig
 from agents.replay import transition_rows
 from agents.rollout import SHARD_ROWS, Rollout
+from agents.transition_filter import FilterConfig, FilteredDynamics
 from envs.errors import UserError
+from tests.agents.filters import random_reward
 
 OBS, ACT, ROWS = 3, 2, 400
 R, D = OBS + ACT, OBS + ACT + 1  # columns of reward and done in a row [s, a, r, d, s']
@@ -58,7 +62,8 @@ def artifacts() -> dict[str, dict[str, Any]]:
     def report(step: int, metrics: object) -> None: ...
 
     stages = RAVL.stages(RAVLConfig(dynamics=DYNAMICS))
-    return {name: stage.build(data(), report) for name, stage in stages.items()}
+    built = {name: stage.build(data(), report) for name, stage in stages.items()}
+    return {**built, "dynamics_reward": random_reward(4, OBS, ACT)}
 
 
 SMALL: dict[str, Any] = {
@@ -93,8 +98,14 @@ def learner(configs: Sequence[ModelBasedConfig], seeds: Sequence[int]) -> ModelB
     return method(configs, seeds, data(), artifacts())
 
 
+def filtered_configs() -> list[MOBILEConfig]:
+    """MOREC-MOBILE."""
+    settings = FilterConfig(num_discriminators=2, threshold=0.5)
+    return mobile_configs(dynamics=dataclasses.replace(DYNAMICS, filter="morec"), filter=settings, target_floor=None)
+
+
 PACKS: dict[str, Sequence[ModelBasedConfig]] = {
-    "ravl": ravl_configs(), "mopo": mopo_configs(), "mobile": mobile_configs()
+    "ravl": ravl_configs(), "mopo": mopo_configs(), "mobile": mobile_configs(), "morec-mobile": filtered_configs()
 }  # fmt: skip
 
 
@@ -198,6 +209,14 @@ def test_a_restored_selection_goes_on_bitwise() -> None:
     assert_equal(survivors, resumed)
 
 
+def test_mobiles_penalty_is_of_the_plain_elites_whatever_filters_the_rollouts() -> None:
+    method = learner(filtered_configs(), SEEDS)
+    assert isinstance(method.dynamics, FilteredDynamics)
+    assert isinstance(method.sac.hook, BellmanInconsistency)
+    assert method.sac.hook.ensemble is method.ensemble
+    assert set(MOBILE.stages(method.shared)) == {"dynamics", "dynamics_reward"}
+
+
 # ---- what is learned from -------------------------------------------------------------------------------------------
 
 
@@ -295,7 +314,7 @@ def test_a_rollout_phase_on_a_gpu_reads_one_thing_per_job(monkeypatch: pytest.Mo
 
     def read(totals: Tensor) -> list[list[float]]:
         reads.append(tuple(totals.shape))
-        return [[50.0 + m, 3.0, 2.0, 1.0, 4.0] for m in range(len(totals))]
+        return [[50.0 + m, 3.0, 2.0, 1.0, 4.0, 0.0, 0.0, 30.0, 20.0, m] for m in range(len(totals))]
 
     monkeypatch.setattr("agents.rollout._read", read)
     for module in ("rollout", "model_based"):  # there is no generator for this device
@@ -312,7 +331,7 @@ def test_a_rollout_phase_on_a_gpu_reads_one_thing_per_job(monkeypatch: pytest.Mo
         )  # fmt: skip
         for epoch in range(8):  # the rings wrap
             metrics = method.add_rollouts([job.run(method.dynamics) for job in method.rollout_jobs(epoch)])
-    assert reads == [(4, 5)] * 8
+    assert reads == [(4, 7 + 3)] * 8
     assert [m["rollout/transitions"] for m in metrics] == [50.0, 51.0, 52.0, 53.0]
     assert method.replay.sizes == [2 * 60 * 3] * 4
 
@@ -339,6 +358,13 @@ def test_a_job_keeps_the_policy_it_was_made_with() -> None:
     assert not torch.equal(method.rollout_jobs(0)[0].run(method.dynamics).rows[0][:60], before[:60])
 
 
+def lengths_by_hand(tags: Tensor, starts: int) -> dict[str, float]:
+    made = [starts, *(int((tags.abs() == step).sum()) for step in (1, 2, 3)), 0]  # rollouts at least so long
+    lengths = np.repeat([0, 1, 2, 3], -np.diff(made))
+    percentiles = np.percentile(lengths, [10, 50, 90], method="inverted_cdf")
+    return {f"rollout/length_p{p}": float(n) for p, n in zip((10, 50, 90), percentiles, strict=True)}
+
+
 @pytest.mark.parametrize("starts", [60, SHARD_ROWS + 60], ids=["one shard", "two shards"])
 def test_rollout_metrics_are_those_of_the_rows(starts: int) -> None:
     method = learner(mopo_configs(rollout_batch=starts), SEEDS)
@@ -354,6 +380,7 @@ def test_rollout_metrics_are_those_of_the_rows(starts: int) -> None:
             "rollout/transitions": len(rows), "rollout/mean_length": len(rows) / starts,
             "rollout/terminal_share": float(rows[:, D].mean()), "rollout/reward_mean": float(rows[:, R].mean()),
             "rollout/dropped": 0.0, "rollout/penalty_mean": metrics[m]["rollout/penalty_mean"],
+            "rollout/epochs_held": 1.0, **lengths_by_hand(tags, starts),
         }, rel=1e-5)  # fmt: skip
         assert 0 < rows[:, D].mean() < 1
         assert starts < len(rows) < 3 * starts

@@ -52,7 +52,7 @@ def stage() -> dict[str, Any]:
 
 
 def of_quality(quality: float) -> Dynamics:
-    return dynamics_of_quality(quality, stage(), DYNAMICS.seed, plane(), CPU)
+    return dynamics_of_quality(quality, Ensemble.from_state_dict(stage()), DYNAMICS.seed, plane())
 
 
 def stepped(dynamics: Dynamics) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
@@ -64,7 +64,7 @@ def stepped(dynamics: Dynamics) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor |
     carried = dynamics.begin(obs, None)
     state_action = torch.cat((obs, data.actions[:50].view(2, 25, ACT)), -1)
     noise = noise[:, 0, :, : dynamics.num_noises]
-    reward, penalty, carried = dynamics.step(carried, state_action, noise, choice[:, 0], max_aleatoric, after)
+    reward, penalty, carried, *_ = dynamics.step(carried, state_action, noise, choice[:, 0], max_aleatoric, after)
     assert penalty is not None
     return (after, reward, penalty), carried
 
@@ -85,7 +85,7 @@ def test_the_ends_are_the_dynamics_themselves() -> None:
     assert isinstance(of_quality(-1.0), Ensemble)
     assert isinstance(of_quality(0.0), Ensemble)
     assert isinstance(of_quality(1.0), SimulatedDynamics)
-    assert isinstance(dynamics_of_quality(1.0, None, 0, plane(), CPU), SimulatedDynamics)
+    assert isinstance(dynamics_of_quality(1.0, None, 0, plane()), SimulatedDynamics)
 
 
 @pytest.mark.parametrize("end", [-1.0, 1.0])
@@ -135,8 +135,8 @@ def test_the_carried_state_lies_between_the_true_one_and_the_one_that_shows_the_
     state_action, after = torch.cat((obs, action), -1), torch.empty(1, 40, 11)
     noise, choice = torch.zeros(1, 40, 12), torch.zeros(1, 40, dtype=torch.int64)
     predicted = torch.empty(1, 40, 11)
-    reward, _, carried = dynamics.step(dynamics.begin(obs, states), state_action, noise, choice, None, after)
-    guess, _, _ = learned.step(None, state_action, noise, choice, None, predicted)
+    reward, _, carried, *_ = dynamics.step(dynamics.begin(obs, states), state_action, noise, choice, None, after)
+    guess, *_ = learned.step(None, state_action, noise, choice, None, predicted)
 
     mean, std = data.observation_mean, data.observation_std
     assert mean is not None

@@ -22,14 +22,14 @@ def values(x: Tensor) -> list[float]:
 
 def tags(first: int, last: int) -> Tensor:
     """Of rows(first, last), so that it shows whose they are."""
-    return (torch.arange(first, last) % 100 + 1).to(torch.int8)
+    return (torch.arange(first, last) % 100 + 1).to(torch.int16)
 
 
 def assert_tagged(replay: Replay) -> None:
     """Every model row has the tag it came with, every row of the dataset 0."""
     for member in range(replay.num_members):
         made = replay.member_rows(member)[:, 0]
-        assert torch.equal(replay.member_tags(member), (made % 100 + 1).to(torch.int8))
+        assert torch.equal(replay.member_tags(member), (made % 100 + 1).to(torch.int16))
     assert not replay.gather_tagged(torch.arange(replay.num_real))[1].any()
 
 
@@ -84,7 +84,7 @@ def test_tags_stay_beside_their_rows(replay: Replay) -> None:
     assert torch.equal(drawn, replay.gather(index))
     assert tuple(drawn_tags.shape) == (3, 3, 7)
     expected = torch.where(drawn[..., 0] < 10, 0, drawn[..., 0] % 100 + 1)
-    assert torch.equal(drawn_tags, expected.to(torch.int8))
+    assert torch.equal(drawn_tags, expected.to(torch.int16))
     part = replay.select([2, 0])
     assert_tagged(part)
     restored = Replay(rows(0, 10), 2, 6)

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from agents.dynamics import DynamicsConfig
 from agents.method import load_method
-from agents.model_based import ModelBasedSAC
+from agents.model_based import ModelBasedSAC, ensemble_stage
 from benchmarks.kill_tests import DATASET, policy_digest
 from envs.errors import UserError
 from envs.policies import load_policy
@@ -500,6 +501,13 @@ def test_a_stage_is_built_once_and_keeps_its_history(workdir: Path):
     history = store.description(stage.kind, key)["history"]
     assert [step for step, _ in history] == sorted({step for step, _ in history})
     assert history[0][1]["train_loss"] > 0
+
+
+def test_ensembles_keep_their_keys_and_a_filter_takes_the_same():
+    """Stores of earlier versions stay in use."""
+    key = "af787607f2596a1a"
+    for config in (DynamicsConfig(), DynamicsConfig(filter="morec")):
+        assert stage_key(ensemble_stage(config), "0" * 64) == key
 
 
 def test_stages_built_together_are_those_built_alone(workdir: Path):
