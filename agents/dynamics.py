@@ -153,12 +153,6 @@ class Ensemble:
             mean, logvar = self._drawn_of_all(state_action_BX, member_B)
         return mean, logvar.mul_(0.5).exp_()
 
-    def predict_elites(self, state_action_BX: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation `(K, B, D)` of the elites, in their order, for raw inputs `(B, S + A)`."""
-        x_KBX = self._normalise(state_action_BX).expand(len(self.elites), -1, -1)
-        mean, logvar = self._bounded(_outputs(x_KBX, self._elite_weights[0]))
-        return mean, logvar.mul_(0.5).exp_()
-
     def _drawn_by_groups(self, state_action_BX: Tensor, member_B: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the drawn members, each of which computes its own rows."""
         order = member_B.argsort(stable=True)

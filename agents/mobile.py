@@ -141,10 +141,10 @@ class MOBILE(ModelBasedSAC):
     configs: list[MOBILEConfig]  # type: ignore[assignment]
 
     def target_hook(self, artifacts: Mapping[str, dict[str, Any]]) -> TargetHook:
-        ensemble = Ensemble.from_state_dict(artifacts["dynamics"]).to(self.device)
+        assert self.ensemble is not None
         num_model = self.shared.batch_size - self.num_real
         coefs = [config.penalty_coef for config in self.configs]
-        return BellmanInconsistency(ensemble, coefs, self.shared.penalty_draws, num_model, self.data.action_dim)
+        return BellmanInconsistency(self.ensemble, coefs, self.shared.penalty_draws, num_model, self.data.action_dim)
 
 
 METHOD = MOBILE

@@ -32,6 +32,7 @@ from orchestrator.config import Config, load_config
 
 BENCHMARK = "offlinerlkit_scores"
 THEIRS = Path(__file__).parent / "offlinerlkit_scores.json"
+UPDATES = {"mopo": 10_000, "mobile": 5_000}
 ROWS = "subsample=100000,seed=0"
 COEFFICIENTS = {  # OfflineRL-Kit's for the D4RL set <robot>-medium-replay-v2
     ("hopper", "mopo"): 2.5, ("halfcheetah", "mopo"): 0.5, ("hopper", "mobile"): 0.1, ("halfcheetah", "mobile"): 0.1,
@@ -47,7 +48,7 @@ def overrides(robot: str, method: str, args: argparse.Namespace) -> list[str]:
     return [
         f"method={method}", f"dataset={dataset_name(robot)}", "seed=0", f"num_seeds={args.seeds}",
         "method.hidden=[64,64]", "method.rollout_length=5", "method.rollout_batch=5000",
-        f"method.penalty_coef={COEFFICIENTS[robot, method]}", f"method.num_updates={args.updates}",
+        f"method.penalty_coef={COEFFICIENTS[robot, method]}", f"method.num_updates={UPDATES[method]}",
         *(f"method.{name}_lr=0.001" for name in ("actor", "critic", "alpha")), "method.dynamics.max_epochs=15",
         "evaluation.every_epochs=5", "evaluation.diagnostics=false", "compute.num_learners=0",
         f"compute.runs_per_pack={args.seeds}", "compute.threads=1",
@@ -139,7 +140,6 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--robots", nargs="+", choices=["hopper", "halfcheetah"], default=["hopper", "halfcheetah"])
     parser.add_argument("--methods", nargs="+", choices=["mopo", "mobile"], default=["mopo", "mobile"])
-    parser.add_argument("--updates", type=int, default=10_000, help="of every run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each, from seed 0 (default: %(default)s)")
     parser.add_argument("--name", default=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
                         help="of the studies; with the name of an earlier call its studies are resumed")  # fmt: skip

@@ -195,6 +195,31 @@ MOBILE_2023 = {  # yihaosun1124/mobile 63ea424, configs/gym
 }
 
 
+MOBILE_MOREC = {  # polixir/morec be8a641, generate_tmuxp_morec_mobile.py
+    "halfcheetah-random-v2": (100, 0.25, 0, 0.05, True),
+    "hopper-random-v2": (100, 7.5, 0, 0.05, False),
+    "walker2d-random-v2": (100, 1.0, 0, 0.05, True),
+    "halfcheetah-medium-v2": (100, 0.25, 0, 0.05, True),
+    "hopper-medium-v2": (100, 1.5, 0, 0.05, True),
+    "walker2d-medium-v2": (100, 0.75, 0, 0.05, True),
+    "halfcheetah-medium-replay-v2": (100, 0.25, 0, 0.05, True),
+    "hopper-medium-replay-v2": (100, 0.5, 0, 0.05, True),
+    "walker2d-medium-replay-v2": (100, 0.1, 0, 0.05, True),
+    "halfcheetah-medium-expert-v2": (100, 1.0, 0, 0.5, True),
+    "hopper-medium-expert-v2": (100, 1.5, 0, 0.05, True),
+    "walker2d-medium-expert-v2": (100, 0.25, 0, 0.05, True),
+    "neorl/HalfCheetah-v3-low-1000": (100, 1.0, 0, 0.05, True),
+    "neorl/HalfCheetah-v3-medium-1000": (100, 0.5, 0, 0.05, True),
+    "neorl/HalfCheetah-v3-high-1000": (100, 0.75, 0, 0.05, True),
+    "neorl/Hopper-v3-low-1000": (100, 0.5, 0, 0.05, True),
+    "neorl/Hopper-v3-medium-1000": (100, 2.0, 0, 0.05, True),
+    "neorl/Hopper-v3-high-1000": (100, 2.5, 0.1, 0.05, True),
+    "neorl/Walker2d-v3-low-1000": (100, 0.75, 0, 0.05, True),
+    "neorl/Walker2d-v3-medium-1000": (100, 0.25, 0, 0.05, True),
+    "neorl/Walker2d-v3-high-1000": (100, 0.1, 0, 0.5, True),
+}
+
+
 def config(method: str, dataset: str, variant: str | None = None) -> Any:
     """The method's config with the file's settings, as a user gets it."""
     _, settings = method_settings(method, dataset, variant)
@@ -213,6 +238,26 @@ def test_mopos_settings_per_dataset(variant: str, table: dict[str, tuple[int, fl
     for dataset, expected in table.items():
         c = config("mopo", dataset, variant)
         assert (c.rollout_length, c.penalty_coef) == expected, dataset
+
+
+@pytest.mark.parametrize(
+    ("variant", "table"),
+    [("kit", MOBILE_KIT), ("2024", MOBILE_2024), ("2023", MOBILE_2023), ("morec", MOBILE_MOREC)],
+)
+def test_mobiles_settings_per_dataset(variant: str, table: dict[str, tuple[int, float, float, float, bool]]) -> None:
+    for dataset, expected in table.items():
+        c = config("mobile", dataset, variant)
+        fixed = 0 if c.auto_alpha else c.alpha
+        assert (c.rollout_length, c.penalty_coef, fixed, c.real_ratio, c.entropy_in_target) == expected, dataset
+        assert (c.auto_alpha, c.alpha) in ((True, 1.0), (False, fixed))
+        capped = 30 if variant == "kit" or dataset == "walker2d-medium-v2" else 2000
+        assert c.dynamics.max_epochs == capped, dataset
+        against = "target" if variant == "morec" else "online"
+        assert (c.update_order, c.critic_loss, c.actor_critics) == ("critics-first", "mean", against)
+        assert c.dynamics.filter == ("morec" if variant == "morec" else "none")
+        if variant == "morec":
+            assert (c.filter.num_discriminators, c.filter.selection, c.filter.cut) == (10, "softmax", "terminal")
+            assert (c.rollout_batch, c.filter.clip) == (2000, 1e6 if dataset.startswith("neorl/") else 25.0), dataset
 
 
 def test_morecs_settings_per_dataset() -> None:
@@ -237,18 +282,6 @@ def test_morecs_settings_per_dataset() -> None:
     )
     assert [getattr(c, name) for name in same] == [getattr(kit, name) for name in same]
     assert dataclasses.replace(c.dynamics, filter="none") == kit.dynamics
-
-
-@pytest.mark.parametrize(("variant", "table"), [("kit", MOBILE_KIT), ("2024", MOBILE_2024), ("2023", MOBILE_2023)])
-def test_mobiles_settings_per_dataset(variant: str, table: dict[str, tuple[int, float, float, float, bool]]) -> None:
-    for dataset, expected in table.items():
-        c = config("mobile", dataset, variant)
-        fixed = 0 if c.auto_alpha else c.alpha
-        assert (c.rollout_length, c.penalty_coef, fixed, c.real_ratio, c.entropy_in_target) == expected, dataset
-        assert (c.auto_alpha, c.alpha) in ((True, 1.0), (False, fixed))
-        capped = 30 if variant == "kit" or dataset == "walker2d-medium-v2" else 2000
-        assert c.dynamics.max_epochs == capped, dataset
-        assert (c.update_order, c.critic_loss, c.actor_critics) == ("critics-first", "mean", "online")
 
 
 def test_settings_of_the_model_free_methods_per_dataset() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 from collections.abc import Sequence
@@ -16,13 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from agents.dynamics import DynamicsConfig, Ensemble
 from agents.method import RolloutResult, TrainingData
-from agents.mobile import MOBILE, MOBILEConfig
+from agents.mobile import MOBILE, BellmanInconsistency, MOBILEConfig
 from agents.model_based import ModelBasedConfig, ModelBasedSAC
 from agents.mopo import MOPO, MOPOConfig, max_aleatoric
 from agents.ravl import RAVL, RAVLConfig
 from agents.replay import transition_rows
 from agents.rollout import SHARD_ROWS, Rollout
+from agents.transition_filter import FilterConfig, FilteredDynamics
 from envs.errors import UserError
+from tests.agents.filters import random_reward
 
 OBS, ACT, ROWS = 3, 2, 400
 R, D = OBS + ACT, OBS + ACT + 1  # columns of reward and done in a row [s, a, r, d, s']
@@ -59,7 +62,8 @@ def artifacts() -> dict[str, dict[str, Any]]:
     def report(step: int, metrics: object) -> None: ...
 
     stages = RAVL.stages(RAVLConfig(dynamics=DYNAMICS))
-    return {name: stage.build(data(), report) for name, stage in stages.items()}
+    built = {name: stage.build(data(), report) for name, stage in stages.items()}
+    return {**built, "dynamics_reward": random_reward(4, OBS, ACT)}
 
 
 SMALL: dict[str, Any] = {
@@ -94,8 +98,14 @@ def learner(configs: Sequence[ModelBasedConfig], seeds: Sequence[int]) -> ModelB
     return method(configs, seeds, data(), artifacts())
 
 
+def filtered_configs() -> list[MOBILEConfig]:
+    """MOREC-MOBILE."""
+    settings = FilterConfig(num_discriminators=2, threshold=0.5)
+    return mobile_configs(dynamics=dataclasses.replace(DYNAMICS, filter="morec"), filter=settings, target_floor=None)
+
+
 PACKS: dict[str, Sequence[ModelBasedConfig]] = {
-    "ravl": ravl_configs(), "mopo": mopo_configs(), "mobile": mobile_configs()
+    "ravl": ravl_configs(), "mopo": mopo_configs(), "mobile": mobile_configs(), "morec-mobile": filtered_configs()
 }  # fmt: skip
 
 
@@ -197,6 +207,14 @@ def test_a_restored_selection_goes_on_bitwise() -> None:
     train(survivors, [1])
     train(resumed, [1])
     assert_equal(survivors, resumed)
+
+
+def test_mobiles_penalty_is_of_the_plain_elites_whatever_filters_the_rollouts() -> None:
+    method = learner(filtered_configs(), SEEDS)
+    assert isinstance(method.dynamics, FilteredDynamics)
+    assert isinstance(method.sac.hook, BellmanInconsistency)
+    assert method.sac.hook.ensemble is method.ensemble
+    assert set(MOBILE.stages(method.shared)) == {"dynamics", "dynamics_reward"}
 
 
 # ---- what is learned from -------------------------------------------------------------------------------------------
