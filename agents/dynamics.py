@@ -137,6 +137,13 @@ class Ensemble:
         mean, logvar = self.forward(self._normalise(state_action_BX).unsqueeze(0))
         return mean, logvar.mul_(0.5).exp_()
 
+    def predict_elites(self, state_action_BX: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation `(K, B, D)` of the elites, in their order."""
+        weights, _ = self._elite_weights
+        x_KBX = self._normalise(state_action_BX).expand(len(self.elites), -1, -1)
+        mean, logvar = self._bounded(_outputs(x_KBX, weights))
+        return mean, logvar.mul_(0.5).exp_()
+
     def of_elites(self, values_EBD: Tensor) -> Tensor:
         """The elites' part `(K, B, D)` of what all members have predicted."""
         return torch.stack([values_EBD[e] for e in self.elites])
