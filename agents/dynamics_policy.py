@@ -8,8 +8,8 @@ does it (Schulman et al. 2017) with the mean reward of a row's other draws as th
 
     maximise mean min(rho A, clip(rho, 1 - c, 1 + c) A),   rho = pi(y | s, a) / pi_before(y | s, a)
 
-MOREC's own learner is not public. Gradients are written out; `tests/agents/test_dynamics_policy.py` holds them against
-autograd.
+with respect to mu only. MOREC's own learner is not public. Gradients are written out;
+`tests/agents/test_dynamics_policy.py` holds them against autograd.
 
 Shapes: C draw of a row, B batch, S observation, A action, Y = S + A.
 """
@@ -103,7 +103,10 @@ class DynamicsPolicy:
     def policy_steps(
         self, optimiser: Adam, inputs_BY: Tensor, change_CBS: Tensor, reward_CB: Tensor, clip: float, passes: int
     ) -> None:
-        """Steps towards greater reward of this policy's own draws.
+        """Steps of the means towards greater reward of this policy's own draws.
+
+        Standard deviations stay as likelihood has fitted them: a reward that peaks at one next state would shrink them
+        to nothing, and a discriminator of such draws learns that the peak is not real (docs/morec.md).
 
         Args:
             inputs_BY: standardised `[s, a]`.
@@ -122,11 +125,8 @@ class DynamicsPolicy:
             log_prob_CB = moments.log_prob(z)
             before_CB = log_prob_CB if before_CB is None else before_CB
             ratio_CB = torch.exp(log_prob_CB - before_CB)
-            # the smaller of both terms is constant where the ratio has gone beyond the clip in the advantage's direction
+            # the smaller term is constant where the ratio has gone beyond the clip in the direction of the advantage
             beyond = ratio_CB.sub(1).mul(torch.sign(advantage_CB)) > clip
             grad_CB = torch.where(beyond, 0.0, -advantage_CB * ratio_CB / advantage_CB.numel())
-            grad_CBS = grad_CB.unsqueeze(-1) * z
-            self._step(
-                optimiser, moments, grad_CBS.mul(torch.exp(-moments.log_std_BS)).sum(0),
-                (grad_CBS * z - grad_CB.unsqueeze(-1)).sum(0),
-            )  # fmt: skip
+            grad_mean_BS = (grad_CB.unsqueeze(-1) * z).mul(torch.exp(-moments.log_std_BS)).sum(0)
+            self._step(optimiser, moments, grad_mean_BS, torch.zeros_like(grad_mean_BS))

@@ -5,7 +5,7 @@ A discriminator D tells real transitions from those of a learner, a policy that 
     max_D  E_data[log D(s, a, s')] + E_{(s, a) ~ data, s' ~ learner}[log(1 - D(s, a, s'))] + entropy_bonus E[H(D)]
     max_learner  E[-log(1 - D(s, a, s'))]
 
-Snapshots of D, with running means of the logits of both classes, are the mixture that `agents.dynamics_reward` scores by.
+Snapshots of D, with running means of both classes' logits, are the mixture that `agents.dynamics_reward` scores by.
 
 Of the paper's trainer nothing is public: not its rates, sizes of the head, intervals and regularisers, nor where the
 learner's (s, a) come from. All settings here are this project's, chosen by the measurements in docs/morec.md:
@@ -13,8 +13,9 @@ learner's (s, a) come from. All settings here are this project's, chosen by the 
 - (s, a) are the data's and episodes have one step. What the filter judges are draws of likelihood models, and so is
   what D has to tell from the real: the learner begins as a Gaussian fitted by likelihood, and of its draws a share
   `likelihood_share` is of the policy as it was fitted, however far the learner has been improved.
-- Standard deviations are multiplied by a factor drawn for every row between 1 and `draw_scale`. So D sees errors of
-  all sizes and does not saturate on those of a learner that is as good as the data's noise allows.
+- Standard deviations of the draws that D sees are multiplied by a factor, log-uniform between 1 / `draw_scale` and
+  `draw_scale` and drawn for every row: small ones teach it where the peak is, large ones that far is worse than near,
+  also where likelihood fits the data's own noise so well that D could learn nothing else.
 - Inputs are standardised for the training, by an affine map that the first layer takes over when a snapshot is taken:
   in the release's units, shares of the dataset's range, a step's change is nearly nothing.
 
@@ -55,18 +56,18 @@ _NEARLY_CONSTANT = 1e-6  # standard deviation of a scaled column that tells noth
 class DynamicsRewardConfig:
     """What the discriminators are and how they learn; all of it this project's own choice but the encoder's widths."""
 
-    hidden: list[int] = field(default_factory=lambda: [128, 256, 256, 256])  # encoder 128, 256 (released) and head
+    hidden: list[int] = field(default_factory=lambda: [128, 256, 256])  # encoder 128, 256 (released) and head
     delta_input: bool = True  # s' - s instead of s' among the inputs
-    learning_rate: float = 1e-3  # falls to 0 along a half cosine
+    learning_rate: float = 1e-3
     weight_decay: float = 0.0  # L2 on the discriminator's parameters
     entropy_bonus: float = 0.0  # weight of the discriminator's own entropy
     batch_size: int = 256  # real transitions, and as many of the learner's
-    max_epochs: int = 20  # passes over the data; never ends earlier
+    max_epochs: int = 10  # passes over the data; never ends earlier
     num_snapshots: int = 40  # K
-    snapshots_from: float = 0.5  # share of the updates that pass before the interval at whose end the first is taken
+    snapshots_from: float = 0.25  # share of the updates that pass before the interval at whose end the first is taken
     logit_decay: float = 0.99  # of the running means of the logits, per update
     likelihood_share: float = 0.5  # of the learner's draws, those of the policy as likelihood fitted it
-    draw_scale: float = 4.0  # largest factor of the draws' standard deviation
+    draw_scale: float = 4.0  # the draws' standard deviations are multiplied by 1 / draw_scale .. draw_scale
     policy_hidden: list[int] = field(default_factory=lambda: [256, 256])
     policy_learning_rate: float = 4e-5  # of the policy gradients; 0: the learner stays as likelihood fitted it
     policy_draws: int = 2  # C, of a row
@@ -319,7 +320,6 @@ class RewardTrainer:
         self.discriminator.write_gradients(inputs, deltas, grad_out)
         if config.weight_decay:
             self.discriminator.grad.add_(self.discriminator.flat, alpha=config.weight_decay)
-        self._optimiser.scale_rates(_cosine(self._update / self.num_updates))
         self._optimiser.step()
         self._update += 1
         self._follow(logits_real.mean(), logits_fake.mean())
@@ -351,7 +351,8 @@ class RewardTrainer:
 
     def _draw_scales(self, num: int, draw: torch.Generator) -> Tensor:
         """Factors of the draws' standard deviations, `(num, 1)`."""
-        return torch.exp(math.log(self.config.draw_scale) * torch.rand((num, 1), generator=draw, device=self.device))
+        uniform = torch.rand((num, 1), generator=draw, device=self.device)
+        return torch.exp(math.log(self.config.draw_scale) * (2 * uniform - 1))
 
     def _logits(self, inputs: Tensor) -> Tensor:
         """D's logits `(...)` of standardised inputs `(..., X)`."""

@@ -318,10 +318,12 @@ def _shortened(config: Any, **values: int) -> Any:
 
 
 def _stand_in(stage: Stage, data: TrainingData, now: Now) -> tuple[dict[str, Any], float]:
-    """Build a stage in a hurry; returns it and the seconds of an epoch (the last: the first also allocates)."""
+    """Build a stage in a hurry; returns it and the seconds of an epoch (the second: the first also allocates, and what
+    is told after the second may be of other work)."""
     times = [now()]
     content = stage.build(data, lambda step, metrics: times.append(now()))
-    return content, times[-1] - times[-2] if len(times) > 1 else 0.0
+    seconds = [end - start for start, end in pairwise(times)]
+    return content, seconds[:2][-1] if seconds else 0.0
 
 
 class _Bench:

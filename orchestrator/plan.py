@@ -447,7 +447,10 @@ def expected_epochs(stage: Stage, store: ArtifactStore, dataset_hash: str) -> tu
     for same, words in ((True, "with another seed"), (False, "on another dataset")):
         if same in built:
             return round(sum(built[same]) / len(built[same])), f"as one built {words}"
-    patience, most = int(stage.settings.get("patience", 5)), int(stage.settings.get("max_epochs", 10**9))
+    most = int(stage.settings.get("max_epochs", 10**9))
+    if "patience" not in stage.settings:
+        return most, "all of max_epochs"
+    patience = int(stage.settings["patience"])
     least = int(stage.settings.get("min_epochs", 0))
     epochs = min(most, max(least + patience, EPOCHS_PER_PATIENCE * patience))
     return epochs, "assumed from patience, min_epochs and max_epochs"

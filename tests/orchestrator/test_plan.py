@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from agents.chunk import OWN_NOISE_BYTES
-from agents.method import load_method
+from agents.dynamics_reward_training import DynamicsRewardConfig, reward_stage
+from agents.method import Stage, load_method
 from benchmarks.kill_tests import SETTINGS
 from envs.errors import UserError
 from orchestrator import calibration, memory, plan
@@ -135,6 +136,20 @@ def test_a_stage_is_taken_to_need_as_many_epochs_as_before(workdir: Path, tmp_pa
         save_json(store.folder(stage.kind, key) / "stage.json", content)
     assert expected_epochs(stage, store, "hash") == (30, "as one built with another seed")
     assert expected_epochs(stage, store, "third") == (40, "as one built on another dataset")
+    # one that knows no patience never ends early
+    always = reward_stage(DynamicsRewardConfig(max_epochs=70))
+    assert expected_epochs(always, store, "hash") == (70, "all of max_epochs")
+
+
+def test_a_stage_that_takes_its_time_after_the_last_epoch_is_timed_by_an_epoch(workdir: Path):
+    clock = iter((0.0, 5.0, 7.0, 100.0))  # begin, two epochs, and what comes after them
+
+    def build(data, report):
+        for step in range(3):
+            report(step, {})
+        return {}
+
+    assert calibration._stand_in(Stage("made", {}, build), None, lambda: next(clock)) == ({}, 2.0)
 
 
 def test_the_predictions_of_mobiles_penalty_count_as_work(workdir: Path):
