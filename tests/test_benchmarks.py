@@ -14,11 +14,13 @@ from benchmarks import (
     data_collect,
     data_load,
     learner_speed,
+    offlinerlkit_scores,
     run,
     true_dynamics,
     true_dynamics_speed,
 )
 from envs.errors import UserError
+from orchestrator.config import load_config
 from orchestrator.spool import RunInfo, RunSpool
 
 
@@ -209,3 +211,27 @@ def test_the_cases_share_one_dynamics_ensemble_and_differ_where_they_should():
         assert config.method.hidden == [256, 256]
         assert config.method.num_updates == 20000
         assert config.evaluation.every_epochs * config.method.updates_per_epoch == 5000
+
+
+def test_scores_beside_offlinerlkits_are_means_over_seeds_and_a_diverged_run_has_none():
+    runs = [{"seed": seed, "score": score, "curve": {"5": 1.0}} for seed, score in ((0, 1.0), (1, 4.0))]
+    line = offlinerlkit_scores.line_of("hopper", "mopo", "offsweep", runs, 5.0, "command", updates=5)
+    assert (line["case"], line["value"], line["ratio"]) == ("hopper/mopo/offsweep", 2.5, 0.5)
+    assert line["std"] == pytest.approx(4.5**0.5, rel=1e-5)
+    assert (line["seeds"], line["scores"], line["updates"]) == ([0, 1], [1.0, 4.0], 5)
+    runs[0]["score"] = None
+    assert offlinerlkit_scores.line_of("hopper", "mopo", "offsweep", runs, 5.0, "command")["mean"] is None
+
+
+def test_both_implementations_are_trained_for_as_long_on_the_same_seeds():
+    """A figure of theirs for another number of updates would stand beside nothing."""
+    content = json.loads(offlinerlkit_scores.THEIRS.read_text())
+    for run in content["runs"]:
+        assert run["updates"] == offlinerlkit_scores.UPDATES[run["method"]]
+    args = offlinerlkit_scores.build_parser().parse_args([])
+    for robot, method in {(run["robot"], run["method"]) for run in content["runs"]}:
+        seeds = sorted(run["seed"] for run in content["runs"] if (run["robot"], run["method"]) == (robot, method))
+        assert seeds == list(range(args.seeds))
+        config = load_config([], offlinerlkit_scores.overrides(robot, method, args))
+        assert config.method.num_updates == offlinerlkit_scores.UPDATES[method]
+        assert config.method.update_order == "critics-first"
