@@ -437,8 +437,8 @@ class _Bench:
         chunk = 2 * (config.updates_per_epoch - updates) * size * getattr(config, "batch_size", 256) * per_row
         own = config.own_noises(self.dataset.observation_dim, self.dataset.action_dim)
         if own:  # a piece of the epoch at a time
-            pieces = (own_noise_updates(own, size, count) for count in (config.updates_per_epoch, updates))
-            chunk += 4 * own * size * (next(pieces) - next(pieces))
+            whole, measured = (own_noise_updates(own, size, count) for count in (config.updates_per_epoch, updates))
+            chunk += 4 * own * size * (whole - measured)
         return int(max(rollouts, chunk))
 
     def _evaluate(self, method: Method) -> None:

@@ -175,7 +175,8 @@ def _resolve(given: DictConfig) -> Config:
     name = str(block.name)
     del block["name"]
     method = load_method(name)
-    variant, settings = method_settings(name, base_name(str(dataset)), block.get("variant"))
+    wanted = block.get("variant")  # a year is read as a number
+    variant, settings = method_settings(name, base_name(str(dataset)), None if wanted is None else str(wanted))
     schema = OmegaConf.structured(Config)
     schema.method = OmegaConf.structured(method.Config)
     schema.method_name = name

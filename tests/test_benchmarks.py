@@ -16,11 +16,13 @@ from benchmarks import (
     data_load,
     learner_speed,
     morec_scores,
+    offlinerlkit_scores,
     run,
     true_dynamics,
     true_dynamics_speed,
 )
 from envs.errors import UserError
+from orchestrator.config import load_config
 from orchestrator.spool import RunInfo, RunSpool
 
 
@@ -263,3 +265,27 @@ def test_a_mean_is_of_the_steps_that_every_seed_has():
     assert (mean["value"], mean["ratio"], mean["rmse_by_step"]) == (20.0, 2.0, {"rmse": {"1": 2.0}})
     lines[0]["normalized_score"] = None
     assert morec_scores.mean_line(morec_scores.Case("d-v0", "morec-mopo"), lines, 10.0, "python")["value"] is None
+
+
+def test_scores_beside_offlinerlkits_are_means_over_seeds_and_a_diverged_run_has_none():
+    runs = [{"seed": seed, "score": score, "curve": {"5": 1.0}} for seed, score in ((0, 1.0), (1, 4.0))]
+    line = offlinerlkit_scores.line_of("hopper", "mopo", "offsweep", runs, 5.0, "command", updates=5)
+    assert (line["case"], line["value"], line["ratio"]) == ("hopper/mopo/offsweep", 2.5, 0.5)
+    assert line["std"] == pytest.approx(4.5**0.5, rel=1e-5)
+    assert (line["seeds"], line["scores"], line["updates"]) == ([0, 1], [1.0, 4.0], 5)
+    runs[0]["score"] = None
+    assert offlinerlkit_scores.line_of("hopper", "mopo", "offsweep", runs, 5.0, "command")["mean"] is None
+
+
+def test_both_implementations_are_trained_for_as_long_on_the_same_seeds():
+    """A figure of theirs for another number of updates would stand beside nothing."""
+    content = json.loads(offlinerlkit_scores.THEIRS.read_text())
+    for run in content["runs"]:
+        assert run["updates"] == offlinerlkit_scores.UPDATES[run["method"]]
+    args = offlinerlkit_scores.build_parser().parse_args([])
+    for robot, method in {(run["robot"], run["method"]) for run in content["runs"]}:
+        seeds = sorted(run["seed"] for run in content["runs"] if (run["robot"], run["method"]) == (robot, method))
+        assert seeds == list(range(args.seeds))
+        config = load_config([], offlinerlkit_scores.overrides(robot, method, args))
+        assert config.method.num_updates == offlinerlkit_scores.UPDATES[method]
+        assert config.method.update_order == "critics-first"
