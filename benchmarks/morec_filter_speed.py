@@ -1,8 +1,8 @@
 """Speed of the transition filter: filtered transitions per CPU-second, and what its cheaper scorers are worth.
 
 One filtered step of 2,000 rows as MOREC-MOPO's rollouts make it (7 networks of 4 x 200, 5 elites drawn twice, softmax,
-penalty over all 7; four shards of 500), its draws included and the policy's action not, by scorers of one dynamics reward, learned from
-100,000 transitions of the embedded medium actors' snapshots:
+penalty over all 7; four shards of 500), its draws included and the policy's action not, by scorers of one dynamics
+reward, learned from 100,000 transitions of the embedded medium actors' snapshots:
 
 - `float32`, 40 discriminators (128, 256, 256, 256): the exact one; `bfloat16`: the same ones in bfloat16;
 - `float32_k10`, `bfloat16_k10`, `float32_k4`: 10 and 4 of them;
