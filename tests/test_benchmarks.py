@@ -280,8 +280,8 @@ def test_scores_beside_offlinerlkits_are_means_over_seeds_and_a_diverged_run_has
 def test_both_implementations_are_trained_for_as_long_on_the_same_seeds():
     """A figure of theirs for another number of updates would stand beside nothing."""
     content = json.loads(offlinerlkit_scores.THEIRS.read_text())
-    for run in content["runs"]:
-        assert run["updates"] == offlinerlkit_scores.UPDATES[run["method"]]
+    for theirs in content["runs"]:
+        assert theirs["updates"] == offlinerlkit_scores.UPDATES[run["method"]]
     args = offlinerlkit_scores.build_parser().parse_args([])
     for robot, method in {(run["robot"], run["method"]) for run in content["runs"]}:
         seeds = sorted(run["seed"] for run in content["runs"] if (run["robot"], run["method"]) == (robot, method))
