@@ -108,8 +108,8 @@ def learner(configs: Sequence[ModelBasedConfig], seeds: Sequence[int]) -> ModelB
 
 PACKS: dict[str, Sequence[ModelBasedConfig]] = {
     "ravl": ravl_configs(), "mopo": mopo_configs(), "mobile": mobile_configs(),
-    "morec-ravl": filtered(ravl_configs()), "morec-mopo": filtered(mopo_configs(), cut="truncate"),
-    "morec-mobile": filtered(mobile_configs(target_floor=None), cut="drop"),
+    "mopo filtered": filtered(mopo_configs(), cut="truncate"), "ravl filtered": filtered(ravl_configs()),
+    "mobile filtered": filtered(mobile_configs(target_floor=None), cut="drop"),
 }  # fmt: skip
 
 
@@ -214,7 +214,7 @@ def test_a_restored_selection_goes_on_bitwise() -> None:
 
 
 def test_mobiles_penalty_is_of_the_plain_elites_whatever_filters_the_rollouts() -> None:
-    method = learner(filtered(mobile_configs(), num_discriminators=2), SEEDS)
+    method = learner(filtered(mobile_configs(target_floor=None)), SEEDS)
     assert isinstance(method.dynamics, FilteredDynamics)
     assert isinstance(method.sac.hook, BellmanInconsistency)
     assert method.sac.hook.ensemble is method.ensemble
