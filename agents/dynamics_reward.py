@@ -141,7 +141,6 @@ class DynamicsReward:
     @torch.inference_mode()
     def probability(self, state_action_BY: Tensor, next_obs_BCS: Tensor) -> Tensor:
         """p of C candidates for every row, `(B, C)`."""
-        # one candidate of all rows after the other: a chunk then needs no copies
         next_CBS = next_obs_BCS.transpose(0, 1)
         limit = _CHUNK if next_obs_BCS.device.type == "cpu" else _DEVICE_CHUNK
         rows = max(1, limit // max(1, len(next_CBS)))

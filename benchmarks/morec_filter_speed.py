@@ -1,8 +1,8 @@
 """Speed of the transition filter: filtered transitions per CPU-second, and what its cheaper scorers are worth.
 
 One filtered step of 2,000 rows as MOREC-MOPO's rollouts make it (7 networks of 4 x 200, 5 elites drawn twice, softmax,
-penalty over all 7), its draws included and the policy's action not, by scorers of one dynamics reward, learned from
-100,000 transitions of the embedded medium actors' snapshots:
+penalty over all 7; four shards of 500), its draws included and the policy's action not, by scorers of one dynamics
+reward, learned from 100,000 transitions of the embedded medium actors' snapshots:
 
 - `float32`, 40 discriminators (128, 256, 256, 256): the exact one; `bfloat16`: the same ones in bfloat16;
 - `float32_k10`, `bfloat16_k10`, `float32_k4`: 10 and 4 of them;
@@ -43,6 +43,7 @@ from agents.dynamics import DynamicsConfig, Ensemble, train_ensemble
 from agents.dynamics_reward import DynamicsReward, reward_of
 from agents.dynamics_reward_training import DynamicsRewardConfig, train_dynamics_reward
 from agents.method import TrainingData
+from agents.model_based import FILTERED_SHARD_ROWS
 from agents.mopo import max_aleatoric
 from agents.rollout import Dynamics
 from agents.transition_filter import FilterConfig, FilteredDynamics
@@ -75,17 +76,18 @@ def learned(robot: str, folder: Path, ensemble_epochs: int, reward_epochs: int) 
     return data, torch.load(file)
 
 
-def stepper(dynamics: Dynamics, state_action_BY: Tensor) -> Callable[[], object]:
-    """One step of all rows with new draws."""
-    rows = len(state_action_BY)
-    after = torch.empty((1, rows, dynamics.observation_dim))
+def stepper(dynamics: Dynamics, state_action_BY: Tensor) -> Callable[[], None]:
+    """One step of all rows with new draws, in shards as rollouts are made."""
+    shards = [part.unsqueeze(0) for part in state_action_BY.split(FILTERED_SHARD_ROWS)]
     source, choices = torch.Generator().manual_seed(0), torch.tensor(dynamics.choices)
 
     @torch.inference_mode()
-    def step() -> object:
-        noise = torch.randn((1, rows, dynamics.num_noises), generator=source)
-        choice = choices[torch.randint(len(choices), (1, rows), generator=source)]
-        return dynamics.step(None, state_action_BY.unsqueeze(0), noise, choice, max_aleatoric, after)
+    def step() -> None:
+        for shard in shards:
+            noise = torch.randn((1, shard.shape[1], dynamics.num_noises), generator=source)
+            choice = choices[torch.randint(len(choices), (1, shard.shape[1]), generator=source)]
+            after = torch.empty((1, shard.shape[1], dynamics.observation_dim))
+            dynamics.step(None, shard, noise, choice, max_aleatoric, after)
 
     return step
 
@@ -212,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=2_000, help="of a step (default: %(default)s)")
     parser.add_argument("--blocks", type=int, default=5, help="measurements of each thing (default: %(default)s)")
     parser.add_argument("--ensemble-epochs", type=int, default=12, help="(default: %(default)s)")
-    parser.add_argument("--reward-epochs", type=int, default=20, help="(default: %(default)s)")
+    parser.add_argument("--reward-epochs", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument(
         "--folder", type=Path, help="where data and what is learned from it are kept (default: nowhere)"
     )

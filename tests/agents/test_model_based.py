@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from agents.dynamics import DynamicsConfig, Ensemble
 from agents.dynamics_reward_training import DynamicsRewardConfig
 from agents.method import RolloutResult, TrainingData
+from agents.mobile import MOBILE, BellmanInconsistency, MOBILEConfig
 from agents.model_based import FILTERED_SHARD_ROWS, ModelBasedConfig, ModelBasedSAC
 from agents.mopo import MOPO, MOPOConfig, max_aleatoric
 from agents.ravl import RAVL, RAVLConfig
@@ -87,6 +88,12 @@ def mopo_configs(**changes: Any) -> list[MOPOConfig]:
     return [MOPOConfig(penalty_coef=p, actor_lr=a, critic_lr=c, **settings) for p, a, c in own]
 
 
+def mobile_configs(**changes: Any) -> list[MOBILEConfig]:
+    own = [(0.0, 1e-3, 1e-3), (1.0, 1e-3, 1e-3), (3.0, 3e-4, 1e-3), (1.0, 1e-3, 3e-3)]
+    settings = {**SMALL, "penalty_draws": 3, "entropy_in_target": True, "actor_critics": "target", **changes}
+    return [MOBILEConfig(penalty_coef=p, actor_lr=a, critic_lr=c, **settings) for p, a, c in own]
+
+
 def filtered(configs: Sequence[ModelBasedConfig], **settings: Any) -> list[Any]:
     """The same with rollouts through filtered predictions, some of which are cut."""
     config = FilterConfig(**{"num_discriminators": 3, "threshold": 0.75, **settings})
@@ -94,16 +101,16 @@ def filtered(configs: Sequence[ModelBasedConfig], **settings: Any) -> list[Any]:
     return [dataclasses.replace(c, dynamics=dynamics, filter=config) for c in configs]
 
 
-every_kind = pytest.mark.parametrize(
-    "configs",
-    [ravl_configs(), mopo_configs(), filtered(mopo_configs(), cut="truncate"), filtered(ravl_configs())],
-    ids=["ravl", "mopo", "mopo filtered", "ravl filtered"],
-)
-
-
 def learner(configs: Sequence[ModelBasedConfig], seeds: Sequence[int]) -> ModelBasedSAC:
-    method = MOPO if isinstance(configs[0], MOPOConfig) else RAVL
+    method = {MOPOConfig: MOPO, MOBILEConfig: MOBILE, RAVLConfig: RAVL}[type(configs[0])]
     return method(configs, seeds, data(), artifacts())
+
+
+PACKS: dict[str, Sequence[ModelBasedConfig]] = {
+    "ravl": ravl_configs(), "mopo": mopo_configs(), "mobile": mobile_configs(),
+    "mopo filtered": filtered(mopo_configs(), cut="truncate"), "ravl filtered": filtered(ravl_configs()),
+    "mobile filtered": filtered(mobile_configs(target_floor=None), cut="drop"),
+}  # fmt: skip
 
 
 def train(method: ModelBasedSAC, epochs: Sequence[int]) -> Metrics:
@@ -132,7 +139,7 @@ def assert_equal(first: ModelBasedSAC, second: ModelBasedSAC, rtol: float = 0.0,
         assert torch.equal(first.replay.member_tags(member), second.replay.member_tags(member))
 
 
-@every_kind
+@pytest.mark.parametrize("configs", PACKS.values(), ids=PACKS)
 def test_a_member_of_a_pack_ends_as_it_does_alone(configs: list[ModelBasedConfig]) -> None:
     """Two epochs, each with rollouts of the policy learned so far. Tolerance 1e-4: a batched product may sum in
     another order than a single one, and every update and rollout builds on the one before."""
@@ -149,7 +156,7 @@ def test_a_member_of_a_pack_ends_as_it_does_alone(configs: list[ModelBasedConfig
         assert (networks(pack, m) - networks(pack, m + 1)).abs().max() > 1e-2
 
 
-@every_kind
+@pytest.mark.parametrize("configs", PACKS.values(), ids=PACKS)
 def test_a_training_repeats_bitwise(configs: list[ModelBasedConfig]) -> None:
     first, again = learner(configs, SEEDS), learner(configs, SEEDS)
     seen = train(first, [0, 1])
@@ -166,7 +173,7 @@ def test_equal_runs_with_other_seeds_differ() -> None:
     assert not torch.equal(pack.replay.member_rows(0)[:60, :OBS], pack.replay.member_rows(1)[:60, :OBS])
 
 
-@every_kind
+@pytest.mark.parametrize("configs", PACKS.values(), ids=PACKS)
 def test_a_restored_pack_goes_on_bitwise(configs: list[ModelBasedConfig]) -> None:
     straight, first = learner(configs, SEEDS), learner(configs, SEEDS)
     expected = train(straight, [0, 1])
@@ -180,7 +187,7 @@ def test_a_restored_pack_goes_on_bitwise(configs: list[ModelBasedConfig]) -> Non
     assert_equal(resumed, straight)
 
 
-@every_kind
+@pytest.mark.parametrize("configs", PACKS.values(), ids=PACKS)
 def test_survivors_go_on_as_in_the_whole_pack(configs: list[ModelBasedConfig]) -> None:
     whole, part = learner(configs, SEEDS), learner(configs, SEEDS)
     expected = train(whole, [0, 1])
@@ -204,6 +211,14 @@ def test_a_restored_selection_goes_on_bitwise() -> None:
     train(survivors, [1])
     train(resumed, [1])
     assert_equal(survivors, resumed)
+
+
+def test_mobiles_penalty_is_of_the_plain_elites_whatever_filters_the_rollouts() -> None:
+    method = learner(filtered(mobile_configs(target_floor=None)), SEEDS)
+    assert isinstance(method.dynamics, FilteredDynamics)
+    assert isinstance(method.sac.hook, BellmanInconsistency)
+    assert method.sac.hook.ensemble is method.ensemble
+    assert set(MOBILE.stages(method.shared)) == {"dynamics", "dynamics_reward"}
 
 
 # ---- what is learned from -------------------------------------------------------------------------------------------
@@ -325,7 +340,7 @@ def test_a_rollout_phase_on_a_gpu_reads_one_thing_per_job(monkeypatch: pytest.Mo
     assert method.replay.sizes == [2 * 60 * 3] * 4
 
 
-@every_kind
+@pytest.mark.parametrize("configs", PACKS.values(), ids=PACKS)
 def test_what_is_trained_as_on_a_gpu_is_as_on_a_cpu(
     configs: list[ModelBasedConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
