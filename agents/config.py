@@ -12,7 +12,7 @@ import torch
 from agents.chunk import PRECISIONS
 from agents.method import per_member
 from agents.networks import INITIALISATIONS
-from agents.sac import SAC, SACHyperparameters, SACSettings, TargetPatch
+from agents.sac import ACTOR_CRITICS, CRITIC_LOSSES, SAC, UPDATE_ORDERS, SACHyperparameters, SACSettings, TargetHook
 from envs.errors import UserError
 
 
@@ -66,6 +66,10 @@ class ScheduleConfig:
         if not self.hidden or min(self.hidden) < 1:
             raise UserError(f"method.hidden={self.hidden} needs one or more widths of at least 1, such as [256,256]")
 
+    def own_noises(self, observation_dim: int, action_dim: int) -> int:
+        """Standard normal numbers that an update of a member takes beside its K draws (`agents.chunk`)."""
+        return 0
+
     @property
     def num_epochs(self) -> int:
         return self.num_updates // self.updates_per_epoch
@@ -86,7 +90,12 @@ class SACConfig(ScheduleConfig):
     alpha: float = 1.0  # initial temperature, or the fixed one
     max_alpha: float | None = None  # upper bound of the temperature
     target_entropy: float | None = None  # None: -dim(A)
-    entropy_in_target: bool = True
+    entropy_in_target: bool = True  # false: a "deterministic backup", whose actions are sampled all the same
+    target_floor: float | None = None  # targets are at least this; wrong where returns can be lower
+    # actor-first: temperature, actor, critics (RAVL, EDAC) | critics-first: critics, actor, temperature (OfflineRL-Kit)
+    update_order: str = "actor-first"
+    critic_loss: str = "sum"  # sum | mean: of the critics' squared errors
+    actor_critics: str = "online"  # online | target: the critics that the actor is trained against
     num_updates: int = 3_000_000
 
     def __post_init__(self) -> None:
@@ -97,6 +106,11 @@ class SACConfig(ScheduleConfig):
         if not self.eta >= 0 or (self.eta > 0 and self.num_critics < 2):
             raise UserError(f"method.eta={self.eta} must be 0, or greater with method.num_critics of at least 2")
         check_choice(self, "initialisation", INITIALISATIONS)
+        check_choice(self, "update_order", UPDATE_ORDERS)
+        check_choice(self, "critic_loss", CRITIC_LOSSES)
+        check_choice(self, "actor_critics", ACTOR_CRITICS)
+        if self.target_floor is not None and not math.isfinite(self.target_floor):
+            raise UserError(f"method.target_floor={self.target_floor} must be a finite number, or null")
         check_choice(self, "actor_lr_schedule", ("constant", "cosine"))
 
 
@@ -106,7 +120,7 @@ def make_sac(
     observation_dim: int,
     action_dim: int,
     device: torch.device | str = "cpu",
-    patch: TargetPatch | None = None,
+    hook: TargetHook | None = None,
 ) -> SAC:
     """The soft actor-critic that the configs of a pack describe."""
     shared = configs[0]  # what is not per member is equal in a pack
@@ -115,9 +129,10 @@ def make_sac(
         num_critics=shared.num_critics, actor_hidden=tuple(shared.hidden), critic_hidden=tuple(shared.hidden),
         gamma=shared.gamma, tau=shared.tau, target_entropy=shared.target_entropy, auto_alpha=shared.auto_alpha,
         alpha=shared.alpha, max_alpha=shared.max_alpha, entropy_in_target=shared.entropy_in_target,
-        initialisation=shared.initialisation,
+        initialisation=shared.initialisation, target_floor=shared.target_floor, update_order=shared.update_order,
+        critic_loss=shared.critic_loss, actor_critics=shared.actor_critics,
     )  # fmt: skip
-    return SAC(seeds, hyperparameters, settings, observation_dim, action_dim, device, patch)
+    return SAC(seeds, hyperparameters, settings, observation_dim, action_dim, device, hook)
 
 
 def actor_lr_scale(config: SACConfig, epoch: int) -> float:

@@ -113,14 +113,10 @@ def ensemble_values(actor: StackedMLP, critics: StackedMLP, obs_MQS: Tensor, noi
         critics: lead (M, N).
         noise_MQA: standard normal draws of the actions.
     """
-    m, n = critics.lead
-    values = []
-    for obs, noise in zip(obs_MQS.split(_CHUNK, 1), noise_MQA.split(_CHUNK, 1), strict=True):
-        state_action = torch.cat((obs, squashed_sample(actor.forward(obs)[0], noise)), -1)
-        rows, width = state_action.shape[1:]
-        x_GBX = state_action.unsqueeze(1).expand(m, n, rows, width).reshape(m * n, rows, width)
-        outputs = [part.forward(x_GBX[place])[0] for place, part in critics.parts(rows)]
-        values.append(torch.cat(outputs).view(m, n, rows))
+    values = [
+        critics.values(torch.cat((obs, squashed_sample(actor.forward(obs)[0], noise)), -1))
+        for obs, noise in zip(obs_MQS.split(_CHUNK, 1), noise_MQA.split(_CHUNK, 1), strict=True)
+    ]
     return torch.cat(values, -1)
 
 

@@ -43,9 +43,7 @@ from agents.model_free import (
     load_networks,
     member_values,
     regress_twins,
-    smaller_of_twins,
     split_rows,
-    twins_input,
 )
 from agents.networks import StackedMLP, StackedVector, initialise
 from agents.optim import Adam
@@ -151,14 +149,13 @@ class IQLUpdater:
         """One gradient step of every member (see `agents.chunk.Updater`)."""
         obs, action, state_action, reward, done, next_obs = split_rows(rows_MBW, self.observation_dim, self.action_dim)
         batch = rows_MBW.shape[1]
-        x_GBX = twins_input(state_action)
-        q_MB = smaller_of_twins(self.target_critic, x_GBX)
+        q_MB = self.target_critic.values(state_action).amin(1)
         value_loss = self._update_value(obs, q_MB)
         new_v = self.value.forward(torch.cat((obs, next_obs), dim=1))[0].squeeze(-1)
         weight = ((q_MB - new_v[:, :batch]) * self._beta_M1).exp_().clamp_(max=MAX_WEIGHT)
         mean = self._update_actor(obs, action, weight)
         target = bellman_target(reward, done, new_v[:, batch:], self.gamma)
-        q_M2B = regress_twins(self.critic, x_GBX, target)
+        q_M2B = regress_twins(self.critic, state_action, target)
         self.critic_optim.step()
         self.target_critic.flat.lerp_(self.critic.flat, self.tau)
         if not with_metrics:

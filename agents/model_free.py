@@ -148,24 +148,10 @@ def bellman_target(reward_MB: Tensor, done_MB: Tensor, value_MB: Tensor, gamma: 
     return torch.add(reward_MB, torch.addcmul(value_MB, done_MB, value_MB, value=-1.0), alpha=gamma)
 
 
-def twins_input(x_MBX: Tensor) -> Tensor:
-    """`(M, B, X)` -> `(2M, B, X)`: both critics of a member see the member's rows."""
-    m, b, x = x_MBX.shape
-    if m == 1:
-        return x_MBX.expand(2, b, x)
-    return x_MBX.unsqueeze(1).expand(m, 2, b, x).reshape(2 * m, b, x)
-
-
-def smaller_of_twins(critic: StackedMLP, x_GBX: Tensor) -> Tensor:
-    """min(Q_1, Q_2), `(M, B)`."""
-    q = [part.forward(x_GBX[place])[0] for place, part in critic.parts(x_GBX.shape[1])]
-    q_GB1 = torch.cat(q) if len(q) > 1 else q[0]
-    return q_GB1.view(critic.lead[0], 2, -1).amin(1)
-
-
-def regress_twins(critic: StackedMLP, x_GBX: Tensor, target_MB: Tensor) -> Tensor:
+def regress_twins(critic: StackedMLP, x_MBX: Tensor, target_MB: Tensor) -> Tensor:
     """Write the gradient of sum_i mean_b (Q_i - y)^2; the critics' values `(M, 2, B)` before any step."""
     m, batch = target_MB.shape
+    x_GBX = critic.spread(x_MBX)
     y_GB1 = target_MB.unsqueeze(1).expand(m, 2, batch).reshape(2 * m, batch, 1)
     values = []
     for place, part in critic.parts(batch):

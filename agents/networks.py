@@ -138,6 +138,20 @@ class StackedMLP:
             inputs.append(x)
         return affine(self.biases[-1], x, self.weights[-1], relu=False), inputs
 
+    def spread(self, x_MBX: Tensor) -> Tensor:
+        """(M, B, X) -> (G, B, X): every network of a member sees the member's rows."""
+        m, b, x = x_MBX.shape
+        each = self.num_stacked // m
+        if m == 1:
+            return x_MBX.expand(each, b, x)
+        return x_MBX.unsqueeze(1).expand(m, each, b, x).reshape(self.num_stacked, b, x)
+
+    def values(self, x_MBX: Tensor) -> Tensor:
+        """What the networks of every member, which have one output, make of the member's rows: `(M, G / M, B)`."""
+        x_GBX = self.spread(x_MBX)
+        outputs = [part.forward(x_GBX[place])[0] for place, part in self.parts(x_MBX.shape[1])]
+        return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).view(len(x_MBX), -1, x_MBX.shape[1])
+
     def hidden_gradients(self, inputs: list[Tensor], grad_out: Tensor) -> list[Tensor]:
         """d(loss)/d(pre-activation) of every hidden layer, first to last, given d(loss)/d(output) `(G, B, out)`."""
         # with one output an outer product, which is cheaper than a matrix product

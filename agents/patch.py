@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from agents.method import Stage, TrainingData
-from agents.sac import TargetPatch
+from agents.sac import SAC, TargetHook, TargetTerms
 from envs.reach import EDGE_OF_REACH, optimal_values, toy_constants
 from envs.toys import EdgeOfReach
 
@@ -81,7 +81,7 @@ class OptimalValue:
         return torch.lerp(low, high, wx)
 
 
-class EdgePatch(TargetPatch):
+class EdgePatch(TargetHook):
     """One of `PATCHES` but none, for minibatches of the toy.
 
     Args:
@@ -99,13 +99,14 @@ class EdgePatch(TargetPatch):
         self._edge_test, self._optimal, self._in_environment = edge_test, optimal, in_environment
 
     def __call__(
-        self, next_obs_MBS: Tensor, action_MBA: Tensor, values_MNB: Tensor, value_MB: Tensor, noise_KMBA: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        patched_MB = self._edge_test(next_obs_MBS)
+        self, sac: SAC, terms: TargetTerms, noise_KMBA: Tensor, own_noise_MZ: Tensor | None
+    ) -> tuple[TargetTerms, Mapping[str, Tensor]]:
+        patched_MB = self._edge_test(terms.next_obs_MBS)
         if self.kind != "oracle":
-            score_MB = noise_KMBA[0, ..., 0] if self.kind == "random" else values_MNB.var(1, correction=0)
+            score_MB = noise_KMBA[0, ..., 0] if self.kind == "random" else terms.values_MNB.var(1, correction=0)
             # rank 0 is the highest; no row is asked for its value, so that a GPU need not be waited for
             rank_MB = score_MB.argsort(1, descending=True).argsort(1)
             patched_MB = rank_MB < patched_MB.sum(1, keepdim=True)
-        optimal_MB = self._optimal(self._in_environment(next_obs_MBS), action_MBA)
-        return torch.where(patched_MB, optimal_MB, value_MB), patched_MB
+        optimal_MB = self._optimal(self._in_environment(terms.next_obs_MBS), terms.next_action_MBA)
+        value_MB = torch.where(patched_MB, optimal_MB, terms.value_MB)
+        return terms._replace(value_MB=value_MB), {"patched_share": patched_MB}

@@ -21,7 +21,7 @@ from typing import Any
 from agents.method import Stage, per_member
 from agents.model_based import ModelBasedConfig, ModelBasedSAC
 from agents.patch import PATCHES, EdgePatch, OptimalValue, oracle_stage
-from agents.sac import TargetPatch
+from agents.sac import TargetHook
 from envs.errors import UserError
 from envs.reach import exact_edge_test
 
@@ -73,7 +73,7 @@ class RAVL(ModelBasedSAC):
                 "states; leave it at none, or take a dataset of offsweep/EdgeOfReach-v0"
             )
 
-    def target_patch(self, artifacts: Mapping[str, dict[str, Any]]) -> TargetPatch | None:
+    def target_hook(self, artifacts: Mapping[str, dict[str, Any]]) -> TargetHook | None:
         if self.shared.patch == "none":
             return None
         test, length = self.edge_test(), self.shared.rollout_length

@@ -1,15 +1,17 @@
 """Soft actor-critic with N critics and EDAC's diversity term, for a pack of M runs at once.
 
-The update of one member (symbols as in Haarnoja et al. 2018 and An et al. 2021, in the order of the released code of
-RAVL and EDAC: temperature, actor, critics, targets):
+The update of one member (symbols as in Haarnoja et al. 2018 and An et al. 2021):
 
     a~ = tanh(u), u = mu(s) + sigma(s) * eps
     J(alpha)  = -log_alpha * (log pi(a~|s) + target_entropy)
     J(pi)     = mean_b [ alpha log pi(a~|s) - min_i Q_i(s, a~) ]
     y         = r + gamma (1 - d) [ min_i Qbar_i(s', a~') - alpha log pi(a~'|s') ]
-    J(Q)      = sum_i mean_b (Q_i(s, a) - y)^2 + eta * ES
+    J(Q)      = sum_i mean_b (Q_i(s, a) - y)^2 + eta * ES,    or mean_i in place of sum_i
     ES        = mean_b 1/(N-1) sum_{i != j} <g_i, g_j>,    g_i = grad_a Q_i(s, a) / (||grad_a Q_i(s, a)|| + 1e-10)
     Qbar     <- (1 - tau) Qbar + tau Q
+
+in one of two orders: temperature, actor, critics, targets, as the released code of RAVL and EDAC has it, or critics,
+actor, temperature, targets, as OfflineRL-Kit, MOBILE and MOREC have it. What methods change in y is a `TargetHook`.
 
 Gradients are written out (see `agents.networks`). With v_i = d ES / d grad_a Q_i held fixed, the gradient of ES is that
 of sum_i <v_i, grad_a Q_i>, a directional derivative of Q_i: one forward pass of the tangent v_i through the masked
@@ -26,10 +28,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +41,9 @@ from agents.optim import Adam
 from agents.randomness import generator
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+UPDATE_ORDERS = ("actor-first", "critics-first")
+CRITIC_LOSSES = ("sum", "mean")
+ACTOR_CRITICS = ("online", "target")
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
 
@@ -70,26 +75,44 @@ class SACSettings:
     auto_alpha: bool = True
     alpha: float = 1.0  # initial (auto_alpha) or fixed temperature
     max_alpha: float | None = None
-    entropy_in_target: bool = True
+    entropy_in_target: bool = True  # False: a~' is drawn all the same, but alpha log pi left out of y
+    target_floor: float | None = None  # y is at least this
+    update_order: str = "actor-first"  # one of UPDATE_ORDERS
+    critic_loss: str = "sum"  # of the critics' squared errors, or their mean
+    actor_critics: str = "online"  # what the actor is trained against: Q or Qbar
     initialisation: str = "edac"  # see agents.networks.initialise
 
 
-class TargetPatch(Protocol):
-    """Other values in place of some of a target's min_i Qbar_i(s', a~')."""
+class TargetTerms(NamedTuple):
+    """What the targets y = r + gamma (1 - d) [value - alpha log pi] of a minibatch are made of."""
 
-    num_noises: int  # standard normal draws (M, B, A) that it takes itself
+    state_action_MBX: Tensor  # columns [s, a]
+    reward_MB: Tensor
+    next_obs_MBS: Tensor
+    next_action_MBA: Tensor  # a~'
+    values_MNB: Tensor  # of every target critic
+    value_MB: Tensor  # their minimum
+
+
+class TargetHook(Protocol):
+    """Other rewards or values in the targets of a minibatch: a penalty, a patch."""
+
+    num_noises: int = 0  # standard normal draws (M, B, A) that it takes of an update
+    num_own_noises: int = 0  # further standard normal numbers that it takes of an update of a member
 
     def __call__(
-        self, next_obs_MBS: Tensor, action_MBA: Tensor, values_MNB: Tensor, value_MB: Tensor, noise_KMBA: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Values `(M, B)`, and which of them are other ones, bool `(M, B)`.
+        self, sac: SAC, terms: TargetTerms, noise_KMBA: Tensor, own_noise_MZ: Tensor | None
+    ) -> tuple[TargetTerms, Mapping[str, Tensor]]:
+        """The terms with what it changes in them, and statistics `(M, any)`, whose means of each member are metrics.
 
         Args:
-            next_obs_MBS, action_MBA: s' and a~'.
-            values_MNB: of every target critic.
-            value_MB: their minimum.
-            noise_KMBA: its draws.
+            sac: whose targets they are.
+            noise_KMBA, own_noise_MZ: its draws; None where it takes none of its own.
         """
+
+    def select(self, members: Sequence[int]) -> TargetHook:
+        """The hook for some of the members only."""
+        return self
 
 
 class SAC:
@@ -101,7 +124,7 @@ class SAC:
         settings: common to the pack.
         observation_dim, action_dim: S and A; actions lie in [-1, 1].
         device: where everything lives.
-        patch: of the targets' values, if any.
+        hook: what is changed in the targets, if anything.
     """
 
     period = 1
@@ -114,10 +137,10 @@ class SAC:
         observation_dim: int,
         action_dim: int,
         device: torch.device | str = "cpu",
-        patch: TargetPatch | None = None,
+        hook: TargetHook | None = None,
     ) -> None:
         self.seeds = tuple(seeds)
-        self.patch = patch
+        self.hook = hook
         self.hyperparameters = tuple(hyperparameters)
         self.settings = settings
         self.observation_dim, self.action_dim = observation_dim, action_dim
@@ -147,6 +170,7 @@ class SAC:
         constants = (1.0, 2.0, 1e-6, self.target_entropy, self.action_dim * _HALF_LOG_2PI)
         tensors = (torch.tensor(c, device=self.device) for c in constants)
         self._one, self._two, self._tiny, self._entropy_goal, self._log_norm = tensors
+        self._loss_divisor = self.num_critics if settings.critic_loss == "mean" else 1
         self._eta_G11: Tensor | None = None
         if any(h.eta != 0 for h in self.hyperparameters):
             if self.num_critics < 2:
@@ -166,8 +190,13 @@ class SAC:
 
     @property
     def num_noises(self) -> int:
-        """Draws for a~, for a~' and for the patch."""
-        return 2 + (0 if self.patch is None else self.patch.num_noises)
+        """Draws for a~, for a~' and for the hook."""
+        return 2 + (0 if self.hook is None else self.hook.num_noises)
+
+    @property
+    def num_own_noises(self) -> int:
+        """Further numbers for the hook."""
+        return 0 if self.hook is None else self.hook.num_own_noises
 
     # ---- policy ---------------------------------------------------------------------------------------------
 
@@ -192,7 +221,7 @@ class SAC:
     def _min_q(self, critic: StackedMLP, sa_MBX: Tensor) -> tuple[Tensor, Tensor, list[list[Tensor]], Tensor]:
         """min over critics `(M, B)`, its index `(M, 1, B)`, the layers' inputs of every part, every critic's value
         `(M, N, B)`."""
-        x_GBX, outputs, inputs = self._to_stack(sa_MBX), [], []
+        x_GBX, outputs, inputs = critic.spread(sa_MBX), [], []
         for place, part in critic.parts(sa_MBX.shape[1]):
             q, layer_inputs = part.forward(x_GBX[place])
             outputs.append(q)
@@ -202,49 +231,64 @@ class SAC:
         q_MB, index = q_MNB.min(dim=1, keepdim=True)
         return q_MB.squeeze(1), index, inputs, q_MNB
 
-    def _to_stack(self, x_MBX: Tensor) -> Tensor:
-        """(M, B, X) -> (M*N, B, X): every critic of a member sees the member's rows."""
-        m, b, x = x_MBX.shape
-        if m == 1:
-            return x_MBX.expand(self.num_critics, b, x)
-        return x_MBX.unsqueeze(1).expand(m, self.num_critics, b, x).reshape(m * self.num_critics, b, x)
-
     # ---- update ---------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def update(
-        self, rows_MBW: Tensor, noise_KMBA: Tensor, turn: int = 0, with_metrics: bool = False
-    ) -> dict[str, Tensor] | None:
-        """One gradient step of every member, in place; see `agents.chunk.Updater`. The draws are for a~ and a~'."""
-        s, a = self.observation_dim, self.action_dim
-        obs, state_action = rows_MBW[..., :s], rows_MBW[..., : s + a]
-        reward, done, next_obs = rows_MBW[..., s + a], rows_MBW[..., s + a + 1], rows_MBW[..., s + a + 2 :]
-        batch = rows_MBW.shape[1]
-
-        sample = self._policy(obs, noise_KMBA[0])
-        if self.settings.auto_alpha:
-            self._update_alpha(sample.log_prob)
-        q_pi = self._update_actor(obs, sample, batch)
-        target, patched = self._critic_target(reward, done, next_obs, noise_KMBA[1:])
-        q, diversity = self._update_critic(state_action, target, batch, with_metrics)
+        self, rows_MBW: Tensor, noise_KMBA: Tensor, turn: int = 0, with_metrics: bool = False,
+        own_noise_MZ: Tensor | None = None,
+    ) -> dict[str, Tensor] | None:  # fmt: skip
+        """One gradient step of every member, in place; see `agents.chunk.Updater`. The draws are for a~, a~' and the
+        hook."""
+        if self.settings.update_order == "critics-first":
+            of_critics = self._learn_values(rows_MBW, noise_KMBA[1:], own_noise_MZ, with_metrics)
+            of_actor = self._learn_policy(rows_MBW, noise_KMBA[0], with_metrics)
+        else:
+            of_actor = self._learn_policy(rows_MBW, noise_KMBA[0], with_metrics)
+            of_critics = self._learn_values(rows_MBW, noise_KMBA[1:], own_noise_MZ, with_metrics)
         self.target.flat.lerp_(self.critic.flat, self.settings.tau)
+        return {**of_critics, **of_actor} if with_metrics else None
+
+    def _learn_policy(self, rows_MBW: Tensor, noise_MBA: Tensor, with_metrics: bool) -> dict[str, Tensor]:
+        """Step of actor and temperature; metrics."""
+        obs = rows_MBW[..., : self.observation_dim]
+        sample = self._policy(obs, noise_MBA)
+        alpha_last = self.settings.update_order == "critics-first"
+        if self.settings.auto_alpha and not alpha_last:
+            self._update_alpha(sample.log_prob)
+        q_pi = self._update_actor(obs, sample, rows_MBW.shape[1])
+        metrics = {}
+        if with_metrics:
+            metrics = {
+                "q_policy": q_pi.mean(1),
+                "entropy": -sample.log_prob.mean(1),
+                "actor_loss": (self.alpha_M1 * sample.log_prob - q_pi).mean(1),
+            }
+        if self.settings.auto_alpha and alpha_last:
+            self._update_alpha(sample.log_prob)
+        if with_metrics:
+            metrics["alpha"] = self.alpha_M1.view(-1).clone()
+        return metrics
+
+    def _learn_values(
+        self, rows_MBW: Tensor, noise_KMBA: Tensor, own_noise_MZ: Tensor | None, with_metrics: bool
+    ) -> dict[str, Tensor]:
+        """Step of the critics; metrics."""
+        m, n, batch = self.num_members, self.num_critics, rows_MBW.shape[1]
+        target, shown = self._critic_target(rows_MBW, noise_KMBA, own_noise_MZ)
+        state_action = rows_MBW[..., : self.observation_dim + self.action_dim]
+        q, diversity = self._update_critic(state_action, target, batch, with_metrics)
         if not with_metrics:
-            return None
+            return {}
         metrics = {
-            "q_mean": q.view(self.num_members, -1).mean(1),
-            "q_policy": q_pi.mean(1),
-            "q_std": q.view(self.num_members, self.num_critics, -1).std(1, correction=0).mean(1),
+            "q_mean": q.view(m, -1).mean(1),
+            "q_std": q.view(m, n, -1).std(1, correction=0).mean(1),
             "target_q": target.mean(1),
-            "critic_loss": (q.view(self.num_members, -1, batch) - target.unsqueeze(1)).square().mean(2).sum(1),
-            "entropy": -sample.log_prob.mean(1),
-            "alpha": self.alpha_M1.view(-1).clone(),
-            "actor_loss": (self.alpha_M1 * sample.log_prob - q_pi).mean(1),
+            "critic_loss": (q.view(m, -1, batch) - target.unsqueeze(1)).square().mean(2).sum(1) / self._loss_divisor,
         }
         if diversity is not None:
             metrics["critic_diversity"] = diversity
-        if patched is not None:
-            metrics["patched_share"] = patched.float().mean(1)
-        return metrics
+        return metrics | {name: values.float().mean(1) for name, values in shown.items()}
 
     def _update_alpha(self, log_prob_MB: Tensor) -> None:
         torch.mean(log_prob_MB, dim=1, out=self.log_alpha.grad).add_(self._entropy_goal).neg_()
@@ -253,8 +297,9 @@ class SAC:
 
     def _update_actor(self, obs_MBS: Tensor, sample: _PolicySample, batch: int) -> Tensor:
         action = sample.action
-        q_MB, index, inputs, _ = self._min_q(self.critic, torch.cat((obs_MBS, action), dim=-1))
-        dq_da = (self._min_gradient_of_rows if self._by_rows else self._min_gradient)(index, inputs)
+        critic = self.target if self.settings.actor_critics == "target" else self.critic
+        q_MB, index, inputs, _ = self._min_q(critic, torch.cat((obs_MBS, action), dim=-1))
+        dq_da = (self._min_gradient_of_rows if self._by_rows else self._min_gradient)(critic, index, inputs)
         # d/da of alpha * log pi is 2 alpha a / (1 - a^2 + 1e-6); then through a = tanh(u)
         alpha = self.alpha_M1.unsqueeze(-1)
         grad_u = (action / sample.shifted).mul_(alpha * self._two).sub_(dq_da).mul_(sample.one_minus_sq)
@@ -265,17 +310,17 @@ class SAC:
         self.actor_optim.step()
         return q_MB
 
-    def _min_gradient(self, index_M1B: Tensor, inputs: list[list[Tensor]]) -> Tensor:
+    def _min_gradient(self, critic: StackedMLP, index_M1B: Tensor, inputs: list[list[Tensor]]) -> Tensor:
         """d min_i Q_i / da, `(M, B, A)`: only the smallest critic of a row passes a gradient."""
         m, n, batch = self.num_members, self.num_critics, index_M1B.shape[-1]
         s, a, gradients = self.observation_dim, self.action_dim, []
         chosen_GB1 = torch.zeros((m, n, batch), device=self.device).scatter_(1, index_M1B, 1.0).view(-1, batch, 1)
-        for (place, part), layer_inputs in zip(self.critic.parts(batch), inputs, strict=True):
+        for (place, part), layer_inputs in zip(critic.parts(batch), inputs, strict=True):
             deltas = part.hidden_gradients(layer_inputs, chosen_GB1[place])
             gradients.append(part.input_gradient(deltas[0], s, s + a))
         return torch.cat(gradients).view(m, n, batch, a).sum(1)
 
-    def _min_gradient_of_rows(self, index_M1B: Tensor, inputs: list[list[Tensor]]) -> Tensor:
+    def _min_gradient_of_rows(self, critic: StackedMLP, index_M1B: Tensor, inputs: list[list[Tensor]]) -> Tensor:
         """The same from the rows of each critic that chose it: an N-th of the products, but their shapes depend on the
         values."""
         m, n, batch = self.num_members, self.num_critics, index_M1B.shape[-1]
@@ -285,7 +330,7 @@ class SAC:
         order = critic_MB.view(-1).argsort(stable=True)  # (member, row) pairs, by the critic they chose
         dq_da = torch.empty((m * batch, a))
         start = 0
-        for (place, part), layer_inputs in zip(self.critic.parts(batch), inputs, strict=True):
+        for (place, part), layer_inputs in zip(critic.parts(batch), inputs, strict=True):
             for g, count in enumerate(counts[place]):
                 if count:
                     pairs = order[start : start + count]
@@ -294,43 +339,49 @@ class SAC:
         return dq_da.view(m, batch, a)
 
     def _critic_target(
-        self, reward: Tensor, done: Tensor, next_obs: Tensor, noise_KMBA: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Targets `(M, B)`, and which of them are patched."""
-        noise, patched = noise_KMBA[0], None
+        self, rows_MBW: Tensor, noise_KMBA: Tensor, own_noise_MZ: Tensor | None = None
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Targets y, `(M, B)`, and the hook's statistics."""
+        s, a = self.observation_dim, self.action_dim
+        done, next_obs, noise = rows_MBW[..., s + a + 1], rows_MBW[..., s + a + 2 :], noise_KMBA[0]
         if self.settings.entropy_in_target:
             sample = self._policy(next_obs, noise)
             action = sample.action
         else:
             action = self.sample_actions(next_obs, noise)
         value, _, _, values = self._min_q(self.target, torch.cat((next_obs, action), dim=-1))
-        if self.patch is not None:
-            value, patched = self.patch(next_obs, action, values, value, noise_KMBA[1:])
+        reward = rows_MBW[..., s + a]
+        shown: Mapping[str, Tensor] = {}
+        if self.hook is not None:
+            terms = TargetTerms(rows_MBW[..., : s + a], reward, next_obs, action, values, value)
+            terms, shown = self.hook(self, terms, noise_KMBA[1:], own_noise_MZ)
+            reward, value = terms.reward_MB, terms.value_MB
         if self.settings.entropy_in_target:
             value = torch.addcmul(value, self.alpha_M1, sample.log_prob, value=-1.0)
         continued = torch.addcmul(value, done, value, value=-1.0)  # (1 - d) * value
-        return torch.add(reward, continued, alpha=self.settings.gamma), patched
+        target = torch.add(reward, continued, alpha=self.settings.gamma)
+        return target if self.settings.target_floor is None else target.clamp_(min=self.settings.target_floor), shown
 
     def _update_critic(
         self, sa_MBX: Tensor, target_MB: Tensor, batch: int, with_metrics: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Gradient step of all critics; their values before it, `(G, B, 1)`, and their diversity ES, `(M,)`."""
         m, n = self.num_members, self.num_critics
-        x_GBX = self._to_stack(sa_MBX)
+        x_GBX, scale = self.critic.spread(sa_MBX), 2.0 / (batch * self._loss_divisor)
         y_GB1 = target_MB.unsqueeze(1).expand(m, n, batch).reshape(m * n, batch, 1)
         values, traces = [], []
         for place, part in self.critic.parts(batch):
             q, inputs = part.forward(x_GBX[place])
             values.append(q)
             if self._eta_G11 is None:
-                c = (q - y_GB1[place]).mul_(2.0 / batch)
+                c = (q - y_GB1[place]).mul_(scale)
                 part.write_gradients(inputs, part.hidden_gradients(inputs, c), c)
             else:
                 traces.append((inputs, part.hidden_gradients(inputs, torch.ones_like(q))))
         q_GB1 = torch.cat(values) if len(values) > 1 else values[0]
         diversity = None
         if self._eta_G11 is not None:
-            diversity = self._write_diverse_gradients(traces, (q_GB1 - y_GB1).mul_(2.0 / batch), with_metrics)
+            diversity = self._write_diverse_gradients(traces, (q_GB1 - y_GB1).mul_(scale), with_metrics)
         self.critic_optim.step()
         return q_GB1, diversity
 
@@ -385,6 +436,7 @@ class SAC:
         other.seeds = tuple(self.seeds[m] for m in members)
         other.hyperparameters = tuple(self.hyperparameters[m] for m in members)
         other.num_members = len(members)
+        other.hook = None if self.hook is None else self.hook.select(members)
         other.actor, other.critic = self.actor.select(members), self.critic.select(members)
         other.target, other.log_alpha = self.target.select(members), self.log_alpha.select(members)
         other._bind()

@@ -37,9 +37,7 @@ from agents.model_free import (
     load_networks,
     member_values,
     regress_twins,
-    smaller_of_twins,
     split_rows,
-    twins_input,
 )
 from agents.networks import StackedMLP, initialise
 from agents.optim import Adam
@@ -122,7 +120,7 @@ class TD3BCUpdater:
         """One gradient step of every member (see `agents.chunk.Updater`); the policies' at the last turn."""
         obs, action, state_action, reward, done, next_obs = split_rows(rows_MBW, self.observation_dim, self.action_dim)
         target = self._target(reward, done, next_obs, noise_KMBA[0])
-        q_M2B = regress_twins(self.critic, twins_input(state_action), target)
+        q_M2B = regress_twins(self.critic, state_action, target)
         self.critic_optim.step()
         metrics: dict[str, Tensor] | None = None
         moves = turn == self.period - 1
@@ -150,7 +148,7 @@ class TD3BCUpdater:
         """y, `(M, B)`."""
         smoothing = (noise_MBA * self._sigma_M11).clamp_(self._minus_clip_M11, self._clip_M11)
         next_action = self.target_actor.forward(next_obs)[0].tanh_().add_(smoothing).clamp_(-1.0, 1.0)
-        value = smaller_of_twins(self.target_critic, twins_input(torch.cat((next_obs, next_action), dim=-1)))
+        value = self.target_critic.values(torch.cat((next_obs, next_action), dim=-1)).amin(1)
         return bellman_target(reward, done, value, self.gamma)
 
     def _policy_value(self, obs: Tensor) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:

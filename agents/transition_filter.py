@@ -127,7 +127,7 @@ class FilteredDynamics:
         e, b, d = mean_EBD.shape
         noise_BZ = noise_BZ[:, : self.num_candidates * d]
         noise_FEBD = noise_BZ.reshape(b, self.config.draws, e, d).permute(1, 2, 0, 3)
-        candidates_CBD = torch.addcmul(mean_EBD, std_EBD, noise_FEBD).view(-1, b, d)
+        candidates_CBD = torch.addcmul(mean_EBD, std_EBD, noise_FEBD).reshape(-1, b, d)
         candidates_CBD[..., :-1] += state_action_BY[:, : self.observation_dim]
         return candidates_CBD.clamp_(-self.config.clip, self.config.clip)
 

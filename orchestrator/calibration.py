@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from agents.chunk import own_noise_updates
 from agents.cpu import cpu_name
 from agents.method import Method, RolloutResult, Stage, TrainingData, common_settings, load_method
 from agents.policies import in_environment
@@ -161,7 +162,10 @@ def update_work(config: Config, dataset: Dataset) -> float:
         return sum(n_in * n_out for n_in, n_out in pairwise(widths))
 
     networks = getattr(method, "num_critics", 2) * size([s + a, *hidden, 1]) + size([s, *hidden, 2 * a])
-    return float(getattr(method, "batch_size", 256) * networks)
+    rows = getattr(method, "batch_size", 256)
+    # a row of which the networks' values are only looked at costs a third of one that they learn from
+    looked_at = method.own_noises(s, a) / (s + a) / 3
+    return float((rows + looked_at) * networks)
 
 
 def ring_bytes(config: Config, dataset: Dataset) -> int:
@@ -431,6 +435,10 @@ class _Bench:
         per_row = 8 + 4 * NOISES * self.dataset.action_dim
         # drawn by member, then joined: twice
         chunk = 2 * (config.updates_per_epoch - updates) * size * getattr(config, "batch_size", 256) * per_row
+        own = config.own_noises(self.dataset.observation_dim, self.dataset.action_dim)
+        if own:  # a piece of the epoch at a time
+            whole, measured = (own_noise_updates(own, size, count) for count in (config.updates_per_epoch, updates))
+            chunk += 4 * own * size * (whole - measured)
         return int(max(rollouts, chunk))
 
     def _evaluate(self, method: Method) -> None:

@@ -47,7 +47,7 @@ class EvaluationConfig:
     episodes: int = 10  # deterministic policy; episode i is reset with seed first_seed + i every time
     first_seed: int = 10_000
     env_id: str | None = None  # None: the dataset's
-    diagnostics: bool = True  # edge-of-reach metrics `reach/*` of model-based runs; results are the same without
+    diagnostics: bool = True  # metrics `reach/*` and `model/*` of model-based runs; results are the same without
 
 
 @dataclass
@@ -175,7 +175,8 @@ def _resolve(given: DictConfig) -> Config:
     name = str(block.name)
     del block["name"]
     method = load_method(name)
-    variant, settings = method_settings(name, base_name(str(dataset)), block.get("variant"))
+    wanted = block.get("variant")  # a year is read as a number
+    variant, settings = method_settings(name, base_name(str(dataset)), None if wanted is None else str(wanted))
     schema = OmegaConf.structured(Config)
     schema.method = OmegaConf.structured(method.Config)
     schema.method_name = name

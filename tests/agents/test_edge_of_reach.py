@@ -68,16 +68,14 @@ def hold(method: RAVL, values_NH: Tensor) -> None:
 def errors(method: RAVL, frozen: Sequence[float]) -> dict[int, float]:
     """Value minus true value of every state that rollouts have started a step in, after value iteration on their
     transitions. All other states keep the true value plus `frozen[n]` in critic n."""
-    s, a = OBS, ACT
     rows = method.replay.member_rows(0).unsqueeze(0)
     heights = rows[0, :, 0].round().long()
-    reward, done, next_obs = rows[..., s + a], rows[..., s + a + 1], rows[..., s + a + 2 :]
     true = torch.tensor([true_value(h) for h in range(HEIGHT + 1)])
     values_NH = true + torch.tensor(frozen).unsqueeze(1)
     values_NH[:, heights] = 0.0  # what is updated may start anywhere
     for _ in range(2 * HEIGHT):
         hold(method, values_NH)
-        target, _ = method.sac._critic_target(reward, done, next_obs, torch.zeros(1, 1, rows.shape[1], ACT))
+        target, _ = method.sac._critic_target(rows, torch.zeros(1, 1, rows.shape[1], ACT))
         values_NH[:, heights] = target
     return {h: float((values_NH - true)[0, h]) for h in sorted(set(heights.tolist()), reverse=True)}
 

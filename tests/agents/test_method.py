@@ -147,6 +147,79 @@ IQL_CORL = {  # CORL 6afec90, configs/offline/iql
 }
 
 
+# rollout length, penalty coefficient, fixed alpha (0: tuned), real ratio, entropy in the targets
+MOBILE_KIT = {  # yihaosun1124/OfflineRL-Kit e3ce697, run_example/run_mobile.py
+    "halfcheetah-random-v2": (5, 0.5, 0, 0.05, False),
+    "hopper-random-v2": (5, 5.0, 0, 0.05, False),
+    "walker2d-random-v2": (5, 2.0, 0, 0.05, False),
+    "halfcheetah-medium-v2": (5, 0.5, 0, 0.05, False),
+    "hopper-medium-v2": (5, 1.5, 0.2, 0.05, False),
+    "walker2d-medium-v2": (5, 0.5, 0, 0.05, False),
+    "halfcheetah-medium-replay-v2": (5, 0.1, 0, 0.05, False),
+    "hopper-medium-replay-v2": (5, 0.1, 0, 0.05, False),
+    "walker2d-medium-replay-v2": (1, 0.5, 0, 0.05, False),
+    "halfcheetah-medium-expert-v2": (5, 2.0, 0, 0.05, False),
+    "hopper-medium-expert-v2": (5, 1.5, 0, 0.05, False),
+    "walker2d-medium-expert-v2": (1, 1.5, 0, 0.05, False),
+}
+MOBILE_NEORL = {  # yihaosun1124/mobile, configs/neorl, both commits; keys with a dash are not read
+    "neorl/HalfCheetah-v3-low-1000": (5, 0.5, 0, 0.05, True),
+    "neorl/HalfCheetah-v3-medium-1000": (5, 0.5, 0, 0.05, True),
+    "neorl/HalfCheetah-v3-high-1000": (5, 1.5, 0, 0.05, True),
+    "neorl/Hopper-v3-low-1000": (5, 2.5, 0, 0.05, True),
+    "neorl/Hopper-v3-medium-1000": (5, 1.5, 0, 0.05, True),
+    "neorl/Hopper-v3-high-1000": (5, 2.5, 0, 0.05, True),
+    "neorl/Walker2d-v3-low-1000": (1, 2.5, 0, 0.05, True),
+    "neorl/Walker2d-v3-medium-1000": (1, 2.5, 0, 0.05, True),
+    "neorl/Walker2d-v3-high-1000": (1, 2.5, 0, 0.5, True),
+}
+MOBILE_2024 = {  # yihaosun1124/mobile 4882dce, configs/gym
+    **MOBILE_KIT, **MOBILE_NEORL,
+    "hopper-medium-replay-v2": (5, 0.1, 0.2, 0.05, False),
+    "halfcheetah-medium-expert-v2": (5, 1.0, 0, 0.5, False),
+}  # fmt: skip
+MOBILE_2023 = {  # yihaosun1124/mobile 63ea424, configs/gym
+    **MOBILE_NEORL,
+    "halfcheetah-random-v2": (5, 0.5, 0, 0.05, True),
+    "hopper-random-v2": (5, 5.0, 0, 0.05, False),
+    "walker2d-random-v2": (5, 2.0, 0, 0.05, True),
+    "halfcheetah-medium-v2": (5, 0.5, 0, 0.05, True),
+    "hopper-medium-v2": (5, 1.5, 0.1, 0.05, True),
+    "walker2d-medium-v2": (5, 1.0, 0, 0.05, True),
+    "halfcheetah-medium-replay-v2": (5, 0.5, 0, 0.05, True),
+    "hopper-medium-replay-v2": (5, 0.1, 0.1, 0.05, True),
+    "walker2d-medium-replay-v2": (1, 0.5, 0, 0.05, True),
+    "halfcheetah-medium-expert-v2": (5, 1.0, 0, 0.5, True),
+    "hopper-medium-expert-v2": (5, 1.5, 0, 0.05, False),
+    "walker2d-medium-expert-v2": (1, 1.5, 0, 0.05, True),
+}
+
+
+MOBILE_MOREC = {  # polixir/morec be8a641, generate_tmuxp_morec_mobile.py
+    "halfcheetah-random-v2": (100, 0.25, 0, 0.05, True),
+    "hopper-random-v2": (100, 7.5, 0, 0.05, False),
+    "walker2d-random-v2": (100, 1.0, 0, 0.05, True),
+    "halfcheetah-medium-v2": (100, 0.25, 0, 0.05, True),
+    "hopper-medium-v2": (100, 1.5, 0, 0.05, True),
+    "walker2d-medium-v2": (100, 0.75, 0, 0.05, True),
+    "halfcheetah-medium-replay-v2": (100, 0.25, 0, 0.05, True),
+    "hopper-medium-replay-v2": (100, 0.5, 0, 0.05, True),
+    "walker2d-medium-replay-v2": (100, 0.1, 0, 0.05, True),
+    "halfcheetah-medium-expert-v2": (100, 1.0, 0, 0.5, True),
+    "hopper-medium-expert-v2": (100, 1.5, 0, 0.05, True),
+    "walker2d-medium-expert-v2": (100, 0.25, 0, 0.05, True),
+    "neorl/HalfCheetah-v3-low-1000": (100, 1.0, 0, 0.05, True),
+    "neorl/HalfCheetah-v3-medium-1000": (100, 0.5, 0, 0.05, True),
+    "neorl/HalfCheetah-v3-high-1000": (100, 0.75, 0, 0.05, True),
+    "neorl/Hopper-v3-low-1000": (100, 0.5, 0, 0.05, True),
+    "neorl/Hopper-v3-medium-1000": (100, 2.0, 0, 0.05, True),
+    "neorl/Hopper-v3-high-1000": (100, 2.5, 0.1, 0.05, True),
+    "neorl/Walker2d-v3-low-1000": (100, 0.75, 0, 0.05, True),
+    "neorl/Walker2d-v3-medium-1000": (100, 0.25, 0, 0.05, True),
+    "neorl/Walker2d-v3-high-1000": (100, 0.1, 0, 0.5, True),
+}
+
+
 def config(method: str, dataset: str, variant: str | None = None) -> Any:
     """The method's config with the file's settings, as a user gets it."""
     _, settings = method_settings(method, dataset, variant)
@@ -165,6 +238,26 @@ def test_mopos_settings_per_dataset(variant: str, table: dict[str, tuple[int, fl
     for dataset, expected in table.items():
         c = config("mopo", dataset, variant)
         assert (c.rollout_length, c.penalty_coef) == expected, dataset
+
+
+@pytest.mark.parametrize(
+    ("variant", "table"),
+    [("kit", MOBILE_KIT), ("2024", MOBILE_2024), ("2023", MOBILE_2023), ("morec", MOBILE_MOREC)],
+)
+def test_mobiles_settings_per_dataset(variant: str, table: dict[str, tuple[int, float, float, float, bool]]) -> None:
+    for dataset, expected in table.items():
+        c = config("mobile", dataset, variant)
+        fixed = 0 if c.auto_alpha else c.alpha
+        assert (c.rollout_length, c.penalty_coef, fixed, c.real_ratio, c.entropy_in_target) == expected, dataset
+        assert (c.auto_alpha, c.alpha) in ((True, 1.0), (False, fixed))
+        capped = 30 if variant == "kit" or dataset == "walker2d-medium-v2" else 2000
+        assert c.dynamics.max_epochs == capped, dataset
+        against = "target" if variant == "morec" else "online"
+        assert (c.update_order, c.critic_loss, c.actor_critics) == ("critics-first", "mean", against)
+        assert c.dynamics.filter == ("morec" if variant == "morec" else "none")
+        if variant == "morec":
+            assert (c.filter.num_discriminators, c.filter.selection, c.filter.cut) == (10, "softmax", "terminal")
+            assert (c.rollout_batch, c.filter.clip) == (2000, 1e6 if dataset.startswith("neorl/") else 25.0), dataset
 
 
 def test_morecs_settings_per_dataset() -> None:
@@ -375,10 +468,13 @@ def test_values_have_their_fields_types(method: str) -> None:
     """1e-4 without a dot is text to YAML; a learning rate of type str would surface far from here."""
 
     def check(block: dict[str, Any], default: Any, where: str) -> None:
+        types = {f.name: str(f.type) for f in dataclasses.fields(default)}
         for key, value in block.items():
             expected = getattr(default, key)
             if isinstance(value, dict):
                 check(value, expected, f"{where}.{key}")
+            elif value is None:
+                assert "None" in types[key], f"{where}.{key} cannot be null"
             elif expected is not None:
                 number = isinstance(expected, float) and isinstance(value, int | float)
                 assert number or type(value) is type(expected), f"{where}.{key}={value!r}"

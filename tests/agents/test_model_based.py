@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 from collections.abc import Sequence
@@ -15,13 +16,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from agents.dynamics import DynamicsConfig, Ensemble
+from agents.dynamics_reward_training import DynamicsRewardConfig
 from agents.method import RolloutResult, TrainingData
-from agents.model_based import ModelBasedConfig, ModelBasedSAC
+from agents.mobile import MOBILE, BellmanInconsistency, MOBILEConfig
+from agents.model_based import FILTERED_SHARD_ROWS, ModelBasedConfig, ModelBasedSAC
 from agents.mopo import MOPO, MOPOConfig, max_aleatoric
 from agents.ravl import RAVL, RAVLConfig
 from agents.replay import transition_rows
 from agents.rollout import SHARD_ROWS, Rollout
+from agents.transition_filter import FilterConfig, FilteredDynamics
 from envs.errors import UserError
+from tests.agents.filters import random_reward
 
 OBS, ACT, ROWS = 3, 2, 400
 R, D = OBS + ACT, OBS + ACT + 1  # columns of reward and done in a row [s, a, r, d, s']
@@ -58,7 +63,8 @@ def artifacts() -> dict[str, dict[str, Any]]:
     def report(step: int, metrics: object) -> None: ...
 
     stages = RAVL.stages(RAVLConfig(dynamics=DYNAMICS))
-    return {name: stage.build(data(), report) for name, stage in stages.items()}
+    built = {name: stage.build(data(), report) for name, stage in stages.items()}
+    return {**built, "dynamics_reward": random_reward(6, OBS, ACT)}
 
 
 SMALL: dict[str, Any] = {
@@ -82,9 +88,29 @@ def mopo_configs(**changes: Any) -> list[MOPOConfig]:
     return [MOPOConfig(penalty_coef=p, actor_lr=a, critic_lr=c, **settings) for p, a, c in own]
 
 
+def mobile_configs(**changes: Any) -> list[MOBILEConfig]:
+    own = [(0.0, 1e-3, 1e-3), (1.0, 1e-3, 1e-3), (3.0, 3e-4, 1e-3), (1.0, 1e-3, 3e-3)]
+    settings = {**SMALL, "penalty_draws": 3, "entropy_in_target": True, "actor_critics": "target", **changes}
+    return [MOBILEConfig(penalty_coef=p, actor_lr=a, critic_lr=c, **settings) for p, a, c in own]
+
+
+def filtered(configs: Sequence[ModelBasedConfig], **settings: Any) -> list[Any]:
+    """The same with rollouts through filtered predictions, some of which are cut."""
+    config = FilterConfig(**{"num_discriminators": 3, "threshold": 0.75, **settings})
+    dynamics = dataclasses.replace(DYNAMICS, filter="morec")
+    return [dataclasses.replace(c, dynamics=dynamics, filter=config) for c in configs]
+
+
 def learner(configs: Sequence[ModelBasedConfig], seeds: Sequence[int]) -> ModelBasedSAC:
-    method = MOPO if isinstance(configs[0], MOPOConfig) else RAVL
+    method = {MOPOConfig: MOPO, MOBILEConfig: MOBILE, RAVLConfig: RAVL}[type(configs[0])]
     return method(configs, seeds, data(), artifacts())
+
+
+PACKS: dict[str, Sequence[ModelBasedConfig]] = {
+    "ravl": ravl_configs(), "mopo": mopo_configs(), "mobile": mobile_configs(),
+    "mopo filtered": filtered(mopo_configs(), cut="truncate"), "ravl filtered": filtered(ravl_configs()),
+    "mobile filtered": filtered(mobile_configs(target_floor=None), cut="drop"),
+}  # fmt: skip
 
 
 def train(method: ModelBasedSAC, epochs: Sequence[int]) -> Metrics:
@@ -113,7 +139,7 @@ def assert_equal(first: ModelBasedSAC, second: ModelBasedSAC, rtol: float = 0.0,
         assert torch.equal(first.replay.member_tags(member), second.replay.member_tags(member))
 
 
-@pytest.mark.parametrize("configs", [ravl_configs(), mopo_configs()], ids=["ravl", "mopo"])
+@pytest.mark.parametrize("configs", PACKS.values(), ids=PACKS)
 def test_a_member_of_a_pack_ends_as_it_does_alone(configs: list[ModelBasedConfig]) -> None:
     """Two epochs, each with rollouts of the policy learned so far. Tolerance 1e-4: a batched product may sum in
     another order than a single one, and every update and rollout builds on the one before."""
@@ -130,7 +156,7 @@ def test_a_member_of_a_pack_ends_as_it_does_alone(configs: list[ModelBasedConfig
         assert (networks(pack, m) - networks(pack, m + 1)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("configs", [ravl_configs(), mopo_configs()], ids=["ravl", "mopo"])
+@pytest.mark.parametrize("configs", PACKS.values(), ids=PACKS)
 def test_a_training_repeats_bitwise(configs: list[ModelBasedConfig]) -> None:
     first, again = learner(configs, SEEDS), learner(configs, SEEDS)
     seen = train(first, [0, 1])
@@ -147,7 +173,7 @@ def test_equal_runs_with_other_seeds_differ() -> None:
     assert not torch.equal(pack.replay.member_rows(0)[:60, :OBS], pack.replay.member_rows(1)[:60, :OBS])
 
 
-@pytest.mark.parametrize("configs", [ravl_configs(), mopo_configs()], ids=["ravl", "mopo"])
+@pytest.mark.parametrize("configs", PACKS.values(), ids=PACKS)
 def test_a_restored_pack_goes_on_bitwise(configs: list[ModelBasedConfig]) -> None:
     straight, first = learner(configs, SEEDS), learner(configs, SEEDS)
     expected = train(straight, [0, 1])
@@ -161,7 +187,7 @@ def test_a_restored_pack_goes_on_bitwise(configs: list[ModelBasedConfig]) -> Non
     assert_equal(resumed, straight)
 
 
-@pytest.mark.parametrize("configs", [ravl_configs(), mopo_configs()], ids=["ravl", "mopo"])
+@pytest.mark.parametrize("configs", PACKS.values(), ids=PACKS)
 def test_survivors_go_on_as_in_the_whole_pack(configs: list[ModelBasedConfig]) -> None:
     whole, part = learner(configs, SEEDS), learner(configs, SEEDS)
     expected = train(whole, [0, 1])
@@ -185,6 +211,14 @@ def test_a_restored_selection_goes_on_bitwise() -> None:
     train(survivors, [1])
     train(resumed, [1])
     assert_equal(survivors, resumed)
+
+
+def test_mobiles_penalty_is_of_the_plain_elites_whatever_filters_the_rollouts() -> None:
+    method = learner(filtered(mobile_configs(target_floor=None)), SEEDS)
+    assert isinstance(method.dynamics, FilteredDynamics)
+    assert isinstance(method.sac.hook, BellmanInconsistency)
+    assert method.sac.hook.ensemble is method.ensemble
+    assert set(MOBILE.stages(method.shared)) == {"dynamics", "dynamics_reward"}
 
 
 # ---- what is learned from -------------------------------------------------------------------------------------------
@@ -306,7 +340,7 @@ def test_a_rollout_phase_on_a_gpu_reads_one_thing_per_job(monkeypatch: pytest.Mo
     assert method.replay.sizes == [2 * 60 * 3] * 4
 
 
-@pytest.mark.parametrize("configs", [ravl_configs(), mopo_configs()], ids=["ravl", "mopo"])
+@pytest.mark.parametrize("configs", PACKS.values(), ids=PACKS)
 def test_what_is_trained_as_on_a_gpu_is_as_on_a_cpu(
     configs: list[ModelBasedConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,6 +388,33 @@ def test_rollout_metrics_are_those_of_the_rows(starts: int) -> None:
         }, rel=1e-5)  # fmt: skip
         assert 0 < rows[:, D].mean() < 1
         assert starts < len(rows) < 3 * starts
+
+
+def test_filtered_rollouts_are_filtered_and_measured() -> None:
+    """Shards of at most so many starts, the plain ensemble beside the filter, and cuts in the metrics."""
+    configs = filtered(mopo_configs(rollout_batch=FILTERED_SHARD_ROWS + 60), cut="drop")
+    method = learner(configs, SEEDS)
+    assert isinstance(method.dynamics, FilteredDynamics)
+    assert method.dynamics.ensemble is method.ensemble
+    assert method.dynamics.reward.num_discriminators == 3
+    jobs = method.rollout_jobs(0)
+    assert {job.starts.shape[1] for job in jobs} == {FILTERED_SHARD_ROWS, 60}
+    results = [job.run(method.dynamics) for job in jobs]
+    metrics = method.add_rollouts(results)
+    for m in range(4):
+        mine = [r.statistics[0] for r in results if r.members == (m,)]
+        cut, made = sum(s.cut for s in mine), sum(s.transitions for s in mine)
+        assert 0 < cut < FILTERED_SHARD_ROWS
+        assert metrics[m]["rollout/cut_share"] == cut / (FILTERED_SHARD_ROWS + 60)
+        mean = sum(s.dynamics_reward_sum for s in mine) / (made + cut)
+        assert metrics[m]["rollout/dynamics_reward_mean"] == pytest.approx(mean)
+        assert 0.3133 < mean < 1.3133
+        rows = method.replay.member_rows(m)
+        rows = rows[rows[:, D] == 0]  # terminals are kept, whatever their reward
+        reward = method.dynamics.reward(rows[:, : OBS + ACT], rows[:, None, D + 1 :])
+        assert float(reward.min()) >= 0.75 - 1e-5  # the threshold
+    plain = learner(mopo_configs(), SEEDS)
+    assert plain.dynamics is plain.ensemble
 
 
 def test_a_ring_forgets_the_oldest_epochs() -> None:
@@ -495,6 +556,31 @@ def test_the_stage_names_every_setting_it_depends_on() -> None:
 def test_a_bad_setting_is_named(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=f"^{sentence}"):
         ModelBasedConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model_quality": 0.5}, r"method\.dynamics\.filter=morec needs method\.model_quality=0, not 0\.5: what is"),
+        (
+            {"filter": FilterConfig(num_discriminators=41)},
+            r"method\.filter\.num_discriminators=41 is more than the 40 ",
+        ),
+        (
+            {"filter": FilterConfig(scorer="distilled"), "dynamics_reward": DynamicsRewardConfig(distil_epochs=0)},
+            r"method\.filter\.scorer=distilled needs a dynamics reward with a distilled network",
+        ),
+    ],
+)
+def test_a_filter_that_cannot_be_is_named(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=f"^{sentence}"):
+        ModelBasedConfig(dynamics=DynamicsConfig(filter="morec"), **changes)
+    ModelBasedConfig(**changes)  # which is nothing to one without a filter
+
+
+def test_an_unknown_filter_is_named() -> None:
+    with pytest.raises(UserError, match=r"^method\.dynamics\.filter='best' must be none or morec$"):
+        DynamicsConfig(filter="best")
 
 
 def test_a_negative_penalty_is_named() -> None:

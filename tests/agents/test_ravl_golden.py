@@ -19,23 +19,19 @@ parameters after the third. Tolerances are relative to a tensor's largest entry.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from agents.dynamics import DynamicsConfig, Ensemble, EnsembleTrainer
 from agents.networks import StackedMLP
 from agents.sac import SAC, SACHyperparameters, SACSettings
-
-Array = NDArray[np.float32]
-Layers = list[Array]  # weight (..., in, out), bias (..., 1, out), weight, bias, ...
+from tests.agents.golden_values import Array, Layers, close, drawn_layers, fill
 
 GOLDEN = Path(__file__).parent / "golden" / "ravl.npz"
 OBS, ACT, WIDTH, BATCH, UPDATES = 11, 3, 16, 32, 3  # S and A are Hopper's
@@ -63,25 +59,18 @@ class DynamicsInputs:
     next_observations: Array
 
 
-def _layers(rng: np.random.RandomState, lead: tuple[int, ...], sizes: Sequence[int], last: float) -> Layers:
-    layers: Layers = []
-    for i, (n_in, n_out) in enumerate(pairwise(sizes)):
-        bound = (last if i == len(sizes) - 2 else 1.5) / np.sqrt(n_in)
-        layers.append(rng.uniform(-bound, bound, (*lead, n_in, n_out)).astype(np.float32))
-        layers.append(rng.uniform(-0.2, 0.2, (*lead, 1, n_out)).astype(np.float32))
-    return layers
-
-
 def agent_inputs(case: str) -> AgentInputs:
     """Parameters and batches of a case; the seed is 1 for n10, 2 for n2, 3 for n5."""
     rng = np.random.RandomState(1 + list(CASES).index(case))
     num_critics, hidden = CASES[case][0], (WIDTH, WIDTH, WIDTH)
-    actor = _layers(rng, (), (OBS, *hidden, 2 * ACT), 16.0)  # log standard deviations on both sides of their bounds,
+    actor = drawn_layers(
+        rng, (), (OBS, *hidden, 2 * ACT), 16.0
+    )  # log standard deviations on both sides of their bounds,
     actor[-1][..., -1] -= 3.0
     actor[-2][:, :ACT] *= (
         0.05  # but actions not so close to 1 that log(1 - a^2) is all rounding (small noise: likewise)
     )
-    critic = _layers(rng, (num_critics,), (OBS + ACT, *hidden, 1), 4.0)
+    critic = drawn_layers(rng, (num_critics,), (OBS + ACT, *hidden, 1), 4.0)
     critic[-2] -= critic[-2].mean(1, keepdims=True)  # so that none of them is the smallest everywhere
     target = [layer + 0.02 * rng.standard_normal(layer.shape).astype(np.float32) for layer in critic]
     obs, next_obs = (rng.standard_normal((UPDATES, BATCH, OBS)) for _ in range(2))
@@ -95,7 +84,7 @@ def agent_inputs(case: str) -> AgentInputs:
 def dynamics_inputs() -> DynamicsInputs:
     """Parameters of the models and the rows they learn from; seed 4."""
     rng = np.random.RandomState(4)
-    layers = _layers(rng, (MODELS,), (OBS + ACT, *[WIDTH] * 4, 2 * (OBS + 1)), 3.0)
+    layers = drawn_layers(rng, (MODELS,), (OBS + ACT, *[WIDTH] * 4, 2 * (OBS + 1)), 3.0)
     bounds = [rng.uniform(*low_high, OBS + 1).astype(np.float32) for low_high in ((0.2, 0.8), (-3.0, -2.0))]
     obs = rng.normal(2.0, np.linspace(0.1, 4.0, OBS), (MODEL_ROWS, OBS))
     obs[1, 0] += 20.0  # beyond the clip at ten standard deviations
@@ -111,15 +100,6 @@ def golden() -> Mapping[str, Array]:
         return dict(stored)
 
 
-def fill(network: StackedMLP, layers: Layers) -> None:
-    for target, values in zip(parameter_blocks(network), layers, strict=True):
-        target.copy_(torch.from_numpy(values))
-
-
-def parameter_blocks(network: StackedMLP) -> list[Tensor]:
-    return [block for pair in zip(network.weights, network.biases, strict=True) for block in pair]
-
-
 def learner(case: str) -> tuple[SAC, AgentInputs]:
     num_critics, eta = CASES[case]
     hidden = (WIDTH, WIDTH, WIDTH)
@@ -128,13 +108,6 @@ def learner(case: str) -> tuple[SAC, AgentInputs]:
     for network, layers in ((sac.actor, inputs.actor), (sac.critic, inputs.critic), (sac.target, inputs.target)):
         fill(network, layers)
     return sac, inputs
-
-
-def close(mine: Tensor, theirs: Array, tolerance: float, what: str) -> None:
-    """Largest difference relative to the largest entry."""
-    expected = torch.from_numpy(theirs).reshape(-1).double()
-    error = (mine.reshape(-1).double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
-    assert float(error) <= tolerance, f"{what}: {float(error):.2e} of the largest entry"
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -58,6 +58,8 @@ def test_the_settings_follow_the_dataset_and_the_variant():
     assert load_config([], ["method=ravl", PENDULUM]).method.num_critics == 5
     edac = load_config([], ["method=ravl", "dataset=hopper-medium-v2", "method.variant=edac-grid"]).method
     assert (edac.num_critics, edac.variant) == (50, "edac-grid")
+    year = load_config([], ["method=mobile", "dataset=walker2d-medium-v2", "method.variant=2023"]).method
+    assert (year.penalty_coef, year.variant) == (1.0, "2023")
 
 
 @pytest.mark.parametrize("block", ["ravl", {"name": "ravl"}])

@@ -10,13 +10,14 @@ from typing import Any, cast
 import pytest
 import yaml
 
+from agents.chunk import OWN_NOISE_BYTES
 from agents.dynamics_reward_training import DynamicsRewardConfig, reward_stage
 from agents.method import Stage, TrainingData, load_method
 from benchmarks.kill_tests import SETTINGS
 from envs.errors import UserError
 from orchestrator import calibration, memory, plan
 from orchestrator.artifacts import ArtifactStore, save_json
-from orchestrator.calibration import Calibrations, median_of, ring_bytes
+from orchestrator.calibration import Calibrations, median_of, ring_bytes, update_work
 from orchestrator.cli import main
 from orchestrator.cluster import InlineSlots
 from orchestrator.config import Config, load_config, to_dict
@@ -150,6 +151,33 @@ def test_a_stage_that_takes_its_time_after_the_last_epoch_is_timed_by_an_epoch(w
 
     nothing = cast(TrainingData, None)  # which this stage does not look at
     assert calibration._stand_in(Stage("made", {}, build), nothing, lambda: next(clock)) == ({}, 2.0)
+
+
+def test_the_predictions_of_mobiles_penalty_count_as_work(workdir: Path):
+    """And as memory no more than a piece of their noise, where an epoch's would be hundreds of megabytes."""
+    mobile = ["method=mobile", "method.dynamics.num_elites=2", "method.hidden=[64,64]", "method.batch_size=256"]
+    config = configured(workdir, *mobile)
+    dataset = dataset_of(config)
+
+    def work(*words: str) -> float:
+        changed = configured(workdir, *words)
+        changed.method.num_critics = 2
+        return update_work(changed, dataset)
+
+    plain = work("method=mopo", *mobile[1:])
+    ten, twenty = (work(*mobile, f"method.penalty_draws={draws}") for draws in (10, 20))
+    num_model = 256 - int(0.05 * 256)
+    assert ten / plain == pytest.approx(1 + 2 * 10 * num_model / 256 / 3)
+    assert twenty - ten == pytest.approx(ten - plain)
+
+    per_update = 4 * config.method.own_noises(dataset.observation_dim, dataset.action_dim)
+    bench = calibration._Bench.__new__(calibration._Bench)
+    bench.config, bench.dataset, bench._shards = config, dataset, 1.0
+    config.method.updates_per_epoch = 10_000
+    drawn = bench._epoch_bytes([], 3, 5)
+    config.method.real_ratio = 1.0  # no model rows, no penalty
+    without = bench._epoch_bytes([], 3, 5)
+    assert drawn - without == pytest.approx(OWN_NOISE_BYTES - 5 * 3 * per_update, rel=0.01)
 
 
 # ---- measured -------------------------------------------------------------------------------------------------------
