@@ -217,6 +217,47 @@ def test_the_cases_share_one_dynamics_ensemble_and_differ_where_they_should():
         assert config.evaluation.every_epochs * config.method.updates_per_epoch == 5000
 
 
+class _Judge:
+    """Scores candidates by how near they are to what it is told."""
+
+    def __init__(self, truth, sign):
+        self.truth, self.sign = truth, sign
+
+    def probability(self, state_action, next_obs_BCS):
+        near = torch.exp(-(next_obs_BCS - self.truth.unsqueeze(1)).abs().sum(-1))
+        return near if self.sign > 0 else 1 - near
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_reward_is_worth_what_the_candidate_of_its_choice_is(sign):
+    draw = torch.Generator().manual_seed(0)
+    obs, action, after = (torch.randn(50, 1, generator=draw) for _ in range(3))
+    config = DynamicsConfig(hidden=[8], weight_decay=[0.0, 0.0], holdout_fraction=0.2)
+    (ensemble,) = EnsembleTrainer(obs, action, torch.zeros(50), after, [config]).ensembles
+    case = dynamics_reward.Transitions(obs, action, after)
+    judge = _Judge(after, sign)
+    found = dynamics_reward.judged(ensemble, judge, judge, case, torch.ones(1))
+    assert found["correlation_within"] == pytest.approx(-sign, abs=1e-6)
+    ratio = found["error"] / found["random_error"]
+    assert ratio == pytest.approx(found["distilled_ratio"])
+    assert (ratio == pytest.approx(found["oracle_ratio"])) is (sign > 0)
+    assert found["oracle_ratio"] < found["central_ratio"] < 1.2
+    assert found["cut_real"] == (0 if sign > 0 else 1)
+
+
+def test_the_refrigerators_cases_follow_its_equations():
+    env = Refrigerator()
+    few = 20
+    fresh = TrainingData("r", *(torch.rand(5_000, 1) for _ in range(2)), torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    for case in dynamics_reward.refrigerator_cases(fresh).values():
+        for obs, action, after in zip(*(x[:few] for x in case), strict=True):
+            env.reset(seed=0)
+            env._temperature, env._may_open = float(obs), False
+            env._steps = 1  # no coin is thrown: the door stays shut
+            told = env.step((action + 1).numpy() * Refrigerator.MAX_POWER / 2)[-1]
+            assert told["temperature"] == pytest.approx(float(after), abs=1e-4)
+
+
 def test_plain_and_filtered_methods_share_their_stages_and_differ_in_the_filter():
     words = ["--updates", "10000", "--hidden", "64", "64", "--length", "30", "--scorer", "distilled",
              "--dynamics-epochs", "15", "--reward-epochs", "3", "--rollout-batch", "5000", "--learning-rate", "0.001",
@@ -291,44 +332,3 @@ def test_both_implementations_are_trained_for_as_long_on_the_same_seeds():
         config = load_config([], offlinerlkit_scores.overrides(robot, method, args))
         assert config.method.num_updates == offlinerlkit_scores.UPDATES[method]
         assert config.method.update_order == "critics-first"
-
-
-class _Judge:
-    """Scores candidates by how near they are to what it is told."""
-
-    def __init__(self, truth, sign):
-        self.truth, self.sign = truth, sign
-
-    def probability(self, state_action, next_obs_BCS):
-        near = torch.exp(-(next_obs_BCS - self.truth.unsqueeze(1)).abs().sum(-1))
-        return near if self.sign > 0 else 1 - near
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_a_reward_is_worth_what_the_candidate_of_its_choice_is(sign):
-    draw = torch.Generator().manual_seed(0)
-    obs, action, after = (torch.randn(50, 1, generator=draw) for _ in range(3))
-    config = DynamicsConfig(hidden=[8], weight_decay=[0.0, 0.0], holdout_fraction=0.2)
-    (ensemble,) = EnsembleTrainer(obs, action, torch.zeros(50), after, [config]).ensembles
-    case = dynamics_reward.Transitions(obs, action, after)
-    judge = _Judge(after, sign)
-    found = dynamics_reward.judged(ensemble, judge, judge, case, torch.ones(1))
-    assert found["correlation_within"] == pytest.approx(-sign, abs=1e-6)
-    ratio = found["error"] / found["random_error"]
-    assert ratio == pytest.approx(found["distilled_ratio"])
-    assert (ratio == pytest.approx(found["oracle_ratio"])) is (sign > 0)
-    assert found["oracle_ratio"] < found["central_ratio"] < 1.2
-    assert found["cut_real"] == (0 if sign > 0 else 1)
-
-
-def test_the_refrigerators_cases_follow_its_equations():
-    env = Refrigerator()
-    few = 20
-    fresh = TrainingData("r", *(torch.rand(5_000, 1) for _ in range(2)), torch.zeros(1), torch.zeros(1), torch.zeros(1))
-    for case in dynamics_reward.refrigerator_cases(fresh).values():
-        for obs, action, after in zip(*(x[:few] for x in case), strict=True):
-            env.reset(seed=0)
-            env._temperature, env._may_open = float(obs), False
-            env._steps = 1  # no coin is thrown: the door stays shut
-            told = env.step((action + 1).numpy() * Refrigerator.MAX_POWER / 2)[-1]
-            assert told["temperature"] == pytest.approx(float(after), abs=1e-4)
