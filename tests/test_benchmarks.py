@@ -226,11 +226,11 @@ def test_scores_beside_offlinerlkits_are_means_over_seeds_and_a_diverged_run_has
 def test_both_implementations_are_trained_for_as_long_on_the_same_seeds():
     """A figure of theirs for another number of updates would stand beside nothing."""
     content = json.loads(offlinerlkit_scores.THEIRS.read_text())
-    for run in content["runs"]:
-        assert run["updates"] == offlinerlkit_scores.UPDATES[run["method"]]
+    for one in content["runs"]:
+        assert one["updates"] == offlinerlkit_scores.UPDATES[one["method"]]
     args = offlinerlkit_scores.build_parser().parse_args([])
-    for robot, method in {(run["robot"], run["method"]) for run in content["runs"]}:
-        seeds = sorted(run["seed"] for run in content["runs"] if (run["robot"], run["method"]) == (robot, method))
+    for robot, method in {(one["robot"], one["method"]) for one in content["runs"]}:
+        seeds = sorted(one["seed"] for one in content["runs"] if (one["robot"], one["method"]) == (robot, method))
         assert seeds == list(range(args.seeds))
         config = load_config([], offlinerlkit_scores.overrides(robot, method, args))
         assert config.method.num_updates == offlinerlkit_scores.UPDATES[method]
