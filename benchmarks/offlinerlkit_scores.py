@@ -32,7 +32,7 @@ from orchestrator.config import Config, load_config
 
 BENCHMARK = "offlinerlkit_scores"
 THEIRS = Path(__file__).parent / "offlinerlkit_scores.json"
-UPDATES = {"mopo": 10_000, "mobile": 2_000}
+UPDATES = {"mopo": 10_000, "mobile": 5_000}
 ROWS = "subsample=100000,seed=0"
 COEFFICIENTS = {  # OfflineRL-Kit's for the D4RL set <robot>-medium-replay-v2
     ("hopper", "mopo"): 2.5, ("halfcheetah", "mopo"): 0.5, ("hopper", "mobile"): 0.1, ("halfcheetah", "mobile"): 0.1,
