@@ -1,8 +1,8 @@
 """Ensembles of Gaussian dynamics models: p(s' - s, r | s, a), as in MBPO, MOPO and RAVL.
 
 Every member is an MLP with SiLU hidden layers and a mean and a log-variance for each of the S + 1 outputs (state
-change and reward, raw units). Inputs are standardised and clipped to +-10. Log-variances are softly bounded by learned
-vectors shared by the ensemble. Loss (released RAVL, `net.py:175-185`; Janner et al. 2019):
+change and reward, raw units). Inputs are standardised and clipped (`input_clip`). Log-variances are softly bounded by
+learned vectors shared by the ensemble. Loss (released RAVL, `net.py:175-185`; Janner et al. 2019):
 
     sum_e mean_{b,d} [ logvar + (y - mu)^2 exp(-logvar) ] + 0.01 sum(max_logvar) - 0.01 sum(min_logvar)
 
@@ -45,6 +45,8 @@ _GPU_HOLDOUT_ROWS = 4096  # evaluated at once, of every ensemble
 
 FILTERS = ("none", "morec")
 
+DEFAULT_INPUT_CLIP = 10.0
+
 # what may differ between ensembles that train together: it enters arithmetic only
 TOGETHER = ("seed", "learning_rate", "weight_decay")
 
@@ -69,6 +71,9 @@ class DynamicsConfig:
     plateau_lr_factor: float = 0.3
     max_epochs: int = 2000
     seed: int = 0  # ensembles are a stage of their own: runs with other seeds share one
+    # standard deviations that inputs are clipped to: the released RAVL's 10. OfflineRL-Kit and MOREC have no clip
+    # (.inf); where a column hardly varies in the data, all that lies far from it is one and the same to a clipped model
+    input_clip: float = DEFAULT_INPUT_CLIP
     # of rollouts: none | morec (see agents.transition_filter, settings method.filter.*). The ensemble is the same
     filter: str = "none"
 
@@ -85,26 +90,33 @@ class DynamicsConfig:
                 f"dynamics.weight_decay needs {len(self.hidden) + 1} values, one per hidden layer and one for the "
                 f"output, got {len(self.weight_decay)}"
             )
+        if not self.input_clip > 0:
+            raise UserError(f"dynamics.input_clip={self.input_clip} must be greater than 0; .inf clips nothing")
         if not 0 < self.holdout_fraction < 1:
             raise UserError(f"dynamics.holdout_fraction={self.holdout_fraction} must lie between 0 and 1")
 
 
-def _normalised(inputs: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    return ((inputs - mean) / std).clamp_(-10.0, 10.0)
+def _normalised(inputs: Tensor, mean: Tensor, std: Tensor, clip: float) -> Tensor:
+    standardised = (inputs - mean) / std
+    return standardised if clip == math.inf else standardised.clamp_(-clip, clip)
 
 
 class Ensemble:
     """E Gaussian models evaluated by one batched matrix product per layer.
 
     `tensors` holds everything: weights `(E, in, out)`, biases `(E, 1, out)`, `max_logvar`, `min_logvar` `(D,)`, and
-    the input statistics `mean`, `std` `(S + A,)`. `elites` are indices into E.
+    the input statistics `mean`, `std` `(S + A,)`. `elites` are indices into E; `input_clip` is in standard deviations.
 
     It is a `Dynamics` (`agents.rollout`) that carries nothing from step to step: for every row and step an elite is
     drawn and its Gaussian sampled, for the state change and for the reward (RAVL `rollout_generation.py:33-46`).
     """
 
-    def __init__(self, tensors: dict[str, Tensor], elites: list[int], observation_dim: int) -> None:
+    def __init__(
+        self, tensors: dict[str, Tensor], elites: list[int], observation_dim: int,
+        input_clip: float = DEFAULT_INPUT_CLIP,
+    ) -> None:  # fmt: skip
         self.tensors, self.elites, self.observation_dim = tensors, elites, observation_dim
+        self.input_clip = input_clip
         self.num_layers = sum(1 for name in tensors if name.startswith("W"))
         self.num_outputs = observation_dim + 1
         if self.device.type != "cpu":
@@ -119,7 +131,7 @@ class Ensemble:
         return self.tensors["W0"].device
 
     def _normalise(self, state_action: Tensor) -> Tensor:
-        return _normalised(state_action, self.tensors["mean"], self.tensors["std"])
+        return _normalised(state_action, self.tensors["mean"], self.tensors["std"], self.input_clip)
 
     def _bounded(self, out: Tensor) -> tuple[Tensor, Tensor]:
         mean, logvar = out.split(self.num_outputs, dim=-1)
@@ -238,21 +250,28 @@ class Ensemble:
         for i, layer in enumerate(_Networks.layers(sizes, _initial_rows(seed, self.size, sizes))):
             for name, part in ((f"W{i}", layer[:, :-1]), (f"b{i}", layer[:, -1:])):
                 tensors[name] = part.clone(memory_format=torch.contiguous_format).to(self.device)
-        return Ensemble(tensors, self.elites, self.observation_dim)
+        return self._with(tensors)
 
     def to(self, device: torch.device | str) -> Ensemble:
-        return Ensemble({k: v.to(device) for k, v in self.tensors.items()}, self.elites, self.observation_dim)
+        return self._with({k: v.to(device) for k, v in self.tensors.items()})
+
+    def _with(self, tensors: dict[str, Tensor]) -> Ensemble:
+        return Ensemble(tensors, self.elites, self.observation_dim, self.input_clip)
 
     def __reduce__(self) -> tuple[object, ...]:
         # the copies of the elites' weights are not sent along
-        return Ensemble, (self.tensors, self.elites, self.observation_dim)
+        return Ensemble, (self.tensors, self.elites, self.observation_dim, self.input_clip)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tensors": self.tensors, "elites": self.elites, "observation_dim": self.observation_dim}
+        return {
+            "tensors": self.tensors, "elites": self.elites, "observation_dim": self.observation_dim,
+            "input_clip": self.input_clip,
+        }  # fmt: skip
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Ensemble:
-        return cls(state["tensors"], list(state["elites"]), int(state["observation_dim"]))
+        clip = float(state.get("input_clip", DEFAULT_INPUT_CLIP))  # stages of old have none
+        return cls(state["tensors"], list(state["elites"]), int(state["observation_dim"]), clip)
 
 
 def _outputs(x_EBX: Tensor, weights: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -513,7 +532,8 @@ class EnsembleTrainer:
         self._statistics = {"mean": mean, "std": torch.where(std < 1e-12, torch.ones_like(std), std)}
         # inputs, the ones that biases are multiplied with, and targets side by side: a minibatch is one gather
         ones = torch.ones(n, 1, device=self.device)
-        self._table = torch.cat((_normalised(inputs, **self._statistics), ones, targets), dim=-1)
+        normalised = _normalised(inputs, **self._statistics, clip=self.config.input_clip)
+        self._table = torch.cat((normalised, ones, targets), dim=-1)
         self._sizes = (inputs.shape[1], *self.config.hidden, 2 * targets.shape[1])
 
         splits, resamples = [], []
@@ -700,14 +720,14 @@ class EnsembleTrainer:
         for i, layer in enumerate(_Networks.layers(self._sizes, rows_EF)):
             tensors |= {f"W{i}": layer[:, :-1], f"b{i}": layer[:, -1:]}
         tensors |= {"max_logvar": bounds_2D[0], "min_logvar": bounds_2D[1], **self._statistics}
-        return Ensemble(tensors, elites, self._observation_dim)
+        return Ensemble(tensors, elites, self._observation_dim, self.config.input_clip)
 
     def _best(self, p: int) -> Ensemble:
         """The best weights of every member, elites ranked by holdout error."""
         elites = self._best_mse_PE[p].argsort(stable=True)[: self.config.num_elites].tolist()
         best = self._ensemble(self._by_ensemble(self._best_GF)[p], self._best_bounds_P2D[p], sorted(elites))
         copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in best.tensors.items()}
-        return Ensemble(copies, best.elites, best.observation_dim)
+        return Ensemble(copies, best.elites, best.observation_dim, best.input_clip)
 
     def finish(self) -> list[Ensemble | UserError]:
         """Every ensemble with its members' best weights, or the error that ended it, in the order of the configs."""
@@ -753,8 +773,11 @@ class _CapturedStep:
 
 
 def training_settings(config: DynamicsConfig) -> dict[str, Any]:
-    """The settings that a trained ensemble depends on."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name != "filter"}
+    """The settings that a trained ensemble depends on, in the form that stages' keys have always been made of."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "filter"}
+    if config.input_clip == DEFAULT_INPUT_CLIP:
+        del settings["input_clip"]
+    return settings
 
 
 def together_settings(config: DynamicsConfig) -> dict[str, Any]:

@@ -13,9 +13,10 @@ learner's (s, a) come from. All settings here are this project's, chosen by the 
 - (s, a) are the data's and episodes have one step. What the filter judges are draws of likelihood models, and so is
   what D has to tell from the real: the learner begins as a Gaussian fitted by likelihood, and of its draws a share
   `likelihood_share` is of the policy as it was fitted, however far the learner has been improved.
-- Standard deviations of the draws that D sees are multiplied by a factor, log-uniform between 1 / `draw_scale` and
-  `draw_scale` and drawn for every row: small ones teach it where the peak is, large ones that far is worse than near,
-  also where likelihood fits the data's own noise so well that D could learn nothing else.
+- Standard deviations of the draws that D sees are multiplied by a factor, log-uniform between 1 and `draw_scale` and
+  drawn for every row: so D tells far from near also where likelihood has fitted the data's own noise so well that it
+  could learn nothing else, and the mean logit of the learner's draws, below which all scores are alike, lies lower than
+  those of a model's usual predictions. Factors below 1 would teach it that the middle of noisy data is not real.
 - Inputs are standardised for the training, by an affine map that the first layer takes over when a snapshot is taken:
   in the release's units, shares of the dataset's range, a step's change is nearly nothing.
 
@@ -67,7 +68,7 @@ class DynamicsRewardConfig:
     snapshots_from: float = 0.25  # share of the updates that pass before the interval at whose end the first is taken
     logit_decay: float = 0.99  # of the running means of the logits, per update
     likelihood_share: float = 0.5  # of the learner's draws, those of the policy as likelihood fitted it
-    draw_scale: float = 4.0  # the draws' standard deviations are multiplied by 1 / draw_scale .. draw_scale
+    draw_scale: float = 8.0  # the draws' standard deviations are multiplied by 1 .. draw_scale
     policy_hidden: list[int] = field(default_factory=lambda: [256, 256])
     policy_learning_rate: float = 4e-5  # of the policy gradients; 0: the learner stays as likelihood fitted it
     policy_draws: int = 2  # C, of a row
@@ -352,7 +353,7 @@ class RewardTrainer:
     def _draw_scales(self, num: int, draw: torch.Generator) -> Tensor:
         """Factors of the draws' standard deviations, `(num, 1)`."""
         uniform = torch.rand((num, 1), generator=draw, device=self.device)
-        return torch.exp(math.log(self.config.draw_scale) * (2 * uniform - 1))
+        return torch.exp(math.log(self.config.draw_scale) * uniform)
 
     def _logits(self, inputs: Tensor) -> Tensor:
         """D's logits `(...)` of standardised inputs `(..., X)`."""

@@ -32,6 +32,9 @@ from envs.errors import UserError
 from envs.termination import termination_rule
 from envs.transforms import STD_OFFSET
 
+Measures = dict[str, float | list[float]]
+"""Metrics, and lists of numbers for figures."""
+
 
 def per_member(default: Any, *, off_at_zero: bool = False) -> Any:
     """A config field that only enters arithmetic: runs that differ in it can share a pack.
@@ -298,9 +301,9 @@ class Method(Protocol):
     def train_epoch(self, epoch: int) -> list[dict[str, float]]:
         """One epoch of gradient updates; metrics per member."""
 
-    def diagnostics(self, epoch: int) -> list[dict[str, float]]:
+    def diagnostics(self, epoch: int) -> Sequence[Mapping[str, float | list[float]]]:
         """What is measured at an evaluation after so many epochs, per member: finite values, nothing where there is
-        nothing to measure. It changes nothing."""
+        nothing to measure; lists of them are not logged but kept for a figure. It changes nothing."""
 
     def policy(self, member: int) -> dict[str, np.ndarray]:
         """A member's policy as the arrays of a policy file (`envs.policies`): actions in [-1, 1] for observations as

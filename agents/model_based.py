@@ -37,7 +37,8 @@ from agents.dynamics import (
 from agents.dynamics_reward import NOT_DISTILLED, DynamicsReward, too_many
 from agents.dynamics_reward_training import DynamicsRewardConfig, reward_stage
 from agents.graphs import default_capture
-from agents.method import BuildTogether, RolloutJob, RolloutResult, Stage, TrainingData
+from agents.method import BuildTogether, Measures, RolloutJob, RolloutResult, Stage, TrainingData
+from agents.model_error import ModelError, simulator
 from agents.model_quality import check_quality, dynamics_of_quality
 from agents.policies import squashed_arrays
 from agents.randomness import generator
@@ -190,6 +191,8 @@ class ModelBasedSAC:
         self.replay = Replay(real, len(self.seeds), capacity if needs_model else 0, device)
         self._runner = self._make_runner()
         self._standardiser: Standardiser | None = None
+        self._model_error: ModelError | None = None
+        self._has_model_error = bool(self.replay.capacity) and shared.model_quality < 1  # else nothing is to be known
 
     def _make_dynamics(self, artifacts: Mapping[str, dict[str, Any]]) -> Dynamics:
         """What rollouts step through."""
@@ -317,8 +320,9 @@ class ModelBasedSAC:
 
     # ---- diagnostics ------------------------------------------------------------------------------------------
 
-    def diagnostics(self, epoch: int) -> list[dict[str, float]]:
-        """Edge-of-reach metrics `reach/*` of every member (see `agents.diagnostics`); nothing changes by them.
+    def diagnostics(self, epoch: int) -> list[Measures]:
+        """Edge-of-reach metrics `reach/*` (see `agents.diagnostics`) and errors of the model `model/*` (see
+        `agents.model_error`) of every member; nothing changes by them.
 
         Args:
             epoch: number of epochs done; counts the draws.
@@ -328,10 +332,21 @@ class ModelBasedSAC:
         """
         if self._standardiser is None:  # made once, of the whole dataset
             self._standardiser = Standardiser(self.data.observations)
-        return measure(
+        reach = measure(
             self.sac.actor, self.sac.target, self.replay, self.seeds, epoch, self.num_real / self.shared.batch_size,
             self.shared.rollout_length, self._standardiser, self.edge_test(),
         )  # fmt: skip
+        return [{**one, **two} for one, two in zip(reach, self._model_errors(epoch), strict=True)]
+
+    def _model_errors(self, epoch: int) -> list[Measures]:
+        if self._has_model_error and self._model_error is None:
+            true = simulator(self.data)
+            self._has_model_error = true is not None
+            self._model_error = None if true is None else ModelError(self.data, true)
+        if self._model_error is None:
+            return [{} for _ in self.seeds]
+        rows = self.data.episode_starts if self.shared.rollout_starts == "initial" else None
+        return self._model_error(self.sac.actor, self.dynamics, rows, self.seeds, epoch, self.shared.rollout_length)
 
     def edge_test(self) -> EdgeTest | None:
         """The environment's exact test, for observations as the rows have them; None where there is none. It is one for

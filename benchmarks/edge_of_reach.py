@@ -28,10 +28,11 @@ def lines(folder: Path, command: str) -> Iterator[dict[str, Any]]:
     Raises:
         UserError: it is not finished.
     """
-    from orchestrator.lab import best_return, read_runs
+    from orchestrator.labs.common import read_rows
+    from orchestrator.labs.edge_of_reach import LabRun, best_return
 
     config, best = load_config([folder / "config.yaml"], []), best_return()
-    for run in read_runs(folder):
+    for run in read_rows(folder, LabRun):
         yield record(
             BENCHMARK, f"{run.method}, k={run.k}, seed {run.seed}", run.mean_return, "return of 30 steps", best,
             config.compute.threads, command, reference_is="the best possible, by dynamic programming",
@@ -48,10 +49,11 @@ def main() -> int:
     args = parser.parse_args()
     folder = args.workdir / "studies" / "edge-of-reach"
     prepare_environment()
-    from orchestrator.lab import RUNS_FILE, run_lab
+    from orchestrator.labs import run_lab
+    from orchestrator.labs.common import ROWS_FILE
 
     try:
-        if not (folder / RUNS_FILE).exists():
+        if not (folder / ROWS_FILE).exists():
             run_lab("edge-of-reach", str(args.workdir), None, None, Console(stderr=True))
         for line in lines(folder, f"python -m benchmarks.{BENCHMARK} --workdir {args.workdir.name}"):
             print_line(line)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, print_line, record
-from benchmarks.true_dynamics import run_summary
+from benchmarks.studies import run_summary
 from envs.errors import UserError
 from envs.registry import load_dataset
 from orchestrator.config import Config, load_config

@@ -17,7 +17,8 @@ from envs.errors import UserError
 from orchestrator.artifacts import write_text
 
 QUICK = ("learner_speed",)  # some minutes
-NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem not in ("common", "run"))
+NO_BENCHMARKS = ("common", "run", "studies")
+NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem not in NO_BENCHMARKS)
 
 
 def run_benchmark(name: str, options: Sequence[str], folder: Path) -> Path:

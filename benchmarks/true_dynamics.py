@@ -18,12 +18,8 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import shlex
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -31,15 +27,21 @@ from pathlib import Path
 from typing import Any
 
 from agents.diagnostics import expert_value
-from agents.method import load_method
-from benchmarks.common import ROOT, print_line, record
+from benchmarks.common import print_line, record
+from benchmarks.studies import (
+    metric_courses,
+    run_summary,
+    short_name,
+    shown_command,
+    stage_keys,
+    study_parser,
+    train,
+)
 from envs.dataset import Dataset
 from envs.errors import UserError
 from envs.registry import load_dataset
-from orchestrator.artifacts import stage_key
-from orchestrator.config import Config, load_config, to_dict
+from orchestrator.config import Config, load_config
 from orchestrator.learner import flatten
-from orchestrator.spool import read_records
 
 BENCHMARK = "true_dynamics"
 METHODS = {
@@ -67,8 +69,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        short = self.dataset.removeprefix("embedded/").rpartition("-v")[0] or Path(self.dataset).stem
-        return f"{short}/{self.dynamics}/{self.method}"
+        return f"{short_name(self.dataset)}/{self.dynamics}/{self.method}"
 
 
 def overrides(case: Case, args: argparse.Namespace) -> list[str]:
@@ -95,70 +96,19 @@ def dynamics_overrides(dataset: str, args: argparse.Namespace) -> list[str]:
 
 def ensemble_key(config: Config, dataset: Dataset) -> str | None:
     """The content key of the dynamics ensemble of a configuration; None in true dynamics."""
-    stages = load_method(config.method_name).stages(config.method)
-    return stage_key(stages["dynamics"], dataset.content_hash) if "dynamics" in stages else None
+    return stage_keys(config, dataset).get("dynamics")
 
 
-def train(case: Case, config: Config, words: Sequence[str], args: argparse.Namespace) -> Path:
-    """Run `offsweep train`, or `offsweep resume` if it was begun under that name, in a process of its own.
-
-    Returns:
-        The study's folder.
-    """
-    study = f"bench-{case.name.replace('/', '-')}-{args.name}"
-    folder: Path = args.workdir / "studies" / study
-    command = [sys.executable, "-m", "orchestrator"]
-    if (folder / "config.yaml").exists():
-        begun = to_dict(load_config([folder / "config.yaml"], []))
-        wanted = to_dict(config)
-        if any(begun[k] != wanted[k] for k in ("method", "dataset", "seed", "num_seeds", "evaluation")):
-            raise UserError(f"the study {study} was begun with other settings; give another --name")
-        command += ["resume", study, "--workdir", str(args.workdir)]
-    else:
-        command += ["train", "--workdir", str(args.workdir), f"study.name={study}", *words]
-    env = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-    print(f"{BENCHMARK}: training {case.name}", file=sys.stderr, flush=True)
-    # what the program shows goes to standard error: standard output is for lines of results
-    done = subprocess.run(command, cwd=ROOT, env=env, stdout=sys.stderr, check=False)
-    if done.returncode != 0:
-        raise UserError(f"training {case.name} ended with exit code {done.returncode}")
-    return folder
-
-
-def run_summary(spool: Path) -> dict[str, Any]:
+def summary_of(spool: Path) -> dict[str, Any]:
     """What a run's spool says of it.
 
     Returns:
-        environment, outcome (finished, diverged); updates done; wall_s that its pack was being trained and evaluated
-        (without the dynamics ensemble and without the time between a kill and a resume); scores by update and
-        normalized_score, the last; of train/q_mean (the critics' mean value, over minibatches and critics, of every
-        epoch) mean_q, the last, max_mean_q over the training, and log10_q_curve by update where it is positive.
+        What `studies.run_summary` does; of train/q_mean (the critics' mean value, over minibatches and critics, of
+        every epoch) mean_q, the last, max_mean_q over the training, and log10_q_curve by update where it is positive.
     """
-    scores: dict[int, float] = {}
-    mean_qs: dict[int, float] = {}
-    tags: dict[str, str] = {}
-    wall_ms, previous = 0, 0
-    for line, _ in read_records(spool):
-        if line is None:
-            continue
-        if line["type"] != "start":
-            wall_ms += line["time"] - previous
-        previous = line["time"]
-        if line["type"] == "metrics":
-            values = line["values"]
-            if "eval/score" in values:
-                scores[line["step"]] = float(values["eval/score"])
-            if "train/q_mean" in values:
-                mean_qs[line["step"]] = float(values["train/q_mean"])
-        tags |= line.get("tags", {})
+    mean_qs = metric_courses(spool, "train/q_mean").get("train/q_mean", {})
     finite = [q for q in mean_qs.values() if math.isfinite(q)]
-    return {
-        "environment": tags["environment"],
-        "score_reference": tags["score_reference"],
-        "outcome": tags.get("outcome", "unfinished"),
-        "updates": max(mean_qs, default=0),
-        "normalized_score": scores[max(scores)] if scores and tags.get("outcome") == "finished" else None,
-        "scores": {str(step): score for step, score in sorted(scores.items())},
+    return run_summary(spool) | {
         "mean_q": mean_qs[max(mean_qs)] if mean_qs else None,
         "max_mean_q": max(finite, default=None),
         "log10_q_curve": {
@@ -166,7 +116,6 @@ def run_summary(spool: Path) -> dict[str, Any]:
             for step, q in sorted(mean_qs.items())
             if 0 < q < math.inf and (step % EVALUATE_EVERY == 0 or step == max(mean_qs))
         },
-        "wall_s": wall_ms / 1000,
     }
 
 
@@ -175,7 +124,7 @@ def lines_of(case: Case, folder: Path, config: Config, dataset: Dataset, command
     m = config.method
     behaviour = dataset.summary().get("score")
     for seed in config.seeds:
-        run = run_summary(folder / "spool" / f"t0000-s{seed}.jsonl")
+        run = summary_of(folder / "spool" / f"t0000-s{seed}.jsonl")
         score, q = run["normalized_score"], run["mean_q"]
         yield record(
             BENCHMARK, f"{case.name}/s{seed}", score, f"D4RL-normalised score in {run['environment']}", behaviour,
@@ -210,39 +159,19 @@ def mean_line(case: Case, lines: Sequence[dict[str, Any]], base: float | None, c
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{BENCHMARK}", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--updates", type=int, default=20_000, help="of every run (default: %(default)s)")
-    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 256], help="actor's and critics' hidden widths")
-    parser.add_argument("--rollout-batch", type=int, help="starts per epoch (default: the methods')")
+    parser = study_parser(BENCHMARK, __doc__)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method, one pack (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the first one")
-    parser.add_argument("--episodes", type=int, default=10, help="of an evaluation (default: %(default)s)")
     parser.add_argument("--datasets", nargs="+", default=list(DATASETS))
     parser.add_argument(
         "--model-quality", type=float, nargs="+", default=[0.0, 1.0], help="0 learned, 1 true (default: both)"
     )
-    parser.add_argument("--dynamics-epochs", type=int, help="most for the ensemble (default: until it stops)")
-    parser.add_argument("--at-once", type=int, default=1, help="packs trained at a time (default: %(default)s)")
-    parser.add_argument("--name", default=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-                        help="of the studies; with the name of an earlier call its studies are resumed")  # fmt: skip
-    parser.add_argument("--threads", type=int, default=1, help="of torch, for each method (default: %(default)s)")
-    workdir = Path(os.environ.get("OFFSWEEP_WORKDIR", "offsweep-work"))
-    parser.add_argument("--workdir", type=Path, default=workdir, help="work folder (default: %(default)s)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)
-    # where it was run and under which name is of no use to others
-    private = ("--workdir", "--name")
-    shown = [w for w, before in zip(words, ["", *words], strict=False)
-             if w.partition("=")[0] not in private and before not in private]  # fmt: skip
-    command = " ".join(["python", "-m", f"benchmarks.{BENCHMARK}", *map(shlex.quote, shown)])
+    command = shown_command(BENCHMARK, words)
     args.workdir = args.workdir.absolute()
     try:
         return run_all(args, command)
@@ -272,7 +201,9 @@ def run_all(args: argparse.Namespace, command: str) -> int:
     base: float | None = None
     with ThreadPoolExecutor(max(1, args.at_once)) as pool:
         # an ensemble is built once: the store lets a second process wait for it
-        trained = {case: pool.submit(train, case, configs[case], given, args) for case, given in chosen.items()}
+        trained = {
+            case: pool.submit(train, BENCHMARK, case.name, configs[case], given, args) for case, given in chosen.items()
+        }
         for case, future in trained.items():
             lines = list(lines_of(case, future.result(), configs[case], datasets[case.dataset], command))
             for line in lines:

@@ -56,6 +56,12 @@ _SPECS = (
     ),
     EnvSpec("offsweep/EdgeOfReach-v0", entry_point="envs.toys:EdgeOfReach", max_episode_steps=30),
     EnvSpec("offsweep/Refrigerator-v0", entry_point="envs.toys:Refrigerator", max_episode_steps=2000),
+    EnvSpec(
+        "offsweep/RefrigeratorShut-v0",
+        entry_point="envs.toys:Refrigerator",
+        max_episode_steps=2000,
+        kwargs={"door": False},
+    ),
 )
 
 

@@ -134,6 +134,10 @@ _TOYS = {
         "refrigerator-behaviour", "offsweep/Refrigerator-v0", ((CONTROLLER, 1.0),), 100_000,
         "the toy task's proportional controller with its noise; the number of rows is this project's",
     ),
+    "refrigerator-shut": Recipe(
+        "refrigerator-shut", "offsweep/RefrigeratorShut-v0", ((CONTROLLER, 1.0),), 100_000,
+        "the same of a refrigerator without a door",
+    ),
 }  # fmt: skip
 
 RECIPES = (*(f"{robot}-{kind}" for robot in _ROBOTS for kind in _KINDS), *_TOYS)

@@ -65,7 +65,7 @@ class Simulator:
 
     def __init__(self, env_id: str) -> None:
         self.env_id = env_id
-        known = TrueDynamics(env_id) if has_true_dynamics(env_id) else _OneByOne(env_id)
+        known = TrueDynamics(env_id) if _has_repeating_dynamics(env_id) else _OneByOne(env_id)
         self._layout = known.layout
         self._steps = known.steps if isinstance(known, _OneByOne) else partial(_true_steps, known)
         self.state_dim = self._layout.size
@@ -185,6 +185,10 @@ def _votes(
     """A row has a vote where a version reproduces it four times better than the two agree."""
     clear = (apart > _APART) & (np.minimum(errors, other_errors) < apart / 4)
     return int((clear & (errors < other_errors)).sum()), int((clear & (other_errors < errors)).sum())
+
+
+def _has_repeating_dynamics(env_id: str) -> bool:
+    return has_true_dynamics(env_id) and TrueDynamics(env_id).repeats_episodes
 
 
 def _true_steps(dynamics: TrueDynamics, observations: NDArray[Any], actions: NDArray[Any]) -> Steps:

@@ -83,6 +83,7 @@ _RULES: dict[str, tuple[TerminationRule, range]] = {
     "neorl/HalfCheetah": (never_done, range(4, 5)),
     "offsweep/EdgeOfReach": (never_done, range(0, 1)),
     "offsweep/Refrigerator": (never_done, range(0, 1)),
+    "offsweep/RefrigeratorShut": (never_done, range(0, 1)),
     "Pendulum": (never_done, range(0, 2)),
 }
 

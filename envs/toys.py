@@ -84,6 +84,11 @@ class Refrigerator(gymnasium.Env[FloatArray, FloatArray]):
     Rules and numbers are those of the task in polixir/revive 2d69367, examples/task/Refrigerator. That it is the
     paper's is likely (its code names that simulator and logs of 2000 steps) but not confirmed.
 
+    Args:
+        door: whether there is one. Where it opens, temperatures rise that a model of observations alone takes for its
+            dynamics; the source shows the door to its models, and MOREC's code splits episodes where a binary factor
+            changes. offsweep/RefrigeratorShut-v0 is without.
+
     `info`: temperature (°C, without noise) and door_open, after the step.
     """
 
@@ -95,7 +100,8 @@ class Refrigerator(gymnasium.Env[FloatArray, FloatArray]):
     MAX_POWER = 10.0
     INTERVAL, OPEN_STEPS, OPEN_PROBABILITY = 200, 20, 0.5
 
-    def __init__(self) -> None:
+    def __init__(self, door: bool = True) -> None:
+        self._door_exists = door
         self.observation_space = Box(-np.inf, np.inf, (1,), np.float32)
         self.action_space = Box(0.0, self.MAX_POWER, (1,), np.float32)
         self._temperature = self.START
@@ -122,7 +128,7 @@ class Refrigerator(gymnasium.Env[FloatArray, FloatArray]):
         if within == 0:
             self._may_open |= bool(self.np_random.random() < self.OPEN_PROBABILITY)
             self._opens_at = int(self.np_random.integers(self.INTERVAL - self.OPEN_STEPS + 1))
-        return self._may_open and self._opens_at <= within < self._opens_at + self.OPEN_STEPS
+        return self._door_exists and self._may_open and self._opens_at <= within < self._opens_at + self.OPEN_STEPS
 
     def _observation(self) -> FloatArray:
         return np.array([self._temperature + self.NOISE * self.np_random.standard_normal()], dtype=np.float32)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from envs.episodes import EpisodeError, make_env, quiet_mujoco
 from envs.errors import UserError
-from envs.toys import EdgeOfReach
+from envs.toys import EdgeOfReach, Refrigerator
 
 FloatArray = NDArray[np.float64]
 
@@ -124,9 +124,13 @@ def mujoco_layout(env: MujocoEnv) -> StateLayout | None:
 class TrueDynamics:
     """An environment's own step from any of its states, a batch at a time.
 
-    For Hopper, HalfCheetah and Walker2d (Gymnasium's and neorl/ ones, in the versions that Gymnasium makes) and for
-    EdgeOfReach. Next state, observation, reward and terminal of a row are those of the environment put into that
-    state; they depend on the row's state and action alone, not on the batch or the number of threads.
+    For Hopper, HalfCheetah and Walker2d (Gymnasium's and neorl/ ones, in the versions that Gymnasium makes), for
+    EdgeOfReach and for Refrigerator. Next state, observation, reward and terminal of a row are those of the environment
+    put into that state; they depend on the row's state and action alone, not on the batch or the number of threads.
+
+    Refrigerator's are those with the door shut and without the sensor's noise: the door is no part of the state that a
+    policy or a model sees, and noise has no true value. So they say what a model should predict on the average while
+    the door is shut, and recorded episodes, which have both, are not repeated by them (`repeats_episodes`).
 
     A robot's state is MuJoCo's qpos and qvel. What else an environment carries from step to step is the solver's
     starting point (qacc_warmstart). It is cleared here before every step: to an environment that is put into the state
@@ -146,8 +150,9 @@ class TrueDynamics:
         env_id: Gymnasium id.
         observation_dim: S.
         action_dim: A.
-        state_dim: X, nq + nv of a robot, 2 of EdgeOfReach.
+        state_dim: X, nq + nv of a robot, 2 of EdgeOfReach, 1 (the temperature) of Refrigerator.
         layout: where an observation holds the state.
+        repeats_episodes: whether a step from a recorded observation with the recorded action gives the recorded one.
 
     Args:
         env_id: Gymnasium id.
@@ -166,10 +171,18 @@ class TrueDynamics:
             env.close()
             raise TrueDynamicsError(
                 f"there are no true dynamics for environment '{env_id}': they can be had for Hopper, HalfCheetah and"
-                " Walker2d (Gymnasium's v4 and v5, and neorl/ ones) and for offsweep/EdgeOfReach-v0."
+                " Walker2d (Gymnasium's v4 and v5, and neorl/ ones), for offsweep/EdgeOfReach-v0 and for"
+                " offsweep/Refrigerator-v0 and RefrigeratorShut-v0."
             )
-        self._dynamics = _Plane() if isinstance(env, EdgeOfReach) else _Robot(env, num_threads)
+        self._dynamics: _Plane | _Cooling | _Robot
+        if isinstance(env, EdgeOfReach):
+            self._dynamics = _Plane()
+        elif isinstance(env, Refrigerator):
+            self._dynamics = _Cooling()
+        else:
+            self._dynamics = _Robot(env, num_threads)
         self.layout = self._dynamics.layout
+        self.repeats_episodes = not isinstance(self._dynamics, _Cooling)
         assert env.observation_space.shape
         assert env.action_space.shape
         self.observation_dim = env.observation_space.shape[0]
@@ -235,7 +248,7 @@ def _bare(env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:
 
 
 def _supported(env: gymnasium.Env[Any, Any]) -> bool:
-    return type(env) in (*_ROBOTS, EdgeOfReach)
+    return type(env) in (*_ROBOTS, EdgeOfReach, Refrigerator)
 
 
 class _Plane:
@@ -250,6 +263,25 @@ class _Plane:
         after = states_NX + np.clip(actions_NA, -1.0, 1.0)
         rewards = EdgeOfReach.reward(states_NX)
         return TrueStep(after, self.observe(after), rewards, np.zeros(len(after), np.bool_))
+
+
+class _Cooling:
+    """Refrigerator with its door shut and a perfect sensor; the state is the temperature in °C.
+
+    T' = (T - u) - ((T - u) - 15) 0.02,   r = -|T' + 2|
+    """
+
+    layout = StateLayout(0, 1, 0)
+
+    def observe(self, states_NX: FloatArray) -> FloatArray:
+        return states_NX.astype(np.float32).astype(np.float64)
+
+    def step(self, states_NX: FloatArray, actions_NA: FloatArray) -> TrueStep:
+        cooled = states_NX - np.clip(actions_NA, 0.0, Refrigerator.MAX_POWER)
+        after = cooled - (cooled - Refrigerator.OUTSIDE) * Refrigerator.LEAK_SHUT
+        shown = self.observe(after)
+        rewards = -np.abs(shown[:, 0] - Refrigerator.TARGET)
+        return TrueStep(after, shown, rewards, np.zeros(len(after), np.bool_))
 
 
 class _Robot:

@@ -20,6 +20,7 @@ EPILOG = """examples:
   offsweep plan study.yaml compute.price_per_gpu_hour=2.5
   offsweep resume my-study
   offsweep lab edge-of-reach
+  offsweep lab refrigerator --seeds 3
   offsweep data verify hopper-medium-v2
   offsweep data collect hopper-medium-expert --workers 2
 """
@@ -95,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Train and draw a paper's experiment on a toy task; a stopped one goes on, a finished one is drawn again.",
     )
     lab.add_argument("lab", nargs="?", metavar="name", help="which; without a name the labs are listed")
-    lab.add_argument("--seeds", type=int, metavar="N", help="runs of every setting")
+    lab.add_argument("--seeds", type=int, metavar="N", help="how often everything is repeated")
     lab.add_argument("--updates", type=int, metavar="N", help="gradient updates of every run")
     add_workdir(lab)
 
@@ -217,7 +218,7 @@ def _dispatch(args: argparse.Namespace) -> int:
 
     console = Console() if sys.stdout.isatty() else Console(width=140)
     if args.command == "lab":
-        from orchestrator.lab import list_labs, run_lab
+        from orchestrator.labs import list_labs, run_lab
 
         if args.lab is None:
             list_labs(console)

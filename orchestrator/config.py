@@ -47,7 +47,7 @@ class EvaluationConfig:
     episodes: int = 10  # deterministic policy; episode i is reset with seed first_seed + i every time
     first_seed: int = 10_000
     env_id: str | None = None  # None: the dataset's
-    diagnostics: bool = True  # edge-of-reach metrics `reach/*` of model-based runs; results are the same without
+    diagnostics: bool = True  # metrics `reach/*` and `model/*` of model-based runs; results are the same without
 
 
 @dataclass

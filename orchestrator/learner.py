@@ -118,7 +118,8 @@ class Diagnosis:
     """What was measured of one run at one evaluation."""
 
     updates: int
-    metrics: dict[str, float]  # reach/*
+    metrics: dict[str, float]  # reach/* and model/*
+    samples: dict[str, list[float]] = field(default_factory=dict)  # for a figure, of the run's last diagnosis only
 
 
 @dataclass(frozen=True)
@@ -340,15 +341,18 @@ class Learner:
         started = time.perf_counter()
         measured = self.method.diagnostics(self.epoch)
         seconds = time.perf_counter() - started
-        for key, metrics in zip(self.alive, measured, strict=True):
-            if not metrics:
+        for key, measures in zip(self.alive, measured, strict=True):
+            if not measures:
                 continue
+            metrics = {name: value for name, value in measures.items() if not isinstance(value, list)}
+            samples = {name: value for name, value in measures.items() if isinstance(value, list)}
             known = self.diagnoses[key]
+            known[-1:] = [replace(d, samples={}) for d in known[-1:]]
             if "reach/q_mean" in metrics:
                 means = [(d.updates, d.metrics["reach/q_mean"]) for d in known if "reach/q_mean" in d.metrics]
                 now = (self.updates, metrics["reach/q_mean"])
                 metrics = {**metrics, **growth_metrics([*means, now], self.expert_value)}
-            known.append(Diagnosis(self.updates, metrics))
+            known.append(Diagnosis(self.updates, metrics, samples))
             self._spools[key].metrics(self.updates, {**metrics, "time/diagnostics_seconds": seconds})
 
     def _start_evaluation(self, updates: int, policies: dict[str, dict[str, np.ndarray]]) -> None:
@@ -467,7 +471,7 @@ class Learner:
             course = plots.RunCourse(
                 self._name(key), [d.updates for d in known], [d.metrics for d in known],
                 [(e.updates, e.value) for e in self.evaluations[key]], self.expert_value,
-                "mean return" if self.reference is None else "score",
+                "mean return" if self.reference is None else "score", known[-1].samples,
             )  # fmt: skip
             figure, path = plots.diagnostics_figure(course), self.run_folder(key) / "diagnostics.png"
             write_atomically(path, lambda p: figure.savefig(p, format="png", dpi=100))
@@ -711,10 +715,11 @@ class LearnerProcess:
             def report(which: int, step: int, metrics: Mapping[str, float]) -> None:
                 histories[which].append((step, dict(metrics)))
 
-            data = training_data(dataset, resolve_device(self.compute.device))
+            data, started = training_data(dataset, resolve_device(self.compute.device)), time.perf_counter()
             results = _build(missing, data, report)
+            seconds = time.perf_counter() - started  # of all that were built in one go
             # the history is kept with the stage: whoever uses it can show it
-            about = {"dataset": dataset.name, "dataset_hash": dataset.content_hash}
+            about = {"dataset": dataset.name, "dataset_hash": dataset.content_hash, "seconds": seconds}
             return [
                 result if isinstance(result, UserError) else Built(result, {**about, "history": history})
                 for result, history in zip(results, histories, strict=True)

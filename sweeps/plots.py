@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -36,36 +36,44 @@ class RunCourse:
 
     name: str
     updates: Sequence[int]  # of the measurements
-    metrics: Sequence[Mapping[str, float]]  # reach/* of each of them; some may lack some
+    metrics: Sequence[Mapping[str, float]]  # reach/* and model/* of each of them; some may lack some
     values: Sequence[tuple[int, float]]  # (updates, score or mean return)
     expert_value: float | None  # roughly an expert's Q, for comparison
     value_name: str  # score or mean return
+    # of the last measurement: dynamics reward and log10 of the one-step error of some candidates, if there is a filter
+    samples: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def diagnostics_figure(course: RunCourse) -> Figure:
-    """Five panels: mean Q, Q by step of the last rollouts, share of edge-of-reach targets, effective penalty, score.
+    """Five panels: mean Q, Q by step of the last rollouts, share of edge-of-reach targets, effective penalty, score;
+    a sixth of the model's errors where they are known, and a seventh of the dynamics reward of a filter.
 
     Args:
         course: with at least one measurement.
     """
-    figure = new_figure(13.0, 7.0, layout=None)  # working the margins out would double the time of drawing
-    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.08, top=0.9, wspace=0.22, hspace=0.32)
-    figure.suptitle(f"{course.name}: edge-of-reach diagnostics")
-    places = figure.subplots(2, 3).ravel()
-    _mean_q(places[0], course)
-    _q_by_step(places[1], course)
-    _share(places[2], course)
-    _penalty(places[3], course)
-    axes = places[4]
-    axes.plot([u for u, _ in course.values], [v for _, v in course.values], marker=".", color=_PLAIN)
-    _describe(axes, course.value_name, "updates", course.value_name)
-    places[5].remove()
+    panels = [_mean_q, _q_by_step, _share, _penalty, _value]
+    if any(name.startswith("model/rmse_step_") for name in course.metrics[-1]):
+        panels.append(_model_error)
+    if course.samples:
+        panels.append(_reward_by_error)
+    columns = math.ceil(len(panels) / 2)
+    # working the margins out would double the time of drawing
+    figure = new_figure(13.0 / 3 * columns, 7.0, layout=None)
+    figure.subplots_adjust(
+        left=0.18 / columns, right=1 - 0.06 / columns, bottom=0.08, top=0.9, wspace=0.22, hspace=0.32
+    )
+    figure.suptitle(f"{course.name}: diagnostics")
+    places = figure.subplots(2, columns).ravel()
+    for draw, axes in zip(panels, places, strict=False):
+        draw(axes, course)
+    for axes in places[len(panels) :]:
+        axes.remove()
     return figure
 
 
 def load() -> None:
     """Load what the first of these figures would: the library, its fonts and its caches."""
-    nothing = RunCourse("", [1], [{"reach/q_mean": 1.0}], [(1, 0.0)], None, "")
+    nothing = RunCourse("", [1], [{"reach/q_mean": 1.0, "model/rmse_step_1": 1.0}], [(1, 0.0)], None, "")
     diagnostics_figure(nothing).savefig(io.BytesIO(), format="png", dpi=100)
 
 
@@ -110,6 +118,42 @@ def _share(axes: Axes, course: RunCourse) -> None:
 def _penalty(axes: Axes, course: RunCourse) -> None:
     _lines(axes, course, {"penalty_edge": ("edge of reach", _EDGE), "penalty_within": ("within reach", _WITHIN)})
     _describe(axes, "effective penalty: mean less minimum of the critics", "updates", "penalty")
+
+
+def _value(axes: Axes, course: RunCourse) -> None:
+    axes.plot([u for u, _ in course.values], [v for _, v in course.values], marker=".", color=_PLAIN)
+    _describe(axes, course.value_name, "updates", course.value_name)
+
+
+def _model_error(axes: Axes, course: RunCourse) -> None:
+    shown = {
+        "rmse": ("rollout, unfiltered", _EDGE, "-"), "rmse_filtered": ("filtered, nothing cut", _WITHIN, "-"),
+        "rmse_survivors": ("filtered, survivors", _WITHIN, "--"),
+        "rmse_survivors_unfiltered": ("unfiltered, survivors' starts", _EDGE, "--"),
+        "one_step_error": ("one step, unfiltered", _EDGE, ":"),
+        "one_step_error_filtered": ("one step, filtered", _WITHIN, ":"),
+    }  # fmt: skip
+    for name, (label, color, style) in shown.items():
+        points = [p for p in _by_step(course.metrics[-1], f"model/{name}_step_") if p[1] > 0]
+        if points:
+            errors = [math.log10(x) for _, x in points]
+            axes.plot([s for s, _ in points], errors, style, marker=".", color=color, label=label)
+    title = f"error of the model, at {course.updates[-1]} updates"
+    _describe(axes, title, "step of the rollout", "log10 of the error, in std")
+
+
+def _reward_by_error(axes: Axes, course: RunCourse) -> None:
+    rewards, errors = (course.samples[f"model/sample_{name}"] for name in ("dynamics_reward", "log10_error"))
+    axes.plot(errors, rewards, linestyle="none", marker=".", markersize=3, color=_PLAIN)
+    title = f"candidates, at {course.updates[-1]} updates"
+    correlation = course.metrics[-1].get("model/reward_error_correlation")
+    if correlation is not None:
+        title = f"{title}: rank correlation {correlation:.2f}"
+    _describe(axes, title, "log10 of the one-step error", "dynamics reward")
+
+
+def _by_step(metrics: Mapping[str, float], prefix: str) -> list[tuple[int, float]]:
+    return sorted((int(name.removeprefix(prefix)), x) for name, x in metrics.items() if name.startswith(prefix))
 
 
 def _lines(axes: Axes, course: RunCourse, shown: Mapping[str, tuple[str, str]]) -> None:

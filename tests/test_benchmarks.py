@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from agents.dynamics import DynamicsConfig, EnsembleTrainer
+from agents.method import load_method
 from agents.replay import Replay, transition_rows
 from benchmarks import (
     common,
@@ -14,6 +15,7 @@ from benchmarks import (
     data_collect,
     data_load,
     learner_speed,
+    morec_scores,
     offlinerlkit_scores,
     run,
     true_dynamics,
@@ -143,7 +145,7 @@ def test_a_run_is_summarised_by_its_last_score_and_its_largest_value_estimate(sp
     spool.metrics(3000, {"train/q_mean": 70.0, "eval/score": 30.0})
     spool.set_tags({"outcome": "finished"})
     spool.end("FINISHED")
-    summary = true_dynamics.run_summary(spool.path)
+    summary = true_dynamics.summary_of(spool.path)
     assert summary["normalized_score"] == 30.0
     assert (summary["mean_q"], summary["max_mean_q"], summary["updates"]) == (70.0, 900.0, 3000)
     assert summary["environment"] == "Hopper-v5"
@@ -153,7 +155,7 @@ def test_a_diverged_run_has_no_score(spool):
     spool.metrics(3000, {"train/q_mean": float("nan")})
     spool.set_tags({"outcome": "diverged"})
     spool.end("FAILED")
-    summary = true_dynamics.run_summary(spool.path)
+    summary = true_dynamics.summary_of(spool.path)
     assert summary["normalized_score"] is None
     line = common.record("true_dynamics", "base/s0", None, "score", 1.0, 1, "python", **summary)
     assert json.loads(json.dumps(line, allow_nan=False))["mean_q"] is None
@@ -213,6 +215,58 @@ def test_the_cases_share_one_dynamics_ensemble_and_differ_where_they_should():
         assert config.evaluation.every_epochs * config.method.updates_per_epoch == 5000
 
 
+def test_plain_and_filtered_methods_share_their_stages_and_differ_in_the_filter():
+    words = ["--updates", "10000", "--hidden", "64", "64", "--length", "30", "--scorer", "distilled",
+             "--dynamics-epochs", "15", "--reward-epochs", "3", "--rollout-batch", "5000", "--learning-rate", "0.001",
+             "--methods", *morec_scores.METHODS]  # fmt: skip
+    args = morec_scores.build_parser().parse_args(words)
+    cases = morec_scores.cases_of(args)
+    methods = ["mopo", "mopo-long", "morec-mopo", "mobile", "mobile-long", "morec-mobile"]
+    assert [case.name for case in cases[:6]] == [f"hopper-medium-snapshots/{name}" for name in methods]
+    assert [case.filtered for case in cases[:6]] == [False, False, True] * 2
+    configs = {case: morec_scores.load_config([], morec_scores.overrides(case, args)) for case in cases}
+    for case, config in configs.items():
+        m = config.method
+        assert (m.filtered, m.dynamics.max_epochs, m.num_updates, m.hidden) == (case.filtered, 15, 10000, [64, 64])
+        long = case.method != case.plain
+        assert (m.rollout_length, m.rollout_batch) == ((30, 1000) if long else (5, 5000))
+        assert (m.actor_lr, m.critic_lr, m.alpha_lr) == (0.001, 0.001, 0.001)
+        assert m.penalty_coef == configs[morec_scores.Case(case.dataset, case.plain)].method.penalty_coef
+        assert config.evaluation.every_epochs * m.updates_per_epoch == 5000
+        if case.filtered:
+            assert (m.filter.scorer, m.dynamics_reward.max_epochs) == ("distilled", 3)
+    stages = [load_method(config.method_name).stages(config.method) for config in configs.values()]
+    settings = [[(stage.kind, stage.settings) for stage in one.values()] for one in stages]
+    assert all(one[0] == settings[0][0] for one in settings)
+    rewards = [one[1] for one in settings if len(one) > 1]
+    assert len(rewards) == len(cases) / 3
+    assert all(reward == rewards[0] for reward in rewards)
+
+
+def test_the_last_errors_of_a_run_are_read_by_step(spool):
+    for step, error in ((1000, 5.0), (2000, 2.0)):
+        spool.metrics(step, {
+            "model/rmse_step_10": error, "model/rmse_step_1": 1.0, "model/one_step_error_step_10": 0.5,
+            "model/one_step_error": 0.25, "rollout/cut_share": 0.1 * error, "reach/share": 0.3,
+        })  # fmt: skip
+    assert morec_scores.last_values(spool.path) == {
+        "rmse_by_step": {"rmse": {"1": 1.0, "10": 2.0}, "one_step_error": {"10": 0.5}},
+        "model": {"one_step_error": 0.25}, "rollout": {"cut_share": 0.2},
+    }  # fmt: skip
+
+
+def test_a_mean_is_of_the_steps_that_every_seed_has():
+    lines = [
+        {"normalized_score": score, "rmse_by_step": {"rmse": errors}, "unit": "score", "threads": 1, "dataset": "d",
+         "seed": seed, "updates": 10, "hidden": [64], "wall_s": 1.0, "environment": "e"}
+        for seed, (score, errors) in enumerate([(10.0, {"1": 1.0, "50": 9.0}), (30.0, {"1": 3.0})])
+    ]  # fmt: skip
+    mean = morec_scores.mean_line(morec_scores.Case("d-v0", "morec-mopo"), lines, 10.0, "python")
+    assert (mean["value"], mean["ratio"], mean["rmse_by_step"]) == (20.0, 2.0, {"rmse": {"1": 2.0}})
+    lines[0]["normalized_score"] = None
+    assert morec_scores.mean_line(morec_scores.Case("d-v0", "morec-mopo"), lines, 10.0, "python")["value"] is None
+
+
 def test_scores_beside_offlinerlkits_are_means_over_seeds_and_a_diverged_run_has_none():
     runs = [{"seed": seed, "score": score, "curve": {"5": 1.0}} for seed, score in ((0, 1.0), (1, 4.0))]
     line = offlinerlkit_scores.line_of("hopper", "mopo", "offsweep", runs, 5.0, "command", updates=5)
@@ -230,8 +284,8 @@ def test_both_implementations_are_trained_for_as_long_on_the_same_seeds():
         assert one["updates"] == offlinerlkit_scores.UPDATES[one["method"]]
     args = offlinerlkit_scores.build_parser().parse_args([])
     for robot, method in {(one["robot"], one["method"]) for one in content["runs"]}:
-        seeds = sorted(one["seed"] for one in content["runs"] if (one["robot"], one["method"]) == (robot, method))
-        assert set(seeds) <= set(range(args.seeds))
+        seeds = {one["seed"] for one in content["runs"] if (one["robot"], one["method"]) == (robot, method)}
+        assert seeds <= set(range(args.seeds))
         config = load_config([], offlinerlkit_scores.overrides(robot, method, args))
         assert config.method.num_updates == offlinerlkit_scores.UPDATES[method]
         assert config.method.update_order == "critics-first"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import pickle
 from typing import Any
 
 import pytest
@@ -12,7 +13,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from agents import dynamics
-from agents.dynamics import DynamicsConfig, Ensemble, EnsembleTrainer, EpochReport, train_ensemble, train_ensembles
+from agents.dynamics import (
+    DynamicsConfig,
+    Ensemble,
+    EnsembleTrainer,
+    EpochReport,
+    train_ensemble,
+    train_ensembles,
+    training_settings,
+)
 from envs.errors import UserError
 from tests.agents.devices import recorded_graph
 
@@ -256,6 +265,26 @@ def test_inputs_are_standardised_and_clipped_outputs_are_raw() -> None:
     far = torch.tensor([[1e3, 0.0, 0.0], [1e6, 0.0, 0.0]])
     clipped = plain.predict_all(far)[0]
     assert torch.equal(clipped[:, 0], clipped[:, 1])
+
+
+def test_without_a_clip_far_inputs_are_told_apart_wherever_the_ensemble_goes_and_old_keys_stay() -> None:
+    settings = config(input_clip=math.inf, max_epochs=1)
+    ensemble = train_ensemble(*system(200), settings)
+    far = torch.tensor([[100.0, 0.0, 0.0], [200.0, 0.0, 0.0]])
+    expected = ensemble.predict_all(far)[0]
+    assert not torch.equal(expected[:, 0], expected[:, 1])
+    for copy in (
+        pickle.loads(pickle.dumps(ensemble)), Ensemble.from_state_dict(ensemble.state_dict()), ensemble.to("cpu"),
+    ):  # fmt: skip
+        assert torch.equal(copy.predict_all(far)[0], expected)
+    assert ensemble.untrained(0).input_clip == math.inf
+    old = {name: value for name, value in ensemble.state_dict().items() if name != "input_clip"}
+    clipped = Ensemble.from_state_dict(old).predict_all(far)[0]
+    assert torch.equal(clipped[:, 0], clipped[:, 1])
+    assert "input_clip" not in training_settings(config())
+    assert training_settings(settings)["input_clip"] == math.inf
+    with pytest.raises(UserError, match="input_clip=0"):
+        config(input_clip=0)
 
 
 def test_a_constant_column_does_no_harm() -> None:

@@ -18,7 +18,9 @@ from agents.dynamics_reward_training import (
     train_dynamics_reward,
 )
 from agents.method import TrainingData
+from agents.optim import Adam
 from envs.errors import UserError
+from tests.agents.devices import no_host
 
 QUICK: dict[str, Any] = {
     "hidden": [32, 32], "policy_hidden": [32], "distil_hidden": [32], "batch_size": 128, "max_epochs": 25,
@@ -185,6 +187,27 @@ def test_a_learner_whose_policy_does_not_learn_is_the_likelihood_policy():
     for _ in trainer.epochs():
         pass
     assert not torch.equal(trainer.policy.network.flat, trainer.likelihood_policy.network.flat)
+
+
+def test_an_update_never_waits_for_the_device(monkeypatch):
+    trainer = RewardTrainer(linear_data(300), DynamicsRewardConfig(**{**QUICK, "max_epochs": 1, "weight_decay": 1e-4}))
+    trainer.pretrain()
+    meta = torch.device("meta")
+    trainer.device, trainer._table = meta, trainer._table.to(meta)
+    trainer.discriminator = trainer.discriminator.to(meta)
+    trainer.policy.network, trainer.likelihood_policy.network = (
+        policy.network.to(meta) for policy in (trainer.policy, trainer.likelihood_policy)
+    )
+    trainer._optimiser = Adam(trainer.discriminator, [1e-3])
+    trainer._policy_optimiser = Adam(trainer.policy.network, [1e-3])
+    trainer._expert_logit, trainer._learner_logit = (
+        x.to(meta) for x in (trainer._expert_logit, trainer._learner_logit)
+    )
+    rows = torch.empty(100, dtype=torch.int64, device=meta)
+    with no_host(monkeypatch):
+        for _ in range(trainer.num_updates):
+            trainer._step(rows, None)
+    assert len(trainer.snapshots) == QUICK["num_snapshots"]
 
 
 def test_rank_correlation():

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from agents.dynamics import DynamicsConfig, Ensemble
+from agents.dynamics_reward_training import DynamicsRewardConfig
 from agents.method import RolloutResult, TrainingData
 from agents.mobile import MOBILE, BellmanInconsistency, MOBILEConfig
-from agents.model_based import ModelBasedConfig, ModelBasedSAC
+from agents.model_based import FILTERED_SHARD_ROWS, ModelBasedConfig, ModelBasedSAC
 from agents.mopo import MOPO, MOPOConfig, max_aleatoric
 from agents.ravl import RAVL, RAVLConfig
 from agents.replay import transition_rows
@@ -63,7 +64,7 @@ def artifacts() -> dict[str, dict[str, Any]]:
 
     stages = RAVL.stages(RAVLConfig(dynamics=DYNAMICS))
     built = {name: stage.build(data(), report) for name, stage in stages.items()}
-    return {**built, "dynamics_reward": random_reward(4, OBS, ACT)}
+    return {**built, "dynamics_reward": random_reward(6, OBS, ACT)}
 
 
 SMALL: dict[str, Any] = {
@@ -93,19 +94,22 @@ def mobile_configs(**changes: Any) -> list[MOBILEConfig]:
     return [MOBILEConfig(penalty_coef=p, actor_lr=a, critic_lr=c, **settings) for p, a, c in own]
 
 
+def filtered(configs: Sequence[ModelBasedConfig], **settings: Any) -> list[Any]:
+    """The same with rollouts through filtered predictions, some of which are cut."""
+    config = FilterConfig(**{"num_discriminators": 3, "threshold": 0.75, **settings})
+    dynamics = dataclasses.replace(DYNAMICS, filter="morec")
+    return [dataclasses.replace(c, dynamics=dynamics, filter=config) for c in configs]
+
+
 def learner(configs: Sequence[ModelBasedConfig], seeds: Sequence[int]) -> ModelBasedSAC:
     method = {MOPOConfig: MOPO, MOBILEConfig: MOBILE, RAVLConfig: RAVL}[type(configs[0])]
     return method(configs, seeds, data(), artifacts())
 
 
-def filtered_configs() -> list[MOBILEConfig]:
-    """MOREC-MOBILE."""
-    settings = FilterConfig(num_discriminators=2, threshold=0.5)
-    return mobile_configs(dynamics=dataclasses.replace(DYNAMICS, filter="morec"), filter=settings, target_floor=None)
-
-
 PACKS: dict[str, Sequence[ModelBasedConfig]] = {
-    "ravl": ravl_configs(), "mopo": mopo_configs(), "mobile": mobile_configs(), "morec-mobile": filtered_configs()
+    "ravl": ravl_configs(), "mopo": mopo_configs(), "mobile": mobile_configs(),
+    "mopo filtered": filtered(mopo_configs(), cut="truncate"), "ravl filtered": filtered(ravl_configs()),
+    "mobile filtered": filtered(mobile_configs(target_floor=None)),
 }  # fmt: skip
 
 
@@ -210,7 +214,7 @@ def test_a_restored_selection_goes_on_bitwise() -> None:
 
 
 def test_mobiles_penalty_is_of_the_plain_elites_whatever_filters_the_rollouts() -> None:
-    method = learner(filtered_configs(), SEEDS)
+    method = learner(filtered(mobile_configs(target_floor=None)), SEEDS)
     assert isinstance(method.dynamics, FilteredDynamics)
     assert isinstance(method.sac.hook, BellmanInconsistency)
     assert method.sac.hook.ensemble is method.ensemble
@@ -386,6 +390,33 @@ def test_rollout_metrics_are_those_of_the_rows(starts: int) -> None:
         assert starts < len(rows) < 3 * starts
 
 
+def test_filtered_rollouts_are_filtered_and_measured() -> None:
+    """Shards of at most so many starts, the plain ensemble beside the filter, and cuts in the metrics."""
+    configs = filtered(mopo_configs(rollout_batch=FILTERED_SHARD_ROWS + 60), cut="drop")
+    method = learner(configs, SEEDS)
+    assert isinstance(method.dynamics, FilteredDynamics)
+    assert method.dynamics.ensemble is method.ensemble
+    assert method.dynamics.reward.num_discriminators == 3
+    jobs = method.rollout_jobs(0)
+    assert {job.starts.shape[1] for job in jobs} == {FILTERED_SHARD_ROWS, 60}
+    results = [job.run(method.dynamics) for job in jobs]
+    metrics = method.add_rollouts(results)
+    for m in range(4):
+        mine = [r.statistics[0] for r in results if r.members == (m,)]
+        cut, made = sum(s.cut for s in mine), sum(s.transitions for s in mine)
+        assert 0 < cut < FILTERED_SHARD_ROWS
+        assert metrics[m]["rollout/cut_share"] == cut / (FILTERED_SHARD_ROWS + 60)
+        mean = sum(s.dynamics_reward_sum for s in mine) / (made + cut)
+        assert metrics[m]["rollout/dynamics_reward_mean"] == pytest.approx(mean)
+        assert 0.3133 < mean < 1.3133
+        rows = method.replay.member_rows(m)
+        rows = rows[rows[:, D] == 0]  # terminals are kept, whatever their reward
+        reward = method.dynamics.reward(rows[:, : OBS + ACT], rows[:, None, D + 1 :])
+        assert float(reward.min()) >= 0.75 - 1e-5  # the threshold
+    plain = learner(mopo_configs(), SEEDS)
+    assert plain.dynamics is plain.ensemble
+
+
 def test_a_ring_forgets_the_oldest_epochs() -> None:
     method = learner(ravl_configs(), SEEDS)
     by_epoch = []
@@ -525,6 +556,31 @@ def test_the_stage_names_every_setting_it_depends_on() -> None:
 def test_a_bad_setting_is_named(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=f"^{sentence}"):
         ModelBasedConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model_quality": 0.5}, r"method\.dynamics\.filter=morec needs method\.model_quality=0, not 0\.5: what is"),
+        (
+            {"filter": FilterConfig(num_discriminators=41)},
+            r"method\.filter\.num_discriminators=41 is more than the 40 ",
+        ),
+        (
+            {"filter": FilterConfig(scorer="distilled"), "dynamics_reward": DynamicsRewardConfig(distil_epochs=0)},
+            r"method\.filter\.scorer=distilled needs a dynamics reward with a distilled network",
+        ),
+    ],
+)
+def test_a_filter_that_cannot_be_is_named(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=f"^{sentence}"):
+        ModelBasedConfig(dynamics=DynamicsConfig(filter="morec"), **changes)
+    ModelBasedConfig(**changes)  # which is nothing to one without a filter
+
+
+def test_an_unknown_filter_is_named() -> None:
+    with pytest.raises(UserError, match=r"^method\.dynamics\.filter='best' must be none or morec$"):
+        DynamicsConfig(filter="best")
 
 
 def test_a_negative_penalty_is_named() -> None:

@@ -75,14 +75,11 @@ def filter_inputs(case: str) -> FilterInputs:
     layers = []
     for n_in, n_out in pairwise((2 * OBS + 1 + ACT, *WIDTHS, 1)):
         bound = 2.0 / np.sqrt(n_in)
-        weight, bias = (
-            rng.uniform(-bound, bound, (SNAPSHOTS, n_in, n_out)),
-            rng.uniform(-0.3, 0.3, (SNAPSHOTS, 1, n_out)),
-        )
+        weight, bias = (rng.uniform(-x, x, (SNAPSHOTS, n, n_out)) for x, n in ((bound, n_in), (0.3, 1)))
         layers.append((weight.astype(np.float32), bias.astype(np.float32)))
     hidden = rng.uniform(-0.8, 0.8, (300, 2 * OBS + 1 + ACT))
-    for weight, bias in layers[:-1]:
-        hidden = np.maximum(hidden @ weight + bias, 0)
+    for w, b in layers[:-1]:
+        hidden = np.maximum(hidden @ w + b, 0)
     # many logits lie beyond the means
     learner, expert = np.quantile((hidden @ layers[-1][0] + layers[-1][1])[..., 0], (0.3, 0.7), axis=1)
     bounds = [side * rng.uniform(0.5, 1.5, width) for width in (OBS, ACT) for side in (-1.0, 1.0)]

@@ -18,9 +18,11 @@ from agents.mopo import max_aleatoric
 from agents.networks import StackedMLP
 from agents.rollout import Rollout
 from agents.true_dynamics import SimulatedDynamics
+from envs.collect import collect
 from envs.dataset import Dataset, Scaling
 from envs.episodes import make_env
 from envs.errors import UserError
+from envs.toys import ProportionalController
 
 LENGTH, SCALE, SHIFT = 5, 2.5, -0.5
 
@@ -111,6 +113,18 @@ def test_a_rollout_is_what_the_environment_does_with_the_same_actions(env_id: st
         whole += len(made) == LENGTH
     assert whole >= 10
     assert tags.abs().max() == LENGTH
+
+
+def test_the_refrigerators_power_is_mapped_from_the_learners_bounds_and_its_noise_left_out() -> None:
+    dataset = collect("offsweep/Refrigerator-v0", [(ProportionalController(), 1.0)], 20, seed=0)
+    data = TrainingData.from_dataset(dataset, np.zeros(1, np.float32), np.full(1, 10.0, np.float32))
+    dynamics = SimulatedDynamics(data)
+    state_action = torch.tensor([[[10.0, -1.0], [10.0, -0.6], [0.0, 1.0]]])  # powers 0, 2 and 10
+    after = torch.empty(1, 3, 1)
+    carried = dynamics.begin(state_action[..., :1], None)
+    step = dynamics.step(carried, state_action, torch.empty(1, 3, 0), torch.zeros(1, 3), None, after)
+    np.testing.assert_allclose(after.flatten().numpy(), [10.1, 8.14, -9.5], rtol=1e-5)
+    np.testing.assert_allclose(step.reward_MB.flatten().numpy(), [-12.1, -10.14, -7.5], rtol=1e-5)
 
 
 def test_a_velocity_that_is_shown_clipped_is_known_from_the_dataset_only() -> None:

@@ -80,7 +80,9 @@ def test_a_recipe_collects_its_shares_and_says_what_it_is(tmp_path):
 
 def test_the_toys_have_recipes():
     environments.register()
-    for name, action_range in [("edge-of-reach-random", (-1, 1)), ("refrigerator-behaviour", (0, 10))]:
+    for name, action_range in [
+        ("edge-of-reach-random", (-1, 1)), ("refrigerator-behaviour", (0, 10)), ("refrigerator-shut", (0, 10)),
+    ]:  # fmt: skip
         data = replace(recipe(name), rows=300).collect()
         assert data.actions.min() >= action_range[0]
         assert data.actions.max() <= action_range[1]

@@ -25,6 +25,7 @@ from envs.termination import terminated, termination_rule
         ("neorl/HalfCheetah-v4", False),
         ("offsweep/EdgeOfReach-v0", False),
         ("offsweep/Refrigerator-v0", False),
+        ("offsweep/RefrigeratorShut-v0", False),
         ("Pendulum-v1", False),
     ],
 )

@@ -60,6 +60,21 @@ def test_refrigerator_follows_its_equations():
     assert per_interval == [0] * first + [20] * (10 - first)
 
 
+def test_a_refrigerator_without_a_door_is_the_same_but_for_the_door():
+    envs = [make_env(f"offsweep/Refrigerator{door}-v0") for door in ("", "Shut")]
+    opened = False
+    for env in envs:
+        env.reset(seed=0)
+    for _ in range(1200):
+        (with_door, _, _, _, info), (without, _, _, _, shut) = (env.step(np.array([0.3], np.float32)) for env in envs)
+        assert not shut["door_open"]
+        opened |= info["door_open"]
+        if not opened:
+            np.testing.assert_array_equal(with_door, without)
+    assert opened
+    assert info["temperature"] > shut["temperature"]
+
+
 def test_refrigerator_is_repeated_by_its_seed_and_cannot_heat():
     env = make_env("offsweep/Refrigerator-v0")
 

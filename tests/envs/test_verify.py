@@ -11,6 +11,7 @@ from envs.collect import collect, uniform_policy
 from envs.dataset import Dataset, Scaling
 from envs.errors import UserError
 from envs.policies import UniformPolicy
+from envs.toys import ProportionalController
 from envs.verify import STATISTICS_FILE, Report, verify
 from orchestrator.verify_display import print_report
 
@@ -51,6 +52,12 @@ def hopper() -> Dataset:
 
 
 # Genuine data ---------------------------------------------------------------------------------------------------------
+
+
+def test_noise_and_a_door_that_no_observation_shows_are_not_taken_for_wrong_rows():
+    report = check(collect("offsweep/Refrigerator-v0", [(ProportionalController(), 1.0)], 4000, seed=0))
+    assert report.verdict == "plausible"
+    assert set(report.named("skipped")) >= {"simulator_replay", "simulator_rewards"}
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,14 @@ from rich.console import Console
 
 from agents.model_based import ModelBasedSAC
 from benchmarks.kill_tests import policy_digest
+from envs.collect import collect, uniform_policy
+from envs.hdf5 import write_hdf5
 from orchestrator import launch
 from orchestrator.artifacts import load_tensors, write_text
 from orchestrator.cluster import InlineSlots
 from orchestrator.config import load_config, to_dict, to_yaml
 from orchestrator.learner import Learner, LearnerProcess, PackReport, PackSpec
+from sweeps import plots
 from tests.orchestrator.studies import (
     IN_PROCESS,
     configured,
@@ -126,6 +129,79 @@ def test_a_run_without_model_rows_has_none(work: Path):
     train(pack)
     assert not diagnosed(pack, "t0000-s0")
     assert not (Path(pack.study_folder) / "runs" / "t0000-s0" / "diagnostics.png").exists()
+
+
+# ---- errors of the model ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plane(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work folder with a dataset whose environment has true dynamics, and its ensemble."""
+    workdir = copied(work, tmp_path_factory)
+    env_id = "offsweep/EdgeOfReach-v0"
+    write_hdf5(collect(env_id, [(uniform_policy(env_id), 1.0)], 300, seed=0), workdir / "datasets" / "plane.hdf5")
+    config = configured(workdir, *PLANE)
+    assert LearnerProcess(IN_PROCESS).build_stages([to_dict(config)], "dynamics", dataset_of(config)) == [None]
+    return workdir
+
+
+PLANE = ("dataset=plane", "evaluation.every_epochs=2", "method.rollout_length=3")
+
+
+def of_the_model(pack: PackSpec, run_key: str) -> dict[tuple[str, int], Any]:
+    found = points(pack.study_folder, run_key)
+    return {(name.removeprefix("model/"), step): x for (name, step), x in found.items() if name.startswith("model/")}
+
+
+def test_errors_of_the_model_are_logged_without_influence_and_the_same_after_a_kill(plane: Path):
+    packs = {
+        name: make_pack(plane, TWO, *PLANE, *more, name=name)
+        for name, more in (("with", ()), ("off", ("evaluation.diagnostics=false",)), ("killed", ()))
+    }
+    for name in ("with", "off"):
+        train(packs[name])
+    make_learner(packs["killed"]).advance()
+    learner = make_learner(packs["killed"])  # goes on from a checkpoint with a diagnosis
+    assert learner.epoch == 2
+    to_the_end(learner)
+    for run in packs["with"].runs:
+        found = of_the_model(packs["with"], run.run_key)
+        by_step = {f"{name}_step_{t}" for name in ("rmse", "one_step_error", "alive_share") for t in (1, 3)}
+        assert {name for name, _ in found} == {"one_step_error"} | by_step
+        assert {step for _, step in found} == {100, 200}
+        assert all(math.isfinite(x) for x in found.values())
+        assert of_the_model(packs["killed"], run.run_key) == found
+        assert not of_the_model(packs["off"], run.run_key)
+        states = [
+            load_tensors(Path(pack.study_folder) / "runs" / run.run_key / "checkpoint.pt") for pack in packs.values()
+        ]
+        assert same(states[0], states[1])
+        assert same(states[0], states[2])
+
+
+def test_samples_are_kept_of_the_last_diagnosis_and_drawn(plane: Path, monkeypatch: pytest.MonkeyPatch):
+    shown = []
+
+    def diagnostics(self: ModelBasedSAC, epoch: int) -> list[dict[str, Any]]:
+        sample = {"model/sample_dynamics_reward": [0.5, 0.7], "model/sample_log10_error": [float(epoch), -1.0]}
+        return [{"model/rmse_step_1": 1.0, **sample} for _ in self.seeds]
+
+    def drawn(course: plots.RunCourse) -> Any:
+        shown.append(course.samples)
+        return figure(course)
+
+    figure = plots.diagnostics_figure
+    monkeypatch.setattr(ModelBasedSAC, "diagnostics", diagnostics)
+    monkeypatch.setattr(plots, "diagnostics_figure", drawn)
+    pack = make_pack(plane, TWO[:1], *PLANE, name="sampled")
+    make_learner(pack).advance()
+    learner = make_learner(pack)
+    assert learner.diagnoses["t0000-s0"][0].samples["model/sample_log10_error"] == [2.0, -1.0]
+    to_the_end(learner)
+    assert shown == [{"model/sample_dynamics_reward": [0.5, 0.7], "model/sample_log10_error": [4.0, -1.0]}]
+    assert [bool(d.samples) for d in learner.diagnoses["t0000-s0"]] == [False, True]
+    assert of_the_model(pack, "t0000-s0") == {("rmse_step_1", 100): 1.0, ("rmse_step_1", 200): 1.0}
+    assert (Path(pack.study_folder) / "runs" / "t0000-s0" / "diagnostics.png").exists()
 
 
 # ---- runs that collapse -----------------------------------------------------------------------------------------

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
 
 from agents.chunk import OWN_NOISE_BYTES
 from agents.dynamics_reward_training import DynamicsRewardConfig, reward_stage
-from agents.method import Stage, load_method
+from agents.method import Stage, TrainingData, load_method
 from benchmarks.kill_tests import SETTINGS
 from envs.errors import UserError
 from orchestrator import calibration, memory, plan
@@ -149,7 +149,8 @@ def test_a_stage_that_takes_its_time_after_the_last_epoch_is_timed_by_an_epoch(w
             report(step, {})
         return {}
 
-    assert calibration._stand_in(Stage("made", {}, build), None, lambda: next(clock)) == ({}, 2.0)
+    nothing = cast(TrainingData, None)  # which this stage does not look at
+    assert calibration._stand_in(Stage("made", {}, build), nothing, lambda: next(clock)) == ({}, 2.0)
 
 
 def test_the_predictions_of_mobiles_penalty_count_as_work(workdir: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -16,10 +17,13 @@ import pytest
 import torch
 
 from agents.dynamics import Ensemble
+from agents.dynamics_reward import DynamicsReward
 from agents.method import RolloutJob, RolloutResult
 from agents.rollout import Dynamics
+from agents.transition_filter import FilterConfig, FilteredDynamics
 from orchestrator.learner import Learner
 from orchestrator.workers import GROUP_EPISODES, Workers
+from tests.agents.filters import random_reward
 from tests.orchestrator.studies import copied, make_learner, make_pack
 
 SEEDS = range(10_000, 10_003)
@@ -83,6 +87,20 @@ def test_one_and_two_actors_give_the_rollouts_of_the_parent_process(learner: Lea
     assert len({tuple(r.rows[0][0].tolist()) for r in here}) == 3
     assert same_rollouts(here, pool.rollouts(jobs, learner.method.dynamics))
     assert same_rollouts(here, first_of(pool).rollouts(jobs, learner.method.dynamics))
+
+
+@rollout_workers
+def test_filtered_rollouts_are_those_of_the_parent_process(learner: Learner, pool: Workers):
+    learned = learner.method.dynamics
+    assert isinstance(learned, Ensemble)
+    jobs = [dataclasses.replace(job, cut="drop") for job in learner.method.rollout_jobs(0)]
+    state = random_reward(8, learned.observation_dim, jobs[0].actor.sizes[-1] // 2)
+    reward = DynamicsReward.from_state_dict(state, num_discriminators=3)
+    dynamics = FilteredDynamics(learned, reward, FilterConfig(threshold=0.75))
+    here = Workers().rollouts(jobs, dynamics)
+    assert sum(r.statistics[0].cut for r in here) > 0
+    assert same_rollouts(here, pool.rollouts(jobs, dynamics))
+    assert same_rollouts(here, first_of(pool).rollouts(jobs, dynamics))
 
 
 @rollout_workers

@@ -1,6 +1,8 @@
+import math
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from matplotlib.image import imread
@@ -37,6 +39,37 @@ def test_the_panels_show_the_numbers():
     assert lines(share)["beyond it, other steps"] == [(2000, 0.01), (3000, 0.01)]
     assert lines(penalty)["edge of reach"] == [(2000, 5.0), (3000, 5.0)]
     assert (score.get_title(), list(lines(score).values())) == ("score", [[(1000, 5.0), (2000, 60.0)]])
+
+
+def errors():
+    """Of a filtered model, at the last evaluation."""
+    late = {
+        "model/rmse_step_1": 0.1, "model/rmse_step_10": 2.0, "model/rmse_filtered_step_1": 0.05,
+        "model/rmse_filtered_step_10": 1.0, "model/rmse_survivors_step_10": 0.5, "model/one_step_error_step_1": 0.1,
+        "model/rmse_survivors_unfiltered_step_10": 0.8, "model/reward_error_correlation": -0.456,
+    }  # fmt: skip
+    return course(metrics=[course().metrics[0], course().metrics[1], {**course().metrics[2], **late}])
+
+
+def test_errors_of_the_model_have_a_panel():
+    *_, panel = diagnostics_figure(errors()).axes
+    shown = lines(panel)
+    assert shown["rollout, unfiltered"] == [(1, -1.0), (10, math.log10(2.0))]
+    assert shown["filtered, nothing cut"] == [(1, math.log10(0.05)), (10, 0.0)]
+    assert shown["filtered, survivors"] == [(10, math.log10(0.5))]
+    assert shown["unfiltered, survivors' starts"] == [(10, math.log10(0.8))]
+    assert shown["one step, unfiltered"] == [(1, -1.0)]
+    assert "one step, filtered" not in shown
+    assert panel.get_title() == "error of the model, at 3000 updates"
+
+
+def test_candidates_have_a_panel():
+    samples = {"model/sample_dynamics_reward": [0.4, 0.9], "model/sample_log10_error": [-1.0, -2.0]}
+    figure = diagnostics_figure(replace(errors(), samples=samples))
+    *_, panel = figure.axes
+    assert len(figure.axes) == 7
+    assert [list(line.get_xydata().tolist()) for line in panel.get_lines()] == [[[-1.0, 0.4], [-2.0, 0.9]]]
+    assert panel.get_title() == "candidates, at 3000 updates: rank correlation -0.46"
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,18 @@
-"""Laboratories: a paper's experiment on a toy task as a study of listed trials, its table and its figure.
+"""The edge-of-reach laboratory: the simple environment of RAVL (Sims et al. 2024, Figures 4, 5 and 7), rebuilt.
 
-`edge-of-reach` is the simple environment of RAVL (Sims et al. 2024, Figures 4, 5 and 7), rebuilt (`envs.toys`): with
-true dynamics the base method fails since errors at edge-of-reach states compound, an oracle's values there, or RAVL's
-many critics, are the cure. docs/edge_of_reach.md says what is shown.
+The task is `envs.toys.EdgeOfReach`: with true dynamics the base method fails since errors at edge-of-reach states
+compound, an oracle's values there, or RAVL's many critics, are the cure. docs/edge_of_reach.md says what is shown.
 
 Shapes: N critic, B state.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +25,19 @@ from torch import Tensor
 from agents.config import make_sac
 from agents.diagnostics import auroc, ensemble_values
 from envs.episodes import make_env
-from envs.errors import UserError
-from envs.files import write_atomically
 from envs.policies import load_policy
 from envs.reach import EDGE_OF_REACH, grid_points, optimal_values
 from envs.toys import EdgeOfReach
-from orchestrator import launch
-from orchestrator.artifacts import load_tensors, write_text
-from orchestrator.config import Config, load_config, run_config
+from orchestrator.artifacts import load_tensors
+from orchestrator.config import Config, run_config
 from orchestrator.driver import run_key
+from orchestrator.labs.common import keep_figure, keep_rows
 from orchestrator.spool import RunSpool, read_records
-from sweeps.plots_lab import Course, LabFigure, Map, draw_lab
+from sweeps.plots_edge_of_reach import Course, LabFigure, Map, draw_lab
 from sweeps.study import Study
 
-LABS = {"edge-of-reach": "why model-based methods fail with perfect dynamics: values of states that no rollout updates"}
-STUDIES = Path(__file__).parent.parent / "sweeps" / "studies"
-RUNS_FILE, FIGURE_FILE = "lab.csv", "edge_of_reach.png"
+ABOUT = "why model-based methods fail with perfect dynamics: values of states that no rollout updates"
+FIGURE_FILE = "edge_of_reach.png"
 SUCCESS = 0.8  # of the best possible return
 
 _PLANE = 16.0  # half-width of the figure's planes
@@ -67,38 +61,12 @@ class LabRun:
     success: bool
 
 
-def list_labs(console: Console) -> None:
-    """Print what there is."""
-    for name, text in LABS.items():
-        console.print(f"{name}: {text}", highlight=False)
-
-
-def run_lab(name: str, workdir: str, seeds: int | None, updates: int | None, console: Console) -> list[LabRun]:
-    """Train what is not trained yet, and show it.
-
-    Args:
-        seeds: runs of every setting; None: as the study's file says.
-        updates: of every run; None: likewise.
-
-    Raises:
-        UserError: there is no such lab, a number makes no sense, or the study in the work folder is another one.
-    """
-    if name not in LABS:
-        raise UserError(f"unknown lab {name!r}; known: {', '.join(LABS)}")
-    words = [f"num_seeds={seeds}"] if seeds is not None else []
+def options(seeds: int | None, updates: int | None) -> dict[str, Any]:
+    """What changes of the study (see `orchestrator.labs`)."""
+    changed: dict[str, Any] = {} if seeds is None else {"num_seeds": seeds}
     if updates is not None:
-        words += [f"method.num_updates={updates}", f"method.updates_per_epoch={math.gcd(updates, 500)}"]
-    config = load_config([{"workdir": workdir}, STUDIES / f"{name.replace('-', '_')}.yaml"], words)
-    runs: list[LabRun] = []
-
-    def report(study: Study, spool: RunSpool) -> None:
-        runs.extend(show(config, study, spool, console))
-
-    if (Path(workdir) / "studies" / config.study.name / "config.yaml").exists():
-        launch.resume(config.study.name, Path(workdir), [], console, asked=config, report=report)
-    else:
-        launch.start(config, console, report)
-    return runs
+        changed["method"] = {"num_updates": updates, "updates_per_epoch": math.gcd(updates, 500)}
+    return changed
 
 
 def show(config: Config, study: Study, spool: RunSpool, console: Console) -> list[LabRun]:
@@ -116,20 +84,13 @@ def show(config: Config, study: Study, spool: RunSpool, console: Console) -> lis
         if measured:
             settings.append(measured)
     runs = [one.result(best) for measured in settings for one in measured]
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([f.name for f in fields(LabRun)])
-    writer.writerows(asdict(run).values() for run in runs)
-    write_text(study.folder / RUNS_FILE, buffer.getvalue())
-    spool.artifact(study.folder / RUNS_FILE)
+    keep_rows(study.folder, runs, LabRun, spool)
     console.print(_table(runs, best, config))
     if diverged:
         console.print(f"[yellow]{diverged} runs diverged and are left out[/yellow]", highlight=False)
     if settings:
-        figure, path = draw_lab(_figure(settings, best, config)), study.folder / FIGURE_FILE
-        write_atomically(path, lambda p: figure.savefig(p, format="png", dpi=75))
-        spool.artifact(path, "plots")
-        console.print(f"figure: {path}", highlight=False, soft_wrap=True)
+        figure = draw_lab(_figure(settings, best, config))
+        keep_figure(study.folder / FIGURE_FILE, figure, spool, console)
     return runs
 
 
@@ -139,26 +100,6 @@ def method_name(config: Config) -> str:
     if method.patch != "none":
         return "Base-OraclePatch" if method.patch == "oracle" else f"Base, {method.patch} patch"
     return "Base" if method.num_critics == 2 else "RAVL"
-
-
-def read_runs(folder: Path) -> list[LabRun]:
-    """The runs of a finished laboratory from its study's folder.
-
-    Raises:
-        UserError: it is not there or not finished.
-    """
-    try:
-        rows = list(csv.DictReader((folder / RUNS_FILE).read_text().splitlines()))
-    except OSError as error:
-        raise UserError(f"cannot read {folder / RUNS_FILE}: {error.strerror}; run `offsweep lab` first") from None
-    return [
-        LabRun(
-            row["method"], int(row["seed"]), int(row["k"]), float(row["mean_return"]), float(row["mean_q"]),
-            float(row["largest_q"]), float(row["edge_share"]), float(row["patched_share"]), float(row["penalty_auroc"]),
-            row["success"] == "True",
-        )
-        for row in rows
-    ]  # fmt: skip
 
 
 def best_return() -> float:

@@ -11,10 +11,12 @@ import yaml
 
 from benchmarks.edge_of_reach import lines
 from envs.errors import UserError
-from orchestrator import lab
+from orchestrator import labs
 from orchestrator.cli import main
 from orchestrator.config import apply_params, load_config, pack_key
 from orchestrator.driver import run_key
+from orchestrator.labs.common import read_rows
+from orchestrator.labs.edge_of_reach import LabRun, method_name
 from tests.orchestrator.studies import ScriptedSlots, configured, drive, points, quiet
 
 DATASET = "embedded/edge-of-reach-random-v0"
@@ -32,13 +34,13 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def small(folder: Path, monkeypatch: pytest.MonkeyPatch, trials: list[dict[str, Any]], **method: Any) -> None:
     """Let the lab be a small one, in this process."""
-    study = yaml.safe_load((lab.STUDIES / "edge_of_reach.yaml").read_text())
+    study = yaml.safe_load((labs.STUDIES / "edge_of_reach.yaml").read_text())
     study["study"]["trials"] = trials
     study["method"] |= method
     study["evaluation"]["episodes"] = 2
     study["compute"]["num_learners"] = 0
     (folder / "edge_of_reach.yaml").write_text(yaml.safe_dump(study))
-    monkeypatch.setattr(lab, "STUDIES", folder)
+    monkeypatch.setattr(labs, "STUDIES", folder)
 
 
 TINY = {"hidden": [8], "rollout_batch": 20, "batch_size": 16}
@@ -61,7 +63,7 @@ def test_the_lab_is_trained_tabulated_and_drawn_and_then_only_drawn_again(
     assert "Base-OraclePatch" in out
     assert "a reconstruction" in out
     folder = collected / "studies" / "edge-of-reach"
-    runs = lab.read_runs(folder)
+    runs = read_rows(folder, LabRun)
     assert [(r.method, r.k, r.seed) for r in runs] == [
         (name, k, seed)
         for name, k in (("RAVL", 10), ("Base", 10), ("Base-OraclePatch", 10), ("Base", 1))
@@ -89,9 +91,9 @@ def test_labs_are_listed_and_unknown_ones_refused(capsys: pytest.CaptureFixture[
     assert main(["lab"]) == 0
     assert "edge-of-reach" in capsys.readouterr().out
     for words, sentence in (
-        (["edge-of-reech"], "unknown lab 'edge-of-reech'; known: edge-of-reach"),
-        (["edge-of-reach", "--seeds", "0"], "num_seeds=0 must be at least 1"),
-        (["edge-of-reach", "--updates", "-5"], "-5"),
+        (["edge-of-reech"], "unknown lab 'edge-of-reech'; known: edge-of-reach, refrigerator"),
+        (["edge-of-reach", "--seeds", "0"], "--seeds 0 must be at least 1"),
+        (["edge-of-reach", "--updates", "-5"], "--updates -5 must be at least 1"),
     ):
         assert main(["lab", *words, "--workdir", str(tmp_path)]) == 2
         captured = capsys.readouterr()
@@ -99,13 +101,13 @@ def test_labs_are_listed_and_unknown_ones_refused(capsys: pytest.CaptureFixture[
         assert len(captured.err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="run `offsweep lab` first"):
-        lab.read_runs(tmp_path)
+        read_rows(tmp_path, LabRun)
 
 
 def test_base_and_ravl_share_all_settings_but_the_critics_and_rollout_lengths_need_packs_of_their_own() -> None:
-    config = load_config([lab.STUDIES / "edge_of_reach.yaml"], [])
+    config = load_config([labs.STUDIES / "edge_of_reach.yaml"], [])
     trials = [apply_params(config, params) for params in config.study.trials]
-    named = {(lab.method_name(t), t.method.rollout_length): t for t in trials}
+    named = {(method_name(t), t.method.rollout_length): t for t in trials}
     assert set(named) >= {("Base", k) for k in (1, 2, 3, 5, 10, 20, 30)} | {("RAVL", 10), ("Base-OraclePatch", 10)}
     base, ravl = vars(named["Base", 10].method), vars(named["RAVL", 10].method)
     assert {key for key in base if base[key] != ravl[key]} == {"num_critics"}
@@ -160,9 +162,9 @@ def test_values_explode_without_ravls_critics_and_do_not_with_them(
     highest reward forever."""
     small(tmp_path, monkeypatch, [{"method.num_critics": 20}, {"method.num_critics": 2}])
     work = tmp_path / "work"
-    runs = lab.run_lab("edge-of-reach", str(work), 2, 5000, quiet())
+    runs = labs.run_lab("edge-of-reach", str(work), 2, 5000, quiet())
     by_method = {name: [r for r in runs if r.method == name] for name in ("RAVL", "Base")}
-    largest = 1 / (1 - load_config([lab.STUDIES / "edge_of_reach.yaml"], []).method.gamma)
+    largest = 1 / (1 - load_config([labs.STUDIES / "edge_of_reach.yaml"], []).method.gamma)
     assert all(r.mean_q < largest for r in by_method["RAVL"])
     assert all(r.mean_q > 3 * largest for r in by_method["Base"])
     assert not any(r.success for r in by_method["Base"])

@@ -1,0 +1,153 @@
+"""What benchmarks share that train studies by `offsweep train` and read what is left behind; no benchmark itself."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from agents.method import load_method
+from benchmarks.common import ROOT
+from envs.dataset import Dataset
+from envs.errors import UserError
+from orchestrator.artifacts import ArtifactStore, stage_key
+from orchestrator.config import Config, load_config, to_dict
+from orchestrator.spool import read_records
+
+
+def study_parser(benchmark: str, description: str | None) -> argparse.ArgumentParser:
+    """The options of every benchmark that trains packs of seeds."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{benchmark}", description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--updates", type=int, default=20_000, help="of every run (default: %(default)s)")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 256], help="actor's and critics' hidden widths")
+    parser.add_argument("--rollout-batch", type=int, help="starts per epoch (default: the methods')")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method, one pack (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the first one")
+    parser.add_argument("--episodes", type=int, default=10, help="of an evaluation (default: %(default)s)")
+    parser.add_argument("--dynamics-epochs", type=int, help="most for the ensemble (default: until it stops)")
+    parser.add_argument("--at-once", type=int, default=1, help="packs trained at a time (default: %(default)s)")
+    parser.add_argument("--name", default=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+                        help="of the studies; with the name of an earlier call its studies are resumed")  # fmt: skip
+    parser.add_argument("--threads", type=int, default=1, help="of torch, for each method (default: %(default)s)")
+    workdir = Path(os.environ.get("OFFSWEEP_WORKDIR", "offsweep-work"))
+    parser.add_argument("--workdir", type=Path, default=workdir, help="work folder (default: %(default)s)")
+    return parser
+
+
+def shown_command(benchmark: str, words: Sequence[str]) -> str:
+    """What was typed, without where it was run and under which name: that is of no use to others."""
+    private = ("--workdir", "--name")
+    shown = [w for w, before in zip(words, ["", *words], strict=False)
+             if w.partition("=")[0] not in private and before not in private]  # fmt: skip
+    return " ".join(["python", "-m", f"benchmarks.{benchmark}", *map(shlex.quote, shown)])
+
+
+def short_name(dataset: str) -> str:
+    """A dataset's name without its source, version and options, for names of cases and studies."""
+    name = dataset.partition(",")[0]
+    return name.removeprefix("embedded/").rpartition("-v")[0] or Path(name).stem
+
+
+def stage_keys(config: Config, dataset: Dataset) -> dict[str, str]:
+    """The content keys of a configuration's stages, by name."""
+    stages = load_method(config.method_name).stages(config.method)
+    return {name: stage_key(stage, dataset.content_hash) for name, stage in stages.items()}
+
+
+def stage_minutes(config: Config, dataset: Dataset, workdir: Path) -> dict[str, float]:
+    """How long each stage of a configuration took when it was built, wherever that is known."""
+    store, minutes = ArtifactStore(workdir / "artifacts"), {}
+    for name, stage in load_method(config.method_name).stages(config.method).items():
+        seconds = store.description(stage.kind, stage_key(stage, dataset.content_hash)).get("seconds")
+        if seconds is not None:
+            minutes[name] = seconds / 60
+    return minutes
+
+
+def train(benchmark: str, case: str, config: Config, words: Sequence[str], args: argparse.Namespace) -> Path:
+    """Run `offsweep train`, or `offsweep resume` if it was begun under that name, in a process of its own.
+
+    Args:
+        case: a name for what is trained.
+        config: what `words` mean.
+        words: `key=value` for `offsweep train`.
+        args: as `study_parser` gives them.
+
+    Returns:
+        The study's folder.
+
+    Raises:
+        UserError: it was begun with other settings, or ended with an error.
+    """
+    study = f"bench-{case.replace('/', '-')}-{args.name}"
+    folder: Path = args.workdir / "studies" / study
+    command = [sys.executable, "-m", "orchestrator"]
+    if (folder / "config.yaml").exists():
+        begun = to_dict(load_config([folder / "config.yaml"], []))
+        wanted = to_dict(config)
+        if any(begun[k] != wanted[k] for k in ("method", "dataset", "seed", "num_seeds", "evaluation")):
+            raise UserError(f"the study {study} was begun with other settings; give another --name")
+        command += ["resume", study, "--workdir", str(args.workdir)]
+    else:
+        command += ["train", "--workdir", str(args.workdir), f"study.name={study}", *words]
+    env = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+    print(f"{benchmark}: training {case}", file=sys.stderr, flush=True)
+    # what the program shows goes to standard error: standard output is for lines of results
+    done = subprocess.run(command, cwd=ROOT, env=env, stdout=sys.stderr, check=False)
+    if done.returncode != 0:
+        raise UserError(f"training {case} ended with exit code {done.returncode}")
+    return folder
+
+
+def run_summary(spool: Path) -> dict[str, Any]:
+    """What a run's spool says of it.
+
+    Returns:
+        environment, score_reference; outcome (finished, diverged); updates done; wall_s that its pack was being trained
+        and evaluated (without its stages and without the time between a kill and a resume); scores by update and
+        normalized_score, the last.
+    """
+    scores: dict[int, float] = {}
+    tags: dict[str, str] = {}
+    wall_ms, previous, updates = 0, 0, 0
+    for line, _ in read_records(spool):
+        if line is None:
+            continue
+        if line["type"] != "start":
+            wall_ms += line["time"] - previous
+        previous = line["time"]
+        if line["type"] == "metrics":
+            if "eval/score" in line["values"]:
+                scores[line["step"]] = float(line["values"]["eval/score"])
+            if any(name.startswith("train/") for name in line["values"]):
+                updates = max(updates, line["step"])
+        tags |= line.get("tags", {})
+    return {
+        "environment": tags["environment"],
+        "score_reference": tags["score_reference"],
+        "outcome": tags.get("outcome", "unfinished"),
+        "updates": updates,
+        "normalized_score": scores[max(scores)] if scores and tags.get("outcome") == "finished" else None,
+        "scores": {str(step): score for step, score in sorted(scores.items())},
+        "wall_s": wall_ms / 1000,
+    }
+
+
+def metric_courses(spool: Path, *prefixes: str) -> dict[str, dict[int, float]]:
+    """Every metric of a run whose name begins with one of the prefixes, by update; the last value of a step counts."""
+    courses: dict[str, dict[int, float]] = {}
+    for line, _ in read_records(spool):
+        if line is not None and line["type"] == "metrics":
+            for name, value in line["values"].items():
+                if name.startswith(prefixes):
+                    courses.setdefault(name, {})[line["step"]] = float(value)
+    return courses

@@ -1,0 +1,69 @@
+"""Laboratories: a paper's experiment on a toy task as a study of listed trials, its table and its figure.
+
+A laboratory is a module here and a study in `sweeps/studies` of the same name. The module has
+
+- `ABOUT`: what it shows, in a line;
+- `options(seeds, updates)`: what the numbers of the command line change of the study, as a configuration;
+- `show(config, study, spool, console)`: called when all trials have ended; prints the table and leaves `lab.csv` and
+  the figure in the study's folder, both also as artifacts.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from envs.errors import UserError
+from orchestrator import launch
+from orchestrator.config import load_config
+from orchestrator.spool import RunSpool
+from sweeps.study import Study
+
+LABS = ("edge-of-reach", "refrigerator")
+STUDIES = Path(__file__).parent.parent.parent / "sweeps" / "studies"
+
+
+def list_labs(console: Console) -> None:
+    """Print what there is."""
+    for name in LABS:
+        console.print(f"{name}: {_module(name).ABOUT}", highlight=False)
+
+
+def run_lab(name: str, workdir: str, seeds: int | None, updates: int | None, console: Console) -> Sequence[Any]:
+    """Train what is not trained yet, and show it.
+
+    Args:
+        seeds: how often everything is repeated; None: as the study's file says.
+        updates: of every run; None: likewise.
+
+    Returns:
+        The rows of lab.csv.
+
+    Raises:
+        UserError: there is no such lab, a number makes no sense, or the study in the work folder is another one.
+    """
+    if name not in LABS:
+        raise UserError(f"unknown lab {name!r}; known: {', '.join(LABS)}")
+    for option, value in (("--seeds", seeds), ("--updates", updates)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} {value} must be at least 1")
+    lab, file = _module(name), STUDIES / f"{name.replace('-', '_')}.yaml"
+    config = load_config([{"workdir": workdir}, file, lab.options(seeds, updates)], [])
+    rows: list[Any] = []
+
+    def report(study: Study, spool: RunSpool) -> None:
+        rows.extend(lab.show(config, study, spool, console))
+
+    if (Path(workdir) / "studies" / config.study.name / "config.yaml").exists():
+        launch.resume(config.study.name, Path(workdir), [], console, asked=config, report=report)
+    else:
+        launch.start(config, console, report)
+    return rows
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
