@@ -99,6 +99,16 @@ def test_the_penalty_by_hand(at_once: int, monkeypatch: pytest.MonkeyPatch) -> N
         assert torch.equal(penalised[m, :REAL], plain[m, :REAL])  # the dataset's rows have no penalty
 
 
+def test_a_minibatch_of_real_rows_has_no_penalty_and_takes_no_noise() -> None:
+    hook = BellmanInconsistency(ensemble(), [5.0], DRAWS, 0, ACT)
+    fixed = SACSettings(num_critics=2, actor_hidden=(8,), critic_hidden=(8,), initialisation="torch")
+    sac, plain = (SAC([0], [SACHyperparameters()], fixed, OBS, ACT, hook=h) for h in (hook, None))
+    rows, noise, _ = minibatch(learner())
+    assert torch.equal(sac._critic_target(rows, noise[1:])[0], plain._critic_target(rows, noise[1:])[0])
+    assert run(sac, members=1)[0].isfinite().all()
+    assert sac.num_own_noises == 0
+
+
 def test_the_targets_are_floored_after_the_penalty() -> None:
     rows, noise, own = minibatch(learner())
     rows[..., OBS + ACT] += 1.0
