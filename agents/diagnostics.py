@@ -104,6 +104,24 @@ def auroc(scores_Q: Tensor, positive_Q: Tensor, negative_Q: Tensor) -> Tensor:
     return torch.where(scores_Q.isfinite().all(), ratio, math.nan)
 
 
+def spearman(x: Tensor, y: Tensor) -> Tensor:
+    """Rank correlation along the last axis: Pearson's of the ranks, equal values sharing their mean rank.
+
+    Returns:
+        `(...)`; not a number where all values are equal.
+    """
+    x, y = (rank - rank.mean(-1, keepdim=True) for rank in (_ranks(x), _ranks(y)))
+    return (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Mean ranks along the last axis, float64."""
+    ordered = values.sort(-1).values
+    below = torch.searchsorted(ordered, values.contiguous())
+    upto = torch.searchsorted(ordered, values.contiguous(), right=True)
+    return (below + upto).double() / 2
+
+
 @torch.inference_mode()
 def ensemble_values(actor: StackedMLP, critics: StackedMLP, obs_MQS: Tensor, noise_MQA: Tensor) -> Tensor:
     """Every critic's value `(M, N, Q)` of states, with actions drawn from the policy.

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from agents.diagnostics import spearman
 from agents.distillation import distil
 from agents.dynamics_policy import DynamicsPolicy
 from agents.dynamics_reward import DynamicsReward, rescaled, reward_of
@@ -401,7 +402,7 @@ class RewardTrainer:
         return {
             "mixture_p_real": float(p[:, 0].mean()), "mixture_p_learner": float(p[:, 1].mean()),
             "mixture_p_likelihood": float(p[:, 2:].mean()),
-            "rank_correlation": float(rank_correlation(reward_of(p[:, 2:]).flatten(), error_BC.flatten())),
+            "rank_correlation": float(spearman(reward_of(p[:, 2:]).flatten(), error_BC.flatten())),
             "choice_error": float(error_BC.gather(1, best).mean() / error_BC.mean()),
         }  # fmt: skip
 
@@ -450,7 +451,7 @@ class RewardTrainer:
         cut = [reward_of(x) < _THRESHOLD for x in (exact, fitted)]
         return distilled, {
             "distilled_rmse": float((exact - fitted).square().mean().sqrt()),
-            "distilled_rank_correlation": float(rank_correlation(exact.flatten(), fitted.flatten())),
+            "distilled_rank_correlation": float(spearman(exact.flatten(), fitted.flatten())),
             "distilled_same_choice": float((exact.argmax(1) == fitted.argmax(1)).float().mean()),
             "distilled_same_cut": float((cut[0] == cut[1]).float().mean()),
         }
@@ -464,12 +465,6 @@ class RewardTrainer:
             logits = network.forward(inputs_BX.unsqueeze(0))[0].view(-1)
             total += torch.sigmoid(rescaled(logits, one.learner_logit, one.expert_logit))
         return total / len(self.snapshots)
-
-
-def rank_correlation(x_N: Tensor, y_N: Tensor) -> Tensor:
-    """Spearman's, `()`; ties are ranked in the order of their rows."""
-    ranks = [values.argsort(stable=True).argsort().double() for values in (x_N, y_N)]
-    return torch.corrcoef(torch.stack(ranks))[0, 1]
 
 
 def _cosine(done: float) -> float:

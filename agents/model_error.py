@@ -35,7 +35,7 @@ import gymnasium
 import torch
 from torch import Tensor
 
-from agents.diagnostics import Standardiser
+from agents.diagnostics import Standardiser, spearman
 from agents.method import Measures, TrainingData
 from agents.networks import StackedMLP
 from agents.randomness import generator
@@ -83,27 +83,6 @@ def simulator(data: TrainingData) -> Dynamics | None:
     true = TrueDynamics(data.env_id)
     shown = (true.observation_dim, true.action_dim) == (data.observation_dim, data.action_dim)
     return SimulatedDynamics(data) if shown else None
-
-
-# ---- single measures --------------------------------------------------------------------------------------------
-
-
-def spearman(x: Tensor, y: Tensor) -> Tensor:
-    """Rank correlation along the last axis: Pearson's of the ranks, equal values sharing their mean rank.
-
-    Returns:
-        `(...)`; not a number where all values are equal.
-    """
-    x, y = (rank - rank.mean(-1, keepdim=True) for rank in (_ranks(x), _ranks(y)))
-    return (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Mean ranks along the last axis, float64."""
-    ordered = values.sort(-1).values
-    below = torch.searchsorted(ordered, values.contiguous())
-    upto = torch.searchsorted(ordered, values.contiguous(), right=True)
-    return (below + upto).double() / 2
 
 
 class ModelError:

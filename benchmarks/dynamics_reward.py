@@ -31,9 +31,10 @@ import yaml
 from torch import Tensor
 
 from agents.cpu import configure_cpu
+from agents.diagnostics import spearman
 from agents.dynamics import DynamicsConfig, Ensemble, train_ensemble
 from agents.dynamics_reward import DynamicsReward, reward_of
-from agents.dynamics_reward_training import DynamicsRewardConfig, rank_correlation, train_dynamics_reward
+from agents.dynamics_reward_training import DynamicsRewardConfig, train_dynamics_reward
 from agents.method import TrainingData
 from agents.randomness import generator
 from benchmarks.common import print_line, record, spread
@@ -126,7 +127,7 @@ def judged(
     # what can be had without a reward: the candidate nearest to the middle of all
     middle = candidates.median(1, keepdim=True).values
     central = ((candidates - middle) / std_S).square().mean(-1).argmin(1, keepdim=True)
-    ranks = torch.stack([rank_correlation(s, e) for s, e in zip(score, error, strict=True)])
+    ranks = torch.stack([spearman(s, e) for s, e in zip(score, error, strict=True)])
     distilled = scorer.probability(state_action, candidates)
     return {
         "error": float(error.gather(1, best).mean()), "random_error": float(mean_error),
@@ -135,7 +136,7 @@ def judged(
         "oracle_ratio": float(error.amin(1).mean() / mean_error),
         "distilled_ratio": float(error.gather(1, distilled.argmax(1, keepdim=True)).mean() / mean_error),
         "p_real": float(p_real.mean()), "p_candidates": float(p.mean()),
-        "correlation": float(rank_correlation(score.flatten(), error.flatten())),
+        "correlation": float(spearman(score.flatten(), error.flatten())),
         "correlation_within": float(ranks.nanmean()),
         "cut_real": float((reward_of(p_real) < THRESHOLD).float().mean()),
         "cut_argmax": float((score.gather(1, best) < THRESHOLD).float().mean()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from agents.diagnostics import (
     measure,
     nearest_distances,
     shown_steps,
+    spearman,
     value_metrics,
 )
 from agents.method import TrainingData
@@ -344,3 +346,12 @@ def test_a_run_collapses_beyond_three_experts_values_and_rising(ratio: float, sl
     metrics = {"reach/q_over_qstar": ratio} | ({} if slope is None else {"reach/log10_q_slope": slope})
     assert collapse(metrics) == (ratio if collapsing else None)
     assert collapse({"reach/log10_q_slope": 1.0}) is None
+
+
+def test_the_rank_correlation_by_hand():
+    x, y = torch.tensor([0.1, 5.0, 5.0, 6.0]), torch.tensor([10.0, 30.0, 20.0, 20.0])
+    ranks = np.array([1.0, 2.5, 2.5, 4.0]), np.array([1.0, 4.0, 2.5, 2.5])  # equal values share theirs
+    assert float(spearman(x, y)) == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    grows = torch.stack((x.exp(), -x))
+    assert spearman(x.expand(2, 4), grows).tolist() == pytest.approx([1.0, -1.0])
+    assert spearman(torch.ones(3), torch.arange(3.0)).isnan()

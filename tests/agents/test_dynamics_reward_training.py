@@ -13,7 +13,6 @@ from agents.dynamics_reward_training import (
     DynamicsRewardConfig,
     RewardTrainer,
     classification_gradients,
-    rank_correlation,
     reward_stage,
     train_dynamics_reward,
 )
@@ -210,26 +209,6 @@ def test_an_update_never_waits_for_the_device(monkeypatch):
         for _ in range(trainer.num_updates):
             trainer._step(rows, None)
     assert len(trainer.snapshots) == QUICK["num_snapshots"]
-
-
-def test_rank_correlation():
-    x = torch.tensor([3.0, 1.0, 2.0, 10.0])
-    assert float(rank_correlation(x, x.exp())) == pytest.approx(1.0)
-    assert float(rank_correlation(x, -x)) == pytest.approx(-1.0)
-    # differences of ranks 0, 1, 1, 0: 1 - 6 * 2 / (4 * 15)
-    assert float(rank_correlation(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 3.0, 2.0, 4.0]))) == (
-        pytest.approx(0.8)
-    )
-
-
-@pytest.mark.parametrize(
-    "values", [{"learning_rate": 0.0}, {"policy_draws": 1}, {"draw_scale": 0.5}, {"min_draw_scale": 1.5},
-               {"likelihood_share": 1.5}, {"hidden": []}, {"snapshots_from": 1.0}, {"entropy_bonus": -1.0},
-               {"distil_hidden": [0]}],
-)  # fmt: skip
-def test_bad_settings_are_named(values: dict[str, Any]):
-    with pytest.raises(UserError, match=f"dynamics_reward.{next(iter(values))}="):
-        DynamicsRewardConfig(**values)
 
 
 def test_too_few_rows_and_divergence_are_said():

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from agents.diagnostics import Standardiser
 from agents.dynamics import Ensemble
 from agents.dynamics_reward import DynamicsReward
 from agents.method import Measures, TrainingData
-from agents.model_error import LOG_ERRORS, REWARDS, ModelError, simulator, spearman, steps_told
+from agents.model_error import LOG_ERRORS, REWARDS, ModelError, simulator, steps_told
 from agents.mopo import MOPO, MOPOConfig
 from agents.networks import StackedMLP
 from agents.rollout import Dynamics, Penalty, Step
@@ -281,18 +280,6 @@ assert simulator(TrainingData("Pendulum-v1", x, x, x[0], x, x[0])) is None
 sys.exit("mujoco" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-# ---- rank correlation ------------------------------------------------------------------------------------------
-
-
-def test_the_rank_correlation_by_hand():
-    x, y = torch.tensor([0.1, 5.0, 5.0, 6.0]), torch.tensor([10.0, 30.0, 20.0, 20.0])
-    ranks = np.array([1.0, 2.5, 2.5, 4.0]), np.array([1.0, 4.0, 2.5, 2.5])  # equal values share theirs
-    assert float(spearman(x, y)) == pytest.approx(np.corrcoef(*ranks)[0, 1])
-    grows = torch.stack((x.exp(), -x))
-    assert spearman(x.expand(2, 4), grows).tolist() == pytest.approx([1.0, -1.0])
-    assert spearman(torch.ones(3), torch.arange(3.0)).isnan()
 
 
 # ---- of a method ------------------------------------------------------------------------------------------------
