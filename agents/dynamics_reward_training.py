@@ -367,8 +367,11 @@ class RewardTrainer:
         if self.config.distil_epochs:
             state["distilled"], of_distilled = self._distil(reward, state)
             metrics |= of_distilled
-        if not all(math.isfinite(value) for value in metrics.values()):
+        undefined = {name for name, value in metrics.items() if not math.isfinite(value)}
+        # a rank correlation is not defined where all scores are equal
+        if not undefined <= {"rank_correlation", "distilled_rank_correlation"}:
             raise UserError("the dynamics reward diverged; lower dynamics_reward.learning_rate")
+        metrics = {name: value for name, value in metrics.items() if name not in undefined}
         return _on_cpu(state), metrics
 
     def _state(self) -> dict[str, Any]:
