@@ -104,7 +104,7 @@ def overrides(case: Case, args: argparse.Namespace) -> list[str]:
 
 def filter_overrides(args: argparse.Namespace) -> list[str]:
     given = {
-        "filter.scorer": args.scorer, "filter.precision": args.precision,
+        "filter.selection": args.selection, "filter.scorer": args.scorer, "filter.precision": args.precision,
         "filter.num_discriminators": args.discriminators, "filter.cut": args.cut,
         "dynamics_reward.max_epochs": args.reward_epochs,
     }  # fmt: skip
@@ -192,6 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--morec-rollout-batch", type=int, default=1_000, help="starts of long rollouts (default: %(default)s)"
     )
+    parser.add_argument("--selection", help="method.filter.selection")
     parser.add_argument("--scorer", help="method.filter.scorer")
     parser.add_argument("--precision", help="method.filter.precision")
     parser.add_argument("--discriminators", type=int, help="method.filter.num_discriminators")
