@@ -80,7 +80,8 @@ class Case:
 
 def overrides(case: Case, args: argparse.Namespace) -> list[str]:
     """The words behind `offsweep train` for a case."""
-    epoch, long = math.gcd(args.updates, EPOCH), case.method != case.plain
+    updates = args.mobile_updates if case.plain == "mobile" and args.mobile_updates else args.updates
+    epoch, long = math.gcd(updates, EPOCH), case.method != case.plain
     rollouts = {
         "rollout_length": args.length if long else None,
         "rollout_batch": args.morec_rollout_batch if long else args.rollout_batch,
@@ -91,7 +92,7 @@ def overrides(case: Case, args: argparse.Namespace) -> list[str]:
     return [
         f"method={case.plain}", *(["method.variant=morec"] if case.filtered else []), f"dataset={case.dataset}",
         f"seed={args.seed}", f"num_seeds={args.seeds}",
-        f"method.num_updates={args.updates}", f"method.updates_per_epoch={epoch}",
+        f"method.num_updates={updates}", f"method.updates_per_epoch={epoch}",
         f"method.hidden=[{','.join(map(str, args.hidden))}]",
         *(f"method.{key}={value}" for key, value in settings.items() if value is not None),
         *(filter_overrides(args) if case.filtered else []),
@@ -103,7 +104,7 @@ def overrides(case: Case, args: argparse.Namespace) -> list[str]:
 
 def filter_overrides(args: argparse.Namespace) -> list[str]:
     given = {
-        "filter.scorer": args.scorer, "filter.precision": args.precision,
+        "filter.selection": args.selection, "filter.scorer": args.scorer, "filter.precision": args.precision,
         "filter.num_discriminators": args.discriminators, "filter.cut": args.cut,
         "dynamics_reward.max_epochs": args.reward_epochs,
     }  # fmt: skip
@@ -185,11 +186,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = study_parser(BENCHMARK, __doc__)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(DEFAULT_METHODS))
     parser.add_argument("--datasets", nargs="+", default=list(DATASETS))
+    parser.add_argument("--mobile-updates", type=int, help="of MOBILE's runs, which take longer (default: --updates)")
     parser.add_argument("--learning-rate", type=float, help="of actor, critics and temperature (default: the methods')")
     parser.add_argument("--length", type=int, default=100, help="steps of long rollouts (default: %(default)s)")
     parser.add_argument(
         "--morec-rollout-batch", type=int, default=1_000, help="starts of long rollouts (default: %(default)s)"
     )
+    parser.add_argument("--selection", help="method.filter.selection")
     parser.add_argument("--scorer", help="method.filter.scorer")
     parser.add_argument("--precision", help="method.filter.precision")
     parser.add_argument("--discriminators", type=int, help="method.filter.num_discriminators")

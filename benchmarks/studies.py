@@ -92,9 +92,7 @@ def train(benchmark: str, case: str, config: Config, words: Sequence[str], args:
     folder: Path = args.workdir / "studies" / study
     command = [sys.executable, "-m", "orchestrator"]
     if (folder / "config.yaml").exists():
-        begun = to_dict(load_config([folder / "config.yaml"], []))
-        wanted = to_dict(config)
-        if any(begun[k] != wanted[k] for k in ("method", "dataset", "seed", "num_seeds", "evaluation")):
+        if _decisive(load_config([folder / "config.yaml"], [])) != _decisive(config):
             raise UserError(f"the study {study} was begun with other settings; give another --name")
         command += ["resume", study, "--workdir", str(args.workdir)]
     else:
@@ -106,6 +104,15 @@ def train(benchmark: str, case: str, config: Config, words: Sequence[str], args:
     if done.returncode != 0:
         raise UserError(f"training {case} ended with exit code {done.returncode}")
     return folder
+
+
+def _decisive(config: Config) -> dict[str, Any]:
+    """What the results of a study depend on."""
+    plain = {key: to_dict(config)[key] for key in ("method", "dataset", "seed", "num_seeds", "evaluation")}
+    if not getattr(config.method, "filtered", False):
+        for unused in ("filter", "dynamics_reward"):
+            plain["method"].pop(unused, None)
+    return plain
 
 
 def run_summary(spool: Path) -> dict[str, Any]:
