@@ -89,16 +89,14 @@ def _mean_q(axes: Axes, course: RunCourse) -> None:
 def _q_by_step(axes: Axes, course: RunCourse) -> None:
     last = course.metrics[-1]
     prefix, within, edge = "reach/q_step_", {}, {}
-    for name in sorted(last):
-        step, _, group = name.removeprefix(prefix).partition("_")
-        if not name.startswith(prefix) or group:
-            continue
+    for step, value in _by_step(last, prefix):
+        name = f"{prefix}{step:02d}"
         if f"{name}_edge" in last:
-            edge[int(step)] = last[f"{name}_edge"]
+            edge[step] = last[f"{name}_edge"]
             if f"{name}_within" in last:
-                within[int(step)] = last[f"{name}_within"]
+                within[step] = last[f"{name}_within"]
         else:
-            within[int(step)] = last[name]
+            within[step] = value
     axes.plot(list(within), list(within.values()), marker="o", color=_WITHIN, label="within reach")
     axes.plot(list(edge), list(edge.values()), marker="s", linestyle="none", color=_EDGE, label="edge of reach")
     if course.expert_value is not None:
@@ -153,7 +151,9 @@ def _reward_by_error(axes: Axes, course: RunCourse) -> None:
 
 
 def _by_step(metrics: Mapping[str, float], prefix: str) -> list[tuple[int, float]]:
-    return sorted((int(name.removeprefix(prefix)), x) for name, x in metrics.items() if name.startswith(prefix))
+    """What is known of each step, in their order; metrics of a group of its rows have more behind the number."""
+    known = ((name.removeprefix(prefix), x) for name, x in metrics.items() if name.startswith(prefix))
+    return sorted((int(step), x) for step, x in known if step.isdigit())
 
 
 def _lines(axes: Axes, course: RunCourse, shown: Mapping[str, tuple[str, str]]) -> None:

@@ -41,6 +41,12 @@ def test_the_panels_show_the_numbers():
     assert (score.get_title(), list(lines(score).values())) == ("score", [[(1000, 5.0), (2000, 60.0)]])
 
 
+def test_steps_are_joined_in_their_order():
+    long = {f"reach/q_step_{step:02d}": float(step) for step in (1, 50, 100)}
+    _, by_step, *_ = diagnostics_figure(course(metrics=[*course().metrics[:-1], long])).axes
+    assert lines(by_step)["within reach"] == [(1, 1.0), (50, 50.0), (100, 100.0)]
+
+
 def errors():
     """Of a filtered model, at the last evaluation."""
     late = {
