@@ -8,18 +8,14 @@ finished laboratory, or trained first if it holds none.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from benchmarks.common import print_line, record
-from envs.errors import UserError
+from benchmarks.common import record
+from benchmarks.labs import lab_main
 from orchestrator.config import load_config
-from orchestrator.environment import prepare_environment
 
 BENCHMARK = "refrigerator"
 
@@ -57,23 +53,7 @@ def lines(folder: Path, command: str) -> Iterator[dict[str, Any]]:
 
 def main() -> int:
     """Print the lines."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workdir", type=Path, default=Path("offsweep-work"))
-    args = parser.parse_args()
-    folder = args.workdir / "studies" / "refrigerator"
-    prepare_environment()
-    from orchestrator.labs import run_lab
-    from orchestrator.labs.common import ROWS_FILE
-
-    try:
-        if not (folder / ROWS_FILE).exists():
-            run_lab("refrigerator", str(args.workdir), None, None, Console(stderr=True))
-        for line in lines(folder, f"python -m benchmarks.{BENCHMARK} --workdir {args.workdir.name}"):
-            print_line(line)
-    except UserError as error:
-        print(f"{BENCHMARK}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return lab_main(BENCHMARK, __doc__, "refrigerator", lines)
 
 
 if __name__ == "__main__":
