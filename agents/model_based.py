@@ -51,9 +51,8 @@ from envs.reach import exact_edge_test
 from envs.termination import termination_rule
 
 ROLLOUT_STARTS = ("all", "initial")
-FILTERED_SHARD_ROWS = (
-    500  # of filtered rollouts on a CPU, which take so long that the usual 2,000 starts are to be shared
-)
+# starts of a shard of filtered rollouts on a CPU, which take so long that the usual 2,000 are to be shared
+FILTERED_SHARD_ROWS = 500
 SURVIVAL = (10, 50, 90)  # percentiles of the rollouts' lengths
 
 
