@@ -157,7 +157,7 @@ def lines_of(
             updates_planned=m.num_updates, seeds_in_pack=config.num_seeds, episodes=config.evaluation.episodes,
             penalty_coef=m.penalty_coef, actor_lr=m.actor_lr, critic_lr=m.critic_lr, hidden=m.hidden,
             batch=m.batch_size, real_ratio=m.real_ratio, rollout_length=m.rollout_length, rollout_batch=m.rollout_batch,
-            filter=asdict(m.filter) if case.filtered else None, dynamics_epochs=m.dynamics.max_epochs,
+            filter=asdict(m.filter) if case.filtered else None, dynamics=asdict(m.dynamics),
             dataset_hash=dataset.content_hash[:16], rows=dataset.num_transitions, stages=stage_keys(config, dataset),
         )  # fmt: skip
 

@@ -64,10 +64,20 @@ def stage_keys(config: Config, dataset: Dataset) -> dict[str, str]:
 
 
 def stage_minutes(config: Config, dataset: Dataset, workdir: Path) -> dict[str, float]:
-    """How long each stage of a configuration took when it was built, wherever that is known."""
+    """How long each stage of a trained configuration took when it was built, wherever that is known.
+
+    Raises:
+        UserError: a stage is not there, so that something else was trained.
+    """
     store, minutes = ArtifactStore(workdir / "artifacts"), {}
     for name, stage in load_method(config.method_name).stages(config.method).items():
-        seconds = store.description(stage.kind, stage_key(stage, dataset.content_hash)).get("seconds")
+        key = stage_key(stage, dataset.content_hash)
+        if not store.exists(stage.kind, key):
+            raise UserError(
+                f"there is no {name} of these settings in {store.root}: the study was trained when a method's settings "
+                "were others; give another --name"
+            )
+        seconds = store.description(stage.kind, key).get("seconds")
         if seconds is not None:
             minutes[name] = seconds / 60
     return minutes
