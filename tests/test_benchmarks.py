@@ -328,8 +328,8 @@ def test_both_implementations_are_trained_for_as_long_on_the_same_seeds():
         assert one["updates"] == offlinerlkit_scores.UPDATES[one["method"]]
     args = offlinerlkit_scores.build_parser().parse_args([])
     for robot, method in {(one["robot"], one["method"]) for one in content["runs"]}:
-        seeds = {one["seed"] for one in content["runs"] if (one["robot"], one["method"]) == (robot, method)}
-        assert seeds <= set(range(args.seeds))
+        seeds = sorted(o["seed"] for o in content["runs"] if (o["robot"], o["method"]) == (robot, method))
+        assert seeds == list(range(args.seeds))
         config = load_config([], offlinerlkit_scores.overrides(robot, method, args))
         assert config.method.num_updates == offlinerlkit_scores.UPDATES[method]
         assert config.method.update_order == "critics-first"
