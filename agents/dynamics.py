@@ -46,6 +46,7 @@ _GPU_HOLDOUT_ROWS = 4096  # evaluated at once, of every ensemble
 FILTERS = ("none", "morec")
 
 DEFAULT_INPUT_CLIP = 10.0
+DEFAULT_INITIAL_CUT = 2.0
 
 # what may differ between ensembles that train together: it enters arithmetic only
 TOGETHER = ("seed", "learning_rate", "weight_decay")
@@ -74,6 +75,9 @@ class DynamicsConfig:
     # standard deviations that inputs are clipped to: the released RAVL's 10. OfflineRL-Kit and MOREC have no clip
     # (.inf); where a column hardly varies in the data, all that lies far from it is one and the same to a clipped model
     input_clip: float = DEFAULT_INPUT_CLIP
+    # standard deviations at which the normal distribution of the first weights is cut: the released RAVL's 2.
+    # OfflineRL-Kit and MOREC, which cut at +-2 whatever the deviation, do so nowhere (.inf)
+    initial_cut: float = DEFAULT_INITIAL_CUT
     # of rollouts: none | morec (see agents.transition_filter, settings method.filter.*). The ensemble is the same
     filter: str = "none"
 
@@ -83,6 +87,8 @@ class DynamicsConfig:
         for name in ("learning_rate", "batch_size", "max_holdout", "patience", "max_epochs"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"dynamics.{name}={getattr(self, name)} must be greater than 0 and finite")
+        if not self.initial_cut > 0:
+            raise UserError(f"dynamics.initial_cut={self.initial_cut} must be greater than 0; .inf cuts nothing")
         if not 1 <= self.num_elites <= self.ensemble_size:
             raise UserError(f"dynamics.num_elites={self.num_elites} must lie in 1..ensemble_size={self.ensemble_size}")
         if len(self.weight_decay) != len(self.hidden) + 1:
@@ -242,12 +248,12 @@ class Ensemble:
 
     # ---- copies -------------------------------------------------------------------------------------------------
 
-    def untrained(self, seed: int) -> Ensemble:
+    def untrained(self, seed: int, initial_cut: float = DEFAULT_INITIAL_CUT) -> Ensemble:
         """An ensemble of this architecture with the weights that training with a seed begins with; it has the input
         statistics, the bounds of the log-variances and the elites of this one."""
         sizes = [self.tensors["W0"].shape[1], *(self.tensors[f"W{i}"].shape[2] for i in range(self.num_layers))]
         tensors = dict(self.tensors)
-        for i, layer in enumerate(_Networks.layers(sizes, _initial_rows(seed, self.size, sizes))):
+        for i, layer in enumerate(_Networks.layers(sizes, _initial_rows(seed, self.size, sizes, initial_cut))):
             for name, part in ((f"W{i}", layer[:, :-1]), (f"b{i}", layer[:, -1:])):
                 tensors[name] = part.clone(memory_format=torch.contiguous_format).to(self.device)
         return self._with(tensors)
@@ -283,16 +289,19 @@ def _outputs(x_EBX: Tensor, weights: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return x_EBX
 
 
-def _initial_rows(seed: int, size: int, sizes: Sequence[int]) -> Tensor:
-    """Parameters `(E, F)` of `size` members before training: truncated normal weights, std 1 / (2 sqrt(fan_in)), cut at
-    two standard deviations; zero biases. Drawn on the CPU."""
+def _initial_rows(seed: int, size: int, sizes: Sequence[int], cut: float) -> Tensor:
+    """Parameters `(E, F)` of `size` members before training: normal weights of std 1 / (2 sqrt(fan_in)), cut at so many
+    standard deviations; zero biases. Drawn on the CPU."""
     draw = generator(seed, "init dynamics")
     rows_EF = torch.zeros(size, _Networks.num_parameters(sizes))
     for layer in _Networks.layers(sizes, rows_EF):
         weight = layer[:, :-1]
-        bound = 1.0 / (2.0 * math.sqrt(weight.shape[1]))
+        std = 1.0 / (2.0 * math.sqrt(weight.shape[1]))
         drawn = torch.empty(weight.shape)
-        weight.copy_(torch.nn.init.trunc_normal_(drawn, 0.0, bound, -2 * bound, 2 * bound, generator=draw))
+        if cut == math.inf:
+            weight.copy_(drawn.normal_(0.0, std, generator=draw))
+        else:
+            weight.copy_(torch.nn.init.trunc_normal_(drawn, 0.0, std, -cut * std, cut * std, generator=draw))
     return rows_EF
 
 
@@ -548,7 +557,7 @@ class EnsembleTrainer:
 
         self._courses = [_Course(place, config, config.learning_rate) for place, config in enumerate(configs)]
         self._results: dict[int, Ensemble | UserError] = {}
-        rows = [_initial_rows(config.seed, size, self._sizes) for config in configs]
+        rows = [_initial_rows(c.seed, size, self._sizes, c.initial_cut) for c in configs]
         self._rows_GF = torch.cat(rows).to(self.device)
         bounds_2D = torch.tensor([[0.5], [-10.0]], device=self.device).expand(2, targets.shape[1])
         self._bounds_P2D = bounds_2D.repeat(len(configs), 1, 1)  # max_logvar, min_logvar
@@ -775,8 +784,9 @@ class _CapturedStep:
 def training_settings(config: DynamicsConfig) -> dict[str, Any]:
     """The settings that a trained ensemble depends on, in the form that stages' keys have always been made of."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "filter"}
-    if config.input_clip == DEFAULT_INPUT_CLIP:
-        del settings["input_clip"]
+    for name, default in (("input_clip", DEFAULT_INPUT_CLIP), ("initial_cut", DEFAULT_INITIAL_CUT)):
+        if settings[name] == default:
+            del settings[name]
     return settings
 
 

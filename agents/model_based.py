@@ -197,7 +197,10 @@ class ModelBasedSAC:
         """What rollouts step through."""
         shared = self.shared
         if not shared.filtered:
-            return dynamics_of_quality(shared.model_quality, self.ensemble, shared.dynamics.seed, self.data)
+            of_ensemble = shared.dynamics
+            return dynamics_of_quality(
+                shared.model_quality, self.ensemble, of_ensemble.seed, self.data, of_ensemble.initial_cut
+            )
         settings = shared.filter
         reward = DynamicsReward.from_state_dict(
             artifacts["dynamics_reward"], num_discriminators=settings.num_discriminators, scorer=settings.scorer,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from agents.dynamics import Ensemble
+from agents.dynamics import DEFAULT_INITIAL_CUT, Ensemble
 from agents.method import TrainingData
 from agents.rollout import Dynamics, Penalty, Step
 from envs.errors import UserError
@@ -34,13 +34,15 @@ def check_quality(quality: float, env_id: str) -> None:
         raise UserError(f"method.model_quality={quality} must be 0 or less here: {error}") from None
 
 
-def dynamics_of_quality(quality: float, learned: Ensemble | None, seed: int, data: TrainingData) -> Dynamics:
+def dynamics_of_quality(
+    quality: float, learned: Ensemble | None, seed: int, data: TrainingData, initial_cut: float = DEFAULT_INITIAL_CUT
+) -> Dynamics:
     """Dynamics for rollouts.
 
     Args:
         quality: see above.
         learned: the learned ensemble; not needed at 1.
-        seed: of the learned ensemble; the untrained one has the weights that its training began with.
+        seed, initial_cut: of the learned ensemble; the untrained one has the weights that its training began with.
         data: what the ensemble learned from.
 
     Raises:
@@ -56,7 +58,7 @@ def dynamics_of_quality(quality: float, learned: Ensemble | None, seed: int, dat
         raise ValueError("there is no learned ensemble")
     if quality == 0:
         return learned
-    other = true if quality > 0 else learned.untrained(seed)
+    other = true if quality > 0 else learned.untrained(seed, initial_cut)
     return other if quality == -1 else InterpolatedDynamics(learned, other, abs(quality))
 
 

@@ -568,6 +568,11 @@ def test_members_and_seeds_start_apart() -> None:
         std = 1 / (2 * math.sqrt(n_in))  # truncated at two of these
         assert wide[name].abs().max() <= 2 * std
         assert float(wide[name].std()) == pytest.approx(0.88 * std, rel=0.03)
+    whole_config = config(hidden=[300], ensemble_size=7, initial_cut=math.inf)
+    whole = EnsembleTrainer(*system(50), [whole_config]).ensembles[0]
+    assert float(whole.tensors["W1"].std()) == pytest.approx(1 / (2 * math.sqrt(300)), rel=0.03)
+    untrained = whole.untrained(whole_config.seed, math.inf)
+    assert torch.equal(untrained.tensors["W1"], whole.tensors["W1"])
 
 
 @pytest.mark.parametrize(
@@ -575,6 +580,7 @@ def test_members_and_seeds_start_apart() -> None:
     [
         ({"num_elites": 4}, r"dynamics\.num_elites=4 must lie in 1\.\.ensemble_size=3"),
         ({"num_elites": 0}, r"dynamics\.num_elites=0"),
+        ({"initial_cut": 0.0}, r"dynamics\.initial_cut=0\.0 must be greater than 0"),
         ({"weight_decay": [1.0]}, r"dynamics\.weight_decay needs 2 values"),
         ({"holdout_fraction": 0.0}, r"dynamics\.holdout_fraction=0\.0"),
         ({"holdout_fraction": 1.0}, r"dynamics\.holdout_fraction=1\.0"),
