@@ -9,7 +9,6 @@ Shapes: N examples, B batch, X inputs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from agents.dynamics_reward import HIGHEST, LOWEST
 from agents.networks import StackedMLP, initialise
-from agents.optim import Adam
+from agents.optim import Adam, half_cosine
 from agents.randomness import generator
 
 _LEARNING_RATE, _BATCH_SIZE = 1e-3, 512
@@ -49,7 +48,6 @@ def distil(inputs_NX: Tensor, probability_N: Tensor, hidden: Sequence[int], epoc
             out, inputs = network.forward(inputs_NX[rows].unsqueeze(0))
             grad = (torch.sigmoid(out) - target_N[rows].view(1, -1, 1)) / batch
             network.write_gradients(inputs, network.hidden_gradients(inputs, grad), grad)
-            done = (epoch * steps + i) / (epochs * steps)
-            optimiser.scale_rates(0.5 * (1 + math.cos(math.pi * done)))
+            optimiser.scale_rates(half_cosine((epoch * steps + i) / (epochs * steps)))
             optimiser.step()
     return network

@@ -43,7 +43,7 @@ from agents.dynamics_policy import DynamicsPolicy
 from agents.dynamics_reward import DynamicsReward, rescaled, reward_of
 from agents.method import Stage, TrainingData
 from agents.networks import StackedMLP, initialise
-from agents.optim import Adam
+from agents.optim import Adam, half_cosine
 from agents.randomness import generator
 from agents.transition_inputs import NEARLY_CONSTANT, TransitionInputs
 from envs.errors import UserError
@@ -252,7 +252,7 @@ class RewardTrainer:
         for epoch in range(config.pretraining_epochs):
             loss = torch.zeros_like(loss)
             for i, (rows, _) in enumerate(self._batches("pretraining", epoch)):
-                optimiser.scale_rates(_cosine((epoch * self.updates_per_epoch + i) / total))
+                optimiser.scale_rates(half_cosine((epoch * self.updates_per_epoch + i) / total))
                 context, change, _ = self._transitions.parts(rows)
                 loss += self.policy.likelihood_step(optimiser, context, change)
         self.likelihood_policy = self.policy.copy()
@@ -362,11 +362,13 @@ class RewardTrainer:
     def finish(self) -> tuple[dict[str, Any], dict[str, float]]:
         """The state of the mixture, on the CPU, and its metrics."""
         state = self._state()
-        reward = DynamicsReward.from_state_dict(state)
-        metrics = self._check(reward)
+        reward, candidates_BCS = DynamicsReward.from_state_dict(state), self._candidates()
+        p_BC = self._probabilities(reward, candidates_BCS)
+        metrics = self._check(candidates_BCS, p_BC)
         if self.config.distil_epochs:
-            state["distilled"], of_distilled = self._distil(reward, state)
-            metrics |= of_distilled
+            state["distilled"] = self._distilled()
+            fitted = DynamicsReward.from_state_dict(state, scorer="distilled")
+            metrics |= _agreement(p_BC[:, 2:], self._probabilities(fitted, candidates_BCS)[:, 2:])
         undefined = {name for name, value in metrics.items() if not math.isfinite(value)}
         # a rank correlation is not defined where all scores are equal
         if not undefined <= {"rank_correlation", "distilled_rank_correlation"}:
@@ -392,15 +394,18 @@ class RewardTrainer:
             "snapshot_updates": [one.update for one in self.snapshots], "distilled": None,
         }  # fmt: skip
 
-    def _check(self, reward: DynamicsReward) -> dict[str, float]:
-        """How the mixture judges held-out rows and draws at their (s, a)."""
+    def _check(self, candidates_BCS: Tensor, p: Tensor) -> dict[str, float]:
+        """How the mixture judges held-out rows and draws at their (s, a).
+
+        Args:
+            candidates_BCS: see `_candidates`.
+            p: of them, `(B, 2 + C)`.
+        """
         data, rows = self.data, self._held[:_CHECKED_ROWS]
-        drawn_BCS = self._candidates()[:, 2:]
-        p = self._candidate_probabilities(reward)
         after = data.next_observations[rows]
         std = data.observations.std(0, correction=0)
         unit = torch.where(std > NEARLY_CONSTANT, 1 / std, 0.0)
-        error_BC = torch.linalg.vector_norm((drawn_BCS - after.unsqueeze(1)) * unit, dim=-1)
+        error_BC = torch.linalg.vector_norm((candidates_BCS[:, 2:] - after.unsqueeze(1)) * unit, dim=-1)
         best = p[:, 2:].argmax(1, keepdim=True)
         return {
             "mixture_p_real": float(p[:, 0].mean()), "mixture_p_learner": float(p[:, 1].mean()),
@@ -421,14 +426,13 @@ class RewardTrainer:
         )
         return torch.cat((self.data.next_observations[rows].unsqueeze(0), own, drawn)).transpose(0, 1)
 
-    def _candidate_probabilities(self, reward: DynamicsReward) -> Tensor:
+    def _probabilities(self, reward: DynamicsReward, candidates_BCS: Tensor) -> Tensor:
         """p of `_candidates`, `(B, 2 + C)`."""
         rows = self._held[:_CHECKED_ROWS]
-        state_action = torch.cat((self.data.observations[rows], self.data.actions[rows]), 1)
-        return reward.probability(state_action, self._candidates())
+        return reward.probability(torch.cat((self.data.observations[rows], self.data.actions[rows]), 1), candidates_BCS)
 
-    def _distil(self, reward: DynamicsReward, state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """One network in place of the mixture, and how far it agrees with it on held-out rows.
+    def _distilled(self) -> dict[str, Tensor]:
+        """The layers of one network in place of the mixture.
 
         It is fitted on what the filter may ask about: real transitions, draws of both policies with standard
         deviations scaled as in the training, and draws at actions other than the data's."""
@@ -448,16 +452,7 @@ class RewardTrainer:
         inputs = torch.cat(parts)
         p = torch.cat([self._mixture_probability(part) for part in inputs.split(_CHUNK)])
         network = distil(inputs, p, config.distil_hidden, config.distil_epochs, config.seed)
-        distilled = self._transitions.layers(network)
-        scorer = DynamicsReward.from_state_dict({**state, "distilled": distilled}, scorer="distilled")
-        exact, fitted = (self._candidate_probabilities(one)[:, 2:] for one in (reward, scorer))
-        cut = [reward_of(x) < _THRESHOLD for x in (exact, fitted)]
-        return distilled, {
-            "distilled_rmse": float((exact - fitted).square().mean().sqrt()),
-            "distilled_rank_correlation": float(spearman(exact.flatten(), fitted.flatten())),
-            "distilled_same_choice": float((exact.argmax(1) == fitted.argmax(1)).float().mean()),
-            "distilled_same_cut": float((cut[0] == cut[1]).float().mean()),
-        }
+        return self._transitions.layers(network)
 
     def _mixture_probability(self, inputs_BX: Tensor) -> Tensor:
         """p of standardised inputs, `(B,)`."""
@@ -470,9 +465,15 @@ class RewardTrainer:
         return total / len(self.snapshots)
 
 
-def _cosine(done: float) -> float:
-    """A learning rate's factor after a share of all updates."""
-    return 0.5 * (1 + math.cos(math.pi * done))
+def _agreement(exact_BC: Tensor, fitted_BC: Tensor) -> dict[str, float]:
+    """How far the distilled network's p of candidates agree with the mixture's."""
+    cut = [reward_of(x) < _THRESHOLD for x in (exact_BC, fitted_BC)]
+    return {
+        "distilled_rmse": float((exact_BC - fitted_BC).square().mean().sqrt()),
+        "distilled_rank_correlation": float(spearman(exact_BC.flatten(), fitted_BC.flatten())),
+        "distilled_same_choice": float((exact_BC.argmax(1) == fitted_BC.argmax(1)).float().mean()),
+        "distilled_same_cut": float((cut[0] == cut[1]).float().mean()),
+    }
 
 
 def _on_cpu(content: Any) -> Any:

@@ -34,7 +34,7 @@ from agents.dynamics import (
     train_ensembles,
     training_settings,
 )
-from agents.dynamics_reward import NOT_DISTILLED, DynamicsReward, too_many
+from agents.dynamics_reward import NOT_DISTILLED, too_many
 from agents.dynamics_reward_training import DynamicsRewardConfig, reward_stage
 from agents.graphs import default_capture
 from agents.method import BuildTogether, Measures, RolloutJob, RolloutResult, Stage, TrainingData
@@ -45,7 +45,7 @@ from agents.randomness import generator
 from agents.replay import Replay, transition_rows
 from agents.rollout import MAX_LENGTH, Dynamics, Penalty, shard_size
 from agents.sac import TargetHook
-from agents.transition_filter import FilterConfig, FilteredDynamics
+from agents.transition_filter import FilterConfig, FilteredDynamics, filtering_reward
 from envs.errors import UserError
 from envs.reach import exact_edge_test
 from envs.termination import termination_rule
@@ -201,14 +201,10 @@ class ModelBasedSAC:
             return dynamics_of_quality(
                 shared.model_quality, self.ensemble, of_ensemble.seed, self.data, of_ensemble.initial_cut
             )
-        settings = shared.filter
-        reward = DynamicsReward.from_state_dict(
-            artifacts["dynamics_reward"], num_discriminators=settings.num_discriminators, scorer=settings.scorer,
-            precision=settings.precision,
-        )  # fmt: skip
         if self.ensemble is None:
             raise ValueError("there is no learned ensemble")
-        return FilteredDynamics(self.ensemble, reward.to(self.device), settings)
+        reward = filtering_reward(artifacts["dynamics_reward"], shared.filter)
+        return FilteredDynamics(self.ensemble, reward.to(self.device), shared.filter)
 
     @staticmethod
     def stages(config: ModelBasedConfig) -> dict[str, Stage]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -114,3 +115,8 @@ class Adam:
         self.first.copy_(torch.as_tensor(state["first"]))
         self.second.copy_(torch.as_tensor(state["second"]))
         self._set_steps(float(state["steps"]))
+
+
+def half_cosine(done: float) -> float:
+    """What a learning rate that falls to 0 along a half cosine is multiplied with after a share of all updates."""
+    return 0.5 * (1 + math.cos(math.pi * done))

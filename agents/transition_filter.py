@@ -24,7 +24,9 @@ Z standard normal draws of a step, X simulator state.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +64,17 @@ class FilterConfig:
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise UserError(f"method.filter.{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
+
+
+def filtering_reward(state: Mapping[str, Any], config: FilterConfig) -> DynamicsReward:
+    """The scorer that a filter's settings ask for, of a dynamics reward as its stage stores it.
+
+    Raises:
+        UserError: the stage does not hold what they ask for.
+    """
+    return DynamicsReward.from_state_dict(
+        state, num_discriminators=config.num_discriminators, scorer=config.scorer, precision=config.precision
+    )
 
 
 class FilteredDynamics:

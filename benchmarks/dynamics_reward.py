@@ -85,11 +85,12 @@ def robot_cases(task: str, data: TrainingData, fresh: TrainingData, workdir: Pat
 
 
 def refrigerator_cases(fresh: TrainingData) -> dict[str, Transitions]:
-    """The task's equations without the sensor's noise, door shut."""
+    """Its true dynamics: without the sensor's noise, door shut."""
+    true = TrueDynamics(fresh.env_id)
 
     def after(temperature: Tensor, action: Tensor) -> Tensor:
-        cooled = temperature - (action + 1) * Refrigerator.MAX_POWER / 2
-        return cooled - (cooled - Refrigerator.OUTSIDE) * Refrigerator.LEAK_SHUT
+        power = (action.double().numpy() + 1) * Refrigerator.MAX_POWER / 2
+        return torch.tensor(true.step(true.states_of(temperature.numpy()), power).observations).float()
 
     draw = generator(0, BENCHMARK)
     rows = torch.randperm(len(fresh.observations), generator=draw)[:ROWS]
@@ -110,7 +111,7 @@ def judged(
         std_S: of the data's observations, the unit of errors.
     """
     state_action = torch.cat((case.observations, case.actions), 1)
-    mean, std = (x[ensemble.elites, :, :-1] for x in ensemble.predict_all(state_action))
+    mean, std = (x[..., :-1] for x in ensemble.predict_elites(state_action))
     noise = torch.randn((DRAWS, *mean.shape), generator=generator(1, BENCHMARK))
     candidates = (case.observations + (mean + std * noise).flatten(0, 1)).transpose(0, 1)  # (B, C, S)
 

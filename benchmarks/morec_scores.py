@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -30,12 +29,13 @@ from typing import Any
 
 from benchmarks.common import print_line, record
 from benchmarks.studies import (
+    keys_of,
     metric_courses,
+    of_seeds,
     run_summary,
     short_name,
-    shown_command,
-    stage_keys,
     stage_minutes,
+    study_main,
     study_parser,
     train,
 )
@@ -158,28 +158,31 @@ def lines_of(
             penalty_coef=m.penalty_coef, actor_lr=m.actor_lr, critic_lr=m.critic_lr, hidden=m.hidden,
             batch=m.batch_size, real_ratio=m.real_ratio, rollout_length=m.rollout_length, rollout_batch=m.rollout_batch,
             filter=asdict(m.filter) if case.filtered else None, dynamics=asdict(m.dynamics),
-            dataset_hash=dataset.content_hash[:16], rows=dataset.num_transitions, stages=stage_keys(config, dataset),
+            dataset_hash=dataset.content_hash[:16], rows=dataset.num_transitions, stages=keys_of(config, dataset),
         )  # fmt: skip
 
 
 def mean_line(case: Case, lines: Sequence[dict[str, Any]], plain: float | None, command: str) -> dict[str, Any]:
     """A method's mean over its seeds, beside the plain method's; no value where a seed has none."""
-    scores = [line["normalized_score"] for line in lines]
-    whole = None not in scores
+    seeds = of_seeds(lines)
     errors: dict[str, dict[str, float]] = {}
     for metric in lines[0]["rmse_by_step"]:
-        of_seeds = [line["rmse_by_step"].get(metric, {}) for line in lines]
-        shared = [step for step in of_seeds[0] if all(step in one for one in of_seeds)]
-        errors[metric] = {step: statistics.fmean(one[step] for one in of_seeds) for step in shared}
+        steps = [line["rmse_by_step"].get(metric, {}) for line in lines]
+        shared = [step for step in steps[0] if all(step in one for one in steps)]
+        errors[metric] = {step: statistics.fmean(one[step] for one in steps) for step in shared}
     return record(
-        BENCHMARK, f"{case.name}/mean", statistics.fmean(scores) if whole else None, lines[0]["unit"], plain,
-        lines[0]["threads"], command, reference_is="the mean of the plain method",
-        dataset=lines[0]["dataset"], method=case.method, seeds=[line["seed"] for line in lines],
-        updates=min(line["updates"] for line in lines),
-        std=statistics.stdev(scores) if whole and len(scores) > 1 else None, normalized_scores=scores,
-        rmse_by_step=errors, hidden=lines[0]["hidden"], wall_s=max(line["wall_s"] for line in lines),
-        environment=lines[0]["environment"],
-    )  # fmt: skip
+        BENCHMARK,
+        f"{case.name}/mean",
+        seeds.pop("mean"),
+        lines[0]["unit"],
+        plain,
+        lines[0]["threads"],
+        command,
+        reference_is="the mean of the plain method",
+        method=case.method,
+        **seeds,
+        rmse_by_step=errors,
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -202,15 +205,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
-    args = build_parser().parse_args(words)
-    command = shown_command(BENCHMARK, words)
-    args.workdir = args.workdir.absolute()
-    try:
-        return run_all(args, command)
-    except UserError as error:
-        print(f"{BENCHMARK}: {error}", file=sys.stderr)
-        return 2
+    return study_main(BENCHMARK, build_parser(), run_all, argv)
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
@@ -223,7 +218,7 @@ def run_all(args: argparse.Namespace, command: str) -> int:
     chosen = {case: overrides(case, args) for case in cases_of(args)}
     configs = {case: load_config([], given) for case, given in chosen.items()}
     stages = {
-        (case.dataset, *item) for case in chosen for item in stage_keys(configs[case], datasets[case.dataset]).items()
+        (case.dataset, *item) for case in chosen for item in keys_of(configs[case], datasets[case.dataset]).items()
     }
     if len(stages) != len({(dataset, name) for dataset, name, _ in stages}):
         raise UserError("the methods would not share their stages; settings of the dynamics or their reward differ")

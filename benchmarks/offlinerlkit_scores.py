@@ -15,20 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, print_line, record
-from benchmarks.studies import run_summary
-from envs.errors import UserError
+from benchmarks.common import print_line, record
+from benchmarks.studies import run_summary, study_main, train
 from envs.registry import load_dataset
-from orchestrator.config import Config, load_config
+from orchestrator.config import load_config
 
 BENCHMARK = "offlinerlkit_scores"
 THEIRS = Path(__file__).parent / "offlinerlkit_scores.json"
@@ -55,27 +51,6 @@ def overrides(robot: str, method: str, args: argparse.Namespace) -> list[str]:
     ]  # fmt: skip
 
 
-def train(robot: str, method: str, args: argparse.Namespace) -> tuple[Config, Path]:
-    """Run `offsweep train` in a process of its own; the configuration and the study's folder.
-
-    Raises:
-        UserError: it failed.
-    """
-    study, words = f"bench-kit-{robot}-{method}-{args.name}", overrides(robot, method, args)
-    config = load_config([], words)
-    folder: Path = args.workdir / "studies" / study
-    command = [sys.executable, "-m", "orchestrator", "train", "--workdir", str(args.workdir), f"study.name={study}"]
-    if (folder / "config.yaml").exists():
-        command = [*command[:3], "resume", study, "--workdir", str(args.workdir)]
-        words = []
-    print(f"{BENCHMARK}: training {method} on {robot}", file=sys.stderr, flush=True)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *words], cwd=ROOT, env=env, stdout=sys.stderr, check=False)
-    if done.returncode != 0:
-        raise UserError(f"training {method} on {robot} ended with exit code {done.returncode}")
-    return config, folder
-
-
 def line_of(
     robot: str, method: str, implementation: str, runs: Sequence[dict[str, Any]], reference: float | None,
     command: str, **more: Any,
@@ -100,7 +75,9 @@ def line_of(
 
 def lines(robot: str, method: str, args: argparse.Namespace, command: str) -> list[dict[str, Any]]:
     """Theirs, where it was measured, and ours."""
-    config, folder = train(robot, method, args)
+    words = overrides(robot, method, args)
+    config = load_config([], words)
+    folder = train(BENCHMARK, f"kit/{robot}/{method}", config, words, args)
     runs, environment = [], ""
     for seed in config.seeds:
         run = run_summary(folder / "spool" / f"t0000-s{seed}.jsonl")
@@ -145,27 +122,20 @@ def build_parser() -> argparse.ArgumentParser:
                         help="of the studies; with the name of an earlier call its studies are resumed")  # fmt: skip
     workdir = Path(os.environ.get("OFFSWEEP_WORKDIR", "offsweep-work"))
     parser.add_argument("--workdir", type=Path, default=workdir, help="work folder (default: %(default)s)")
+    parser.set_defaults(threads=1)
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
-    args = build_parser().parse_args(words)
-    # where it was run and under which name is of no use to others
-    private = ("--workdir", "--name")
-    shown = [w for w, before in zip(words, ["", *words], strict=False)
-             if w.partition("=")[0] not in private and before not in private]  # fmt: skip
-    command = " ".join(["python", "-m", f"benchmarks.{BENCHMARK}", *map(shlex.quote, shown)])
-    args.workdir = args.workdir.absolute()
-    try:
-        for robot in args.robots:
-            for method in args.methods:
-                for line in lines(robot, method, args, command):
-                    print_line(line)
-    except UserError as error:
-        print(f"{BENCHMARK}: {error}", file=sys.stderr)
-        return 2
+def run_all(args: argparse.Namespace, command: str) -> int:
+    for robot in args.robots:
+        for method in args.methods:
+            for line in lines(robot, method, args, command):
+                print_line(line)
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return study_main(BENCHMARK, build_parser(), run_all, argv)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from agents.method import load_method
 from benchmarks.common import ROOT
 from envs.dataset import Dataset
 from envs.errors import UserError
-from orchestrator.artifacts import ArtifactStore, stage_key
+from orchestrator.artifacts import ArtifactStore, stage_keys
 from orchestrator.config import Config, load_config, to_dict
 from orchestrator.spool import read_records
 
@@ -57,10 +58,9 @@ def short_name(dataset: str) -> str:
     return name.removeprefix("embedded/").rpartition("-v")[0] or Path(name).stem
 
 
-def stage_keys(config: Config, dataset: Dataset) -> dict[str, str]:
+def keys_of(config: Config, dataset: Dataset) -> dict[str, str]:
     """The content keys of a configuration's stages, by name."""
-    stages = load_method(config.method_name).stages(config.method)
-    return {name: stage_key(stage, dataset.content_hash) for name, stage in stages.items()}
+    return stage_keys(load_method(config.method_name).stages(config.method), dataset.content_hash)
 
 
 def stage_minutes(config: Config, dataset: Dataset, workdir: Path) -> dict[str, float]:
@@ -70,8 +70,9 @@ def stage_minutes(config: Config, dataset: Dataset, workdir: Path) -> dict[str, 
         UserError: a stage is not there, so that something else was trained.
     """
     store, minutes = ArtifactStore(workdir / "artifacts"), {}
+    keys = keys_of(config, dataset)
     for name, stage in load_method(config.method_name).stages(config.method).items():
-        key = stage_key(stage, dataset.content_hash)
+        key = keys[name]
         if not store.exists(stage.kind, key):
             raise UserError(
                 f"there is no {name} of these settings in {store.root}: the study was trained when a method's settings "
@@ -123,6 +124,39 @@ def _decisive(config: Config) -> dict[str, Any]:
         for unused in ("filter", "dynamics_reward"):
             plain["method"].pop(unused, None)
     return plain
+
+
+def study_main(
+    benchmark: str, parser: argparse.ArgumentParser, run_all: Callable[[argparse.Namespace, str], int],
+    argv: Sequence[str] | None,
+) -> int:  # fmt: skip
+    """Run a benchmark with `--workdir` on what was typed.
+
+    Args:
+        run_all: from the arguments and the command as lines of results show it to the exit code.
+        argv: None: of the process.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(words)
+    args.workdir = args.workdir.absolute()
+    try:
+        return run_all(args, shown_command(benchmark, words))
+    except UserError as error:
+        print(f"{benchmark}: {error}", file=sys.stderr)
+        return 2
+
+
+def of_seeds(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a line of a method's mean says of the lines of its seeds; `mean` is None where a seed has no score."""
+    scores = [line["normalized_score"] for line in lines]
+    whole = None not in scores
+    return {
+        "mean": statistics.fmean(scores) if whole else None,
+        "std": statistics.stdev(scores) if whole and len(scores) > 1 else None,
+        "seeds": [line["seed"] for line in lines], "normalized_scores": scores,
+        "updates": min(line["updates"] for line in lines), "wall_s": max(line["wall_s"] for line in lines),
+        **{name: lines[0][name] for name in ("dataset", "environment", "hidden")},
+    }  # fmt: skip
 
 
 def run_summary(spool: Path) -> dict[str, Any]:

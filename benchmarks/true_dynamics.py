@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -29,11 +28,12 @@ from typing import Any
 from agents.diagnostics import expert_value
 from benchmarks.common import print_line, record
 from benchmarks.studies import (
+    keys_of,
     metric_courses,
+    of_seeds,
     run_summary,
     short_name,
-    shown_command,
-    stage_keys,
+    study_main,
     study_parser,
     train,
 )
@@ -96,7 +96,7 @@ def dynamics_overrides(dataset: str, args: argparse.Namespace) -> list[str]:
 
 def ensemble_key(config: Config, dataset: Dataset) -> str | None:
     """The content key of the dynamics ensemble of a configuration; None in true dynamics."""
-    return stage_keys(config, dataset).get("dynamics")
+    return keys_of(config, dataset).get("dynamics")
 
 
 def summary_of(spool: Path) -> dict[str, Any]:
@@ -142,19 +142,14 @@ def lines_of(case: Case, folder: Path, config: Config, dataset: Dataset, command
 
 def mean_line(case: Case, lines: Sequence[dict[str, Any]], base: float | None, command: str) -> dict[str, Any]:
     """A method's mean over its seeds, beside the base method's in the same dynamics; no value where a seed has none."""
-    scores = [line["normalized_score"] for line in lines]
-    whole = None not in scores
+    seeds = of_seeds(lines)
     qs = [line["mean_q"] for line in lines if line["mean_q"] is not None]
     return record(
-        BENCHMARK, f"{case.name}/mean", statistics.fmean(scores) if whole else None, lines[0]["unit"], base,
-        lines[0]["threads"], command, reference_is="the base method's mean over its seeds in the same dynamics",
-        dataset=lines[0]["dataset"], dynamics=case.dynamics, method=case.method,
-        seeds=[line["seed"] for line in lines], updates=min(line["updates"] for line in lines),
-        std=statistics.stdev(scores) if whole and len(scores) > 1 else None, normalized_scores=scores,
-        mean_q=statistics.fmean(qs) if qs else None,
+        BENCHMARK, f"{case.name}/mean", seeds.pop("mean"), lines[0]["unit"], base, lines[0]["threads"], command,
+        reference_is="the base method's mean over its seeds in the same dynamics", dynamics=case.dynamics,
+        method=case.method, **seeds, mean_q=statistics.fmean(qs) if qs else None,
         max_mean_q=max((line["max_mean_q"] for line in lines if line["max_mean_q"] is not None), default=None),
-        q_of_expert=lines[0]["q_of_expert"], hidden=lines[0]["hidden"], wall_s=max(line["wall_s"] for line in lines),
-        environment=lines[0]["environment"],
+        q_of_expert=lines[0]["q_of_expert"],
     )  # fmt: skip
 
 
@@ -169,15 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
-    args = build_parser().parse_args(words)
-    command = shown_command(BENCHMARK, words)
-    args.workdir = args.workdir.absolute()
-    try:
-        return run_all(args, command)
-    except UserError as error:
-        print(f"{BENCHMARK}: {error}", file=sys.stderr)
-        return 2
+    return study_main(BENCHMARK, build_parser(), run_all, argv)
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:

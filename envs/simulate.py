@@ -65,7 +65,7 @@ class Simulator:
 
     def __init__(self, env_id: str) -> None:
         self.env_id = env_id
-        known = TrueDynamics(env_id) if _has_repeating_dynamics(env_id) else _OneByOne(env_id)
+        known = _repeating_dynamics(env_id) or _OneByOne(env_id)
         self._layout = known.layout
         self._steps = known.steps if isinstance(known, _OneByOne) else partial(_true_steps, known)
         self.state_dim = self._layout.size
@@ -187,8 +187,10 @@ def _votes(
     return int((clear & (errors < other_errors)).sum()), int((clear & (other_errors < errors)).sum())
 
 
-def _has_repeating_dynamics(env_id: str) -> bool:
-    return has_true_dynamics(env_id) and TrueDynamics(env_id).repeats_episodes
+def _repeating_dynamics(env_id: str) -> TrueDynamics | None:
+    """True dynamics that repeat recorded episodes, if the environment has any."""
+    known = TrueDynamics(env_id) if has_true_dynamics(env_id) else None
+    return known if known is not None and known.repeats_episodes else None
 
 
 def _true_steps(dynamics: TrueDynamics, observations: NDArray[Any], actions: NDArray[Any]) -> Steps:

@@ -58,6 +58,11 @@ def stage_key(stage: Stage, dataset_hash: str) -> str:
     return digest([stage.kind, dict(stage.settings), dataset_hash])
 
 
+def stage_keys(stages: Mapping[str, Stage], dataset_hash: str) -> dict[str, str]:
+    """The content keys of a run's stages on a dataset, by name."""
+    return {name: stage_key(stage, dataset_hash) for name, stage in stages.items()}
+
+
 @dataclass(frozen=True)
 class Built:
     """A stage's content, and what is said about it."""

@@ -18,7 +18,7 @@ from agents.method import Stage, load_method
 from envs.dataset import Dataset
 from envs.errors import UserError
 from envs.scores import reference_scores
-from orchestrator.artifacts import ArtifactStore, stage_key
+from orchestrator.artifacts import ArtifactStore, stage_key, stage_keys
 from orchestrator.cluster import Slots
 from orchestrator.config import Config, digest, load_config, pack_key, run_config, to_dict
 from orchestrator.learner import PACK_FILE, Evaluation, PackReport, PackSpec, RunSpec, evaluation_env
@@ -131,7 +131,7 @@ class Driver:
         self._deaths: dict[str, int] = {}
         self._store = ArtifactStore(Path(config.workdir) / "artifacts")
         stages = load_method(config.method_name).stages(config.method)
-        self._base_keys = {name: stage_key(stage, dataset.content_hash) for name, stage in stages.items()}
+        self._base_keys = stage_keys(stages, dataset.content_hash)
         self._ready_stages: set[str] = set()  # whose building is recorded, too
         self._recorded = 0  # ended trials whose value is in the spool
         self._waiting: dict[str, list[PackSpec]] = {}  # stage key -> packs that need it

@@ -31,9 +31,10 @@ from agents.refrigerator import (
     grid,
     measure,
 )
+from agents.transition_filter import filtering_reward
 from envs.dataset import Dataset
 from envs.registry import load_dataset
-from orchestrator.artifacts import ArtifactStore, stage_key
+from orchestrator.artifacts import ArtifactStore, stage_keys
 from orchestrator.config import Config, run_config
 from orchestrator.labs.common import keep_figure, keep_rows
 from orchestrator.learner import action_bounds
@@ -147,14 +148,11 @@ def _stages(config: Config, dataset: Dataset) -> tuple[Ensemble, DynamicsReward]
     """The ensemble and the dynamics reward of a run; None if one was not built."""
     store = ArtifactStore(Path(config.workdir) / "artifacts")
     stages = load_method(config.method_name).stages(config.method)
-    keys = {name: stage_key(stage, dataset.content_hash) for name, stage in stages.items()}
+    keys = stage_keys(stages, dataset.content_hash)
     if not all(store.exists(stage.kind, keys[name]) for name, stage in stages.items()):
         return None
     ensemble, reward = (store.load(stages[name].kind, keys[name]) for name in ("dynamics", "dynamics_reward"))
-    chosen = config.method.filter
-    return Ensemble.from_state_dict(ensemble), DynamicsReward.from_state_dict(
-        reward, num_discriminators=chosen.num_discriminators, scorer=chosen.scorer, precision=chosen.precision
-    )
+    return Ensemble.from_state_dict(ensemble), filtering_reward(reward, config.method.filter)
 
 
 # ---- how it is shown --------------------------------------------------------------------------------------------
