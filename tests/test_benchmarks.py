@@ -248,7 +248,13 @@ def test_a_reward_is_worth_what_the_candidate_of_its_choice_is(sign):
 def test_the_refrigerators_cases_follow_its_equations():
     env = Refrigerator()
     few = 20
-    fresh = TrainingData("r", *(torch.rand(5_000, 1) for _ in range(2)), torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    fresh = TrainingData(
+        "offsweep/Refrigerator-v0",
+        *(torch.rand(5_000, 1) for _ in range(2)),
+        torch.zeros(1),
+        torch.zeros(1),
+        torch.zeros(1),
+    )
     for case in dynamics_reward.refrigerator_cases(fresh).values():
         for obs, action, after in zip(*(x[:few] for x in case), strict=True):
             env.reset(seed=0)
