@@ -22,7 +22,6 @@ import argparse
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from benchmarks.studies import (
     stage_minutes,
     study_main,
     study_parser,
-    train,
+    train_all,
 )
 from envs.dataset import Dataset
 from envs.errors import UserError
@@ -223,20 +222,14 @@ def run_all(args: argparse.Namespace, command: str) -> int:
     if len(stages) != len({(dataset, name) for dataset, name, _ in stages}):
         raise UserError("the methods would not share their stages; settings of the dynamics or their reward differ")
     means: dict[Case, float | None] = {}
-    with ThreadPoolExecutor(max(1, args.at_once)) as pool:
-        # a stage is built once: the store lets a second process wait for it
-        trained = {
-            case: pool.submit(train, BENCHMARK, case.name, configs[case], given, args)
-            for case, given in chosen.items()
-        }  # fmt: skip
-        for case, future in trained.items():
-            folder, dataset = future.result(), datasets[case.dataset]
-            lines = list(lines_of(case, folder, configs[case], dataset, args.workdir, command))
-            for line in lines:
-                print_line(line)
-            mean = mean_line(case, lines, means.get(Case(case.dataset, case.plain)), command)
-            print_line(mean)
-            means[case] = mean["value"]
+    for case, folder in train_all(BENCHMARK, chosen, configs, args):
+        dataset = datasets[case.dataset]
+        lines = list(lines_of(case, folder, configs[case], dataset, args.workdir, command))
+        for line in lines:
+            print_line(line)
+        mean = mean_line(case, lines, means.get(Case(case.dataset, case.plain)), command)
+        print_line(mean)
+        means[case] = mean["value"]
     return 0
 
 

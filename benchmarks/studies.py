@@ -9,9 +9,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from agents.method import load_method
 from benchmarks.common import ROOT
@@ -115,6 +116,37 @@ def train(benchmark: str, case: str, config: Config, words: Sequence[str], args:
     if done.returncode != 0:
         raise UserError(f"training {case} ended with exit code {done.returncode}")
     return folder
+
+
+class NamedCase(Protocol):
+    """What is trained as one study."""
+
+    @property
+    def name(self) -> str: ...
+
+
+C = TypeVar("C", bound=NamedCase)
+
+
+def train_all(
+    benchmark: str, chosen: Mapping[C, Sequence[str]], configs: Mapping[C, Config], args: argparse.Namespace
+) -> Iterator[tuple[C, Path]]:
+    """Train cases, `--at-once` of them at a time (see `train`).
+
+    Args:
+        chosen: the words behind `offsweep train` by case.
+        configs: what they mean.
+
+    Returns:
+        Each case and its study's folder in the order of `chosen`, as soon as it and those before it are trained.
+    """
+    with ThreadPoolExecutor(max(1, args.at_once)) as pool:
+        # a stage is built once: the store lets a second process wait for it
+        futures = {
+            case: pool.submit(train, benchmark, case.name, configs[case], words, args) for case, words in chosen.items()
+        }
+        for case, future in futures.items():
+            yield case, future.result()
 
 
 def _decisive(config: Config) -> dict[str, Any]:

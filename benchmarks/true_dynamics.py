@@ -20,7 +20,6 @@ import argparse
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from benchmarks.studies import (
     short_name,
     study_main,
     study_parser,
-    train,
+    train_all,
 )
 from envs.dataset import Dataset
 from envs.errors import UserError
@@ -186,20 +185,15 @@ def run_all(args: argparse.Namespace, command: str) -> int:
     if len(keys) != len({dataset for dataset, _ in keys}):
         raise UserError("the methods would not share one dynamics ensemble; their dynamics settings differ")
     base: float | None = None
-    with ThreadPoolExecutor(max(1, args.at_once)) as pool:
-        # an ensemble is built once: the store lets a second process wait for it
-        trained = {
-            case: pool.submit(train, BENCHMARK, case.name, configs[case], given, args) for case, given in chosen.items()
-        }
-        for case, future in trained.items():
-            lines = list(lines_of(case, future.result(), configs[case], datasets[case.dataset], command))
-            for line in lines:
-                print_line(line)
-            base = None if case.method == "base" else base
-            mean = mean_line(case, lines, base, command)
-            print_line(mean)
-            if case.method == "base":
-                base = mean["value"]
+    for case, folder in train_all(BENCHMARK, chosen, configs, args):
+        lines = list(lines_of(case, folder, configs[case], datasets[case.dataset], command))
+        for line in lines:
+            print_line(line)
+        base = None if case.method == "base" else base
+        mean = mean_line(case, lines, base, command)
+        print_line(mean)
+        if case.method == "base":
+            base = mean["value"]
     return 0
 
 
