@@ -249,7 +249,8 @@ def gather_members(
         dst.copy_(src.index_select(0, index))
 
 
-INITIALISATIONS = ("edac", "edac-fan-in", "torch", "orthogonal")
+INITIALISATIONS = ("edac", "edac-fan-in", "torch", "orthogonal", "lecun")
+_CUT_NORMAL_STD = 0.87962566103423978  # of a standard normal distribution cut at two standard deviations
 
 
 def initialise(network: StackedMLP, generators: Sequence[torch.Generator], *, scheme: str, last_bound: float) -> None:
@@ -261,6 +262,8 @@ def initialise(network: StackedMLP, generators: Sequence[torch.Generator], *, sc
             "edac": the same but +-1/sqrt(out) for the hidden weights, as the critics of the released RAVL and of CORL's
             EDAC have it (their `(in, out)` weights go to an initialiser that expects `(out, in)`; actors are as above).
             "orthogonal": orthogonal weights times sqrt(2) in every layer, no biases, as jaxrl and IQL have it.
+            "lecun": weights of variance 1/in from a normal distribution cut at two of its standard deviations (LeCun et
+            al. 1998), no biases: flax's default.
     """
     if scheme not in INITIALISATIONS:
         raise ValueError(f"unknown initialisation {scheme!r}; one of {', '.join(INITIALISATIONS)}")
@@ -276,6 +279,14 @@ def initialise(network: StackedMLP, generators: Sequence[torch.Generator], *, sc
                 for g in range(m * per_member, (m + 1) * per_member):
                     drawn = torch.nn.init.orthogonal_(torch.empty(n_in, n_out), math.sqrt(2.0), generator)
                     weight[g].copy_(drawn)
+            bias.zero_()
+            continue
+        if scheme == "lecun":
+            std = 1.0 / (_CUT_NORMAL_STD * math.sqrt(n_in))
+            for m, generator in enumerate(generators):
+                drawn = torch.empty(per_member, n_in, n_out)
+                torch.nn.init.trunc_normal_(drawn, 0.0, std, -2.0 * std, 2.0 * std, generator)
+                weight[m * per_member : (m + 1) * per_member] = drawn
             bias.zero_()
             continue
         for m, generator in enumerate(generators):
