@@ -12,8 +12,8 @@ fixed for good. To repeat it, for td3_bc and iql:
   them before anything else. (With current jax `jax.tree_map` is `jax.tree_util.tree_map`, and the keywords `a_min` and
   `a_max` of `jnp.clip` are `min` and `max`.)
 
-What is compared is by how much parameters have changed: to 1e-4 of the largest change of a tensor, beside the rounding of
-the parameters themselves.
+What is compared is by how much parameters have changed: to 1e-4 of the largest change of a tensor, beside the rounding
+of the parameters themselves.
 """
 
 from __future__ import annotations
