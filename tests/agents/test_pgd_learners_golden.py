@@ -27,9 +27,8 @@ import torch
 
 from agents.iql import IQLConfig, IQLUpdater
 from agents.method import method_settings
-from agents.networks import StackedMLP
 from agents.td3_bc import TD3BCConfig, TD3BCUpdater
-from tests.agents.golden_values import Array, Layers, drawn_layers, fill, parameter_blocks
+from tests.agents.golden_values import assert_change, assert_moved_alike, drawn_layers, fill
 
 GOLDEN = Path(__file__).parent / "golden" / "pgd_learners.npz"
 OBS, ACT, WIDTH, BATCH, UPDATES = 11, 3, 16, 32, 4
@@ -57,16 +56,11 @@ def settings(method: str) -> dict[str, Any]:
     return {**method_settings(method, "other-v0", "pgd-code")[1], "hidden": [WIDTH, WIDTH], "batch_size": BATCH}
 
 
-def assert_moved_alike(network: StackedMLP, before: Layers, golden: Any, name: str) -> None:
-    for i, (mine, start) in enumerate(zip(parameter_blocks(network), before, strict=True)):
-        assert_close(mine, start, golden[f"{name}.{i}"], f"{name}.{i}")
-
-
-def assert_close(mine: torch.Tensor, start: Array, theirs: Array, what: str) -> None:
-    now, end = mine.reshape(-1).double().numpy(), theirs.reshape(-1).astype(np.float64)
-    rounding, change = 5e-7 * np.abs(end).max(), np.abs(end - start.reshape(-1)).max()
-    error = np.abs(now - end).max()
-    assert error <= 1e-4 * change + rounding, f"{what}: {error:.1e} after a change of {change:.1e}"
+def assert_networks(updater: Any, x: dict[str, Any], golden: Any, case: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        before = x[name.removeprefix("target_")]
+        theirs = [golden[f"{case}.{name}.{i}"] for i in range(len(before))]
+        assert_moved_alike(getattr(updater, name), before, theirs, name)
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +79,7 @@ def test_td3_bc(golden: Any) -> None:
         metrics = updater.update(torch.from_numpy(x["rows"][i]).unsqueeze(0), noise, 0, with_metrics=True)
         assert metrics is not None
         assert float(metrics["actor_loss"]) == pytest.approx(golden["td3_bc.losses"][i, 0], rel=1e-5)
-    for name in ("actor", "critic", "target_actor", "target_critic"):
-        assert_moved_alike(getattr(updater, name), x[name.removeprefix("target_")], golden, f"td3_bc.{name}")
+    assert_networks(updater, x, golden, "td3_bc", ("actor", "critic", "target_actor", "target_critic"))
 
 
 def test_iql(golden: Any) -> None:
@@ -101,6 +94,5 @@ def test_iql(golden: Any) -> None:
         assert metrics is not None
         assert float(metrics["value_loss"]) == pytest.approx(golden["iql.losses"][i, 0], rel=1e-5)
         assert float(metrics["critic_loss"]) == pytest.approx(golden["iql.losses"][i, 1], rel=1e-5)
-    for name in ("actor", "value", "critic", "target_critic"):
-        assert_moved_alike(getattr(updater, name), x[name.removeprefix("target_")], golden, f"iql.{name}")
-    assert_close(updater.log_std.flat, x["log_std"], golden["iql.log_std"], "iql.log_std")
+    assert_networks(updater, x, golden, "iql", ("actor", "value", "critic", "target_critic"))
+    assert_change(updater.log_std.flat, x["log_std"], golden["iql.log_std"], "iql.log_std")
