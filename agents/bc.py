@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.config import ScheduleConfig, check_positive
+from agents.config import check_positive
 from agents.method import TrainingData, per_member
-from agents.model_free import ModelFree, load_networks, split_rows
+from agents.model_free import ModelFree, ModelFreeConfig, load_networks, split_rows
 from agents.networks import StackedMLP, initialise
 from agents.optim import Adam
 from agents.policies import tanh_arrays
@@ -33,7 +33,7 @@ from envs.errors import UserError
 
 
 @dataclass
-class BCConfig(ScheduleConfig):
+class BCConfig(ModelFreeConfig):
     """BC's hyperparameters. Fields marked per member may differ inside a pack."""
 
     actor_lr: float = per_member(3e-4)

@@ -46,10 +46,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from agents.config import ScheduleConfig, check_choice, check_not_negative, check_positive
+from agents.config import check_choice, check_not_negative, check_positive
 from agents.critics import min_value_and_gradient
 from agents.method import TrainingData, per_member
-from agents.model_free import ModelFree, bellman_target, load_networks, member_values, split_rows
+from agents.model_free import ModelFree, ModelFreeConfig, bellman_target, load_networks, member_values, split_rows
 from agents.networks import StackedMLP, StackedScalar, initialise
 from agents.optim import Adam
 from agents.policies import squashed_arrays
@@ -67,7 +67,7 @@ _LAST_GAIN = 1e-2  # of every network's last layer
 
 
 @dataclass
-class CQLConfig(ScheduleConfig):
+class CQLConfig(ModelFreeConfig):
     """CQL's hyperparameters; per-dataset values in agents/cql.yaml. Fields marked per member may differ inside a
     pack."""
 

@@ -30,10 +30,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.config import ScheduleConfig, check_not_negative, check_positive
+from agents.config import check_not_negative, check_positive
 from agents.critics import min_value_and_gradient
 from agents.method import TrainingData, per_member
-from agents.model_free import ModelFree, bellman_target, load_networks, member_values, regress_twins
+from agents.model_free import ModelFree, ModelFreeConfig, bellman_target, load_networks, member_values, regress_twins
 from agents.networks import StackedLayerNormMLP, StackedMLP, initialise
 from agents.optim import Adam
 from agents.policies import tanh_arrays
@@ -43,7 +43,7 @@ from envs.errors import UserError
 
 
 @dataclass
-class ReBRACConfig(ScheduleConfig):
+class ReBRACConfig(ModelFreeConfig):
     """ReBRAC's hyperparameters; per-dataset values in agents/rebrac.yaml. Fields marked per member may differ inside a
     pack."""
 
@@ -63,6 +63,11 @@ class ReBRACConfig(ScheduleConfig):
         super().__post_init__()
         check_positive(self, "policy_freq", "actor_lr", "critic_lr")
         check_not_negative(self, "actor_bc_coef", "critic_bc_coef", "policy_noise", "noise_clip")
+        if self.synthetic.source != "none":
+            raise UserError(
+                f"method.synthetic.source={self.synthetic.source} cannot be with method=rebrac, whose critics need the "
+                "action that follows a transition; take method.synthetic.source=none or another method"
+            )
 
 
 def rows_with_next_actions(data: TrainingData) -> Tensor:
@@ -215,7 +220,7 @@ class ReBRAC(ModelFree):
 
     def __init__(
         self,
-        configs: Sequence[ScheduleConfig],
+        configs: Sequence[ModelFreeConfig],
         seeds: Sequence[int],
         data: TrainingData,
         artifacts: Mapping[str, dict[str, Any]],
