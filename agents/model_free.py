@@ -23,16 +23,20 @@ from agents.chunk import ChunkRunner, Updater
 from agents.config import ScheduleConfig
 from agents.dynamics import DynamicsConfig, Ensemble
 from agents.dynamics_stage import ensemble_stage
+from agents.edm_sampler import SamplerConfig
 from agents.graphs import default_capture
+from agents.guidance import GuidanceConfig, check_guidance
 from agents.method import Job, JobsAhead, RolloutResult, Stage, TrainingData
 from agents.networks import StackedMLP
 from agents.policies import with_standardisation
 from agents.replay import Replay, transition_rows
-from agents.synthetic import EnsembleSource, Pools, PoolSource, SyntheticConfig, mapped_rows
+from agents.rollout import MAX_LENGTH
+from agents.synthetic import DiffusionSource, EnsembleSource, Pools, PoolSource, SyntheticConfig, mapped_rows
+from agents.trajectory_diffusion import DiffusionConfig, TrajectoryModel, diffusion_stage
 from envs.errors import UserError
 from envs.termination import termination_rule
 
-SOURCE_PARTS = {"none": (), "diffusion": (), "ensemble": ("dynamics",)}
+SOURCE_PARTS = {"none": (), "diffusion": ("diffusion", "sampler", "guidance"), "ensemble": ("dynamics",)}
 """The parts of a configuration that each source of synthetic rows needs."""
 
 
@@ -41,7 +45,12 @@ class ModelFreeConfig(ScheduleConfig):
     """What every model-free method has: a schedule, and where synthetic rows come from, if any do."""
 
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
-    dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)  # of synthetic.source=ensemble
+    # of synthetic.source=diffusion
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    # of synthetic.source=ensemble
+    dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,7 +62,18 @@ class ModelFreeConfig(ScheduleConfig):
                 f"method.synthetic.refresh_every={one.refresh_every} must be a multiple of "
                 f"method.updates_per_epoch={self.updates_per_epoch}"
             )
-        if self.dynamics.filter != "none":
+        if one.source == "diffusion":
+            check_guidance(self.guidance, self.sampler)
+            if one.length not in (None, self.diffusion.length - 1):
+                raise UserError(
+                    f"method.synthetic.length={one.length} must be one less than method.diffusion.length="
+                    f"{self.diffusion.length}, or null: the model generates trajectories of its own length"
+                )
+        if self.synthetic_length > MAX_LENGTH:
+            raise UserError(
+                f"method.diffusion.length={self.diffusion.length} must be at most {MAX_LENGTH + 1} for synthetic rows"
+            )
+        if one.source == "ensemble" and self.dynamics.filter != "none":
             raise UserError(
                 f"method.dynamics.filter={self.dynamics.filter} needs a model-based method; a model-free one rolls out "
                 "in the plain ensemble"
@@ -68,7 +88,7 @@ class ModelFreeConfig(ScheduleConfig):
     @property
     def synthetic_length(self) -> int:
         """Transitions of a synthetic trajectory."""
-        return self.synthetic.length or 31
+        return self.synthetic.length or self.diffusion.length - 1
 
     @property
     def ring_rows(self) -> int:
@@ -149,11 +169,12 @@ class ModelFree(ABC):
     def stages(config: ModelFreeConfig) -> dict[str, Stage]:
         if config.synthetic.source == "ensemble":
             return {"dynamics": ensemble_stage(config.dynamics)}
-        return {}
+        return {"trajectories": diffusion_stage(config.diffusion)} if config.synthetic.source == "diffusion" else {}
 
     @staticmethod
     def check_environment(config: ModelFreeConfig, env_id: str) -> None:
-        if config.synthetic.source == "ensemble":
+        by_rule = {"ensemble": True, "diffusion": config.sampler.terminals == "rule", "none": False}
+        if by_rule[config.synthetic.source]:
             termination_rule(env_id)
 
     @property
@@ -172,6 +193,12 @@ class ModelFree(ABC):
         if one.synthetic.source == "ensemble":
             ensemble = Ensemble.from_state_dict(artifacts["dynamics"]).to(self.device)
             return EnsembleSource(ensemble, data, self.device, one.synthetic, one.synthetic_length)
+        if one.synthetic.source == "diffusion":
+            model = TrajectoryModel.from_state_dict(artifacts["trajectories"])
+            coefs = [config.guidance.coef for config in self.configs]
+            return DiffusionSource(
+                model.to(self.device), data, self.device, one.synthetic, one.sampler, one.guidance, coefs
+            )
         return None
 
     def actor(self) -> Actor:

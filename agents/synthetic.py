@@ -34,12 +34,20 @@ import torch
 from torch import Tensor
 
 from agents.actors import Actor
+from agents.edm_sampler import SamplerConfig
+from agents.guidance import GuidanceConfig
 from agents.method import Job, JobsAhead, RolloutJob, RolloutResult, TrainingData
 from agents.randomness import generator
 from agents.replay import Replay
 from agents.rollout import MAX_LENGTH, SHARD_ROWS, Dynamics, Penalty, RolloutStatistics, shard_size
+from agents.trajectory_diffusion import TrajectoryModel
+from agents.trajectory_rollout import TrajectoryJob
 from envs.errors import UserError
 
+# trajectories of a job, of each member: what it draws depends on it, so it does not depend on the pack
+SHARD_TRAJECTORIES = 64  # on a CPU: activations stay in a core's cache, and workers can share a pool
+DEVICE_SHARD_TRAJECTORIES = 1_024  # on a GPU
+DEVICE_SHARD_MEMBERS = 8
 SOURCES = ("none", "diffusion", "ensemble")
 SURVIVAL = (10, 50, 90)  # percentiles of the rollouts' lengths
 
@@ -256,6 +264,49 @@ class EnsembleSource:
 
     def select(self, members: Sequence[int]) -> EnsembleSource:
         return self
+
+
+class DiffusionSource:
+    """Sub-trajectories of a diffusion model, guided by the policies but for the first pool (`agents.guidance`).
+
+    Args:
+        model: on the learner's device.
+        data: what it has learned from.
+        device: the learner's.
+        config, sampler, guidance: common to the pack, but for `guidance.coef`.
+        coefs: the guidance coefficient of every member.
+    """
+
+    def __init__(
+        self, model: TrajectoryModel, data: TrainingData, device: torch.device, config: SyntheticConfig,
+        sampler: SamplerConfig, guidance: GuidanceConfig, coefs: Sequence[float],
+    ) -> None:  # fmt: skip
+        self.model, self.device, self.coefs = model, device, list(coefs)
+        self._termination, self._num_trajectories = data.termination, config.num_trajectories
+        self._sampler, self._guidance = sampler, guidance
+
+    def needs_policies(self, first: bool) -> bool:
+        return not first and any(self.coefs)
+
+    def jobs(self, actor: Actor | None, seeds: Sequence[int], epoch: int) -> list[TrajectoryJob]:
+        on_cpu = self.device.type == "cpu"
+        size, rows = (1, SHARD_TRAJECTORIES) if on_cpu else (DEVICE_SHARD_MEMBERS, DEVICE_SHARD_TRAJECTORIES)
+        total, jobs = self._num_trajectories, []
+        for members in (range(m, min(m + size, len(seeds))) for m in range(0, len(seeds), size)):
+            policies, coef = None, torch.zeros(len(members))
+            if actor is not None:
+                policies, coef = actor.select(members), torch.tensor([self.coefs[m] for m in members])
+            for shard, start in enumerate(range(0, total, rows)):
+                jobs.append(TrajectoryJob(
+                    tuple(members), tuple(seeds[m] for m in members), epoch, shard, min(rows, total - start), policies,
+                    coef, self._sampler, self._guidance, self._termination, self.device,
+                ))  # fmt: skip
+        return jobs
+
+    def select(self, members: Sequence[int]) -> DiffusionSource:
+        other = copy.copy(self)
+        other.coefs = [self.coefs[m] for m in members]
+        return other
 
 
 # ---- pools ----------------------------------------------------------------------------------------------------------

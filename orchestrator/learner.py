@@ -29,7 +29,7 @@ from torch.profiler import record_function
 
 from agents.cpu import configure_cpu
 from agents.diagnostics import collapse, expert_value, growth_metrics
-from agents.method import Method, RolloutResult, Stage, TrainingData, load_method
+from agents.method import Method, RolloutResult, Stage, TrainingData, effective_settings, load_method
 from agents.policies import in_environment
 from envs.dataset import Dataset
 from envs.episodes import make_env
@@ -474,7 +474,8 @@ class Learner:
         write_text(path, to_yaml(config))
         plain = to_dict(config)
         params = {
-            **flatten({k: plain[k] for k in ("method", "evaluation")}),
+            **flatten({"method": {"name": config.method_name, **effective_settings(config.method)}}),
+            **flatten({"evaluation": plain["evaluation"]}),
             "dataset": config.dataset,
             "seed": str(run.seed),
         }
