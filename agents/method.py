@@ -203,6 +203,10 @@ class Stage:
     build: Callable[[TrainingData, Callable[[int, Mapping[str, float]], None]], dict[str, Any]]
     # data, report(step, metrics) -> what is stored (tensors and plain values)
     together: BuildTogether | None = None
+    # where that is settled beforehand: how often it reports, and how many updates it makes before each report. Its
+    # metrics then hold `seconds_per_update`. Else an epoch, which a report follows, takes the longer the more rows are
+    epochs: int | None = None
+    epoch_updates: int | None = None
 
     def can_be_built_with(self, other: Stage) -> bool:
         """Whether both can be built in one go."""

@@ -41,7 +41,8 @@ HELD_SIGMAS = (0.01, 0.1, 1.0, 10.0)  # noise levels at which the held-out loss 
 MIN_COVERAGE = 0.1  # share of the transitions that windows have to hold
 _MAX_HELD = 512  # windows
 _CHUNK = 100  # updates that are drawn at once
-_REPORTS = 50  # of a training
+_REPORTS = 50  # of a training, at most
+_MIN_REPORTED = 10  # updates before a report
 
 
 @dataclass
@@ -92,6 +93,11 @@ class DiffusionConfig:
                 f"method.diffusion.length={self.length} must be at least {shortest} with "
                 f"method.diffusion.num_blocks={self.num_blocks}"
             )
+
+    @property
+    def updates_per_report(self) -> int:
+        """Updates before each report of a training."""
+        return max(_MIN_REPORTED, self.num_updates // _REPORTS)
 
 
 class TrajectoryModel:
@@ -144,7 +150,10 @@ def diffusion_stage(config: DiffusionConfig) -> Stage:
     def build(data: TrainingData, report: Callable[[int, Mapping[str, float]], None]) -> dict[str, Any]:
         return train_trajectory_diffusion(data, config, report)
 
-    return Stage(KIND, dataclasses.asdict(config), build)
+    return Stage(
+        KIND, dataclasses.asdict(config), build, epochs=-(-config.num_updates // config.updates_per_report),
+        epoch_updates=config.updates_per_report,
+    )  # fmt: skip
 
 
 @torch.inference_mode()
@@ -215,7 +224,7 @@ class DiffusionTrainer:
     def train(self) -> Iterator[tuple[int, dict[str, float]]]:
         """All updates; now and then how many are done, and metrics."""
         config, started = self.config, time.perf_counter()
-        every = max(1, config.num_updates // _REPORTS)
+        every = config.updates_per_report
         batches = self._batches()
         since, reported = started, 0
         for update in range(config.num_updates):

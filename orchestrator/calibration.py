@@ -46,6 +46,7 @@ from orchestrator.workers import Workers
 VERSION = 1
 SCHEDULE_FIELDS = ("num_updates", "updates_per_epoch")  # of a method: how often, not how much
 STAND_IN_ROWS = 5_000  # of the dataset, for an epoch of a stage that is not there yet
+STAND_IN_UPDATES = 20  # of a stage that is counted in updates
 RING_FILL_BYTES = 256 << 20  # of model rows written while measuring; what a ring takes beyond is added
 UPDATES_AT_ONCE = 100  # of a measurement, at most: the metrics' rhythm
 NOISES = 2  # standard normal draws (M, B, A) that an update is taken to need, in the estimate of a chunk's memory
@@ -290,31 +291,41 @@ def _artifacts(
     store = ArtifactStore(Path(config.workdir) / "artifacts")
     method = load_method(config.method_name)
     artifacts, measured = {}, {}
-    quick = method.stages(_shortened(config.method, max_epochs=2, min_epochs=0))
+    quick = method.stages(_shortened(config.method))
     rows = min(STAND_IN_ROWS, len(data.observations))
     few = {item.name: getattr(data, item.name) for item in dataclasses.fields(data)}
     few = {name: v[:rows] if name in _ROW_COLUMNS and v is not None else v for name, v in few.items()}
+    if data.episode_starts is not None:
+        few["episode_starts"] = data.episode_starts[data.episode_starts < rows]
     for name, stage in method.stages(config.method).items():
         key = stage_key(stage, dataset.content_hash)
         if store.exists(stage.kind, key):
             artifacts[name] = store.load(stage.kind, key)
             continue
-        artifacts[name], seconds = _stand_in(quick[name], TrainingData(**few), now)
-        measured[name] = StageMeasurement(seconds * len(data.observations) / rows)
+        if stage.epoch_updates is None:
+            artifacts[name], seconds = _stand_in(quick[name], TrainingData(**few), now)
+            measured[name] = StageMeasurement(seconds * len(data.observations) / rows)
+        else:
+            told: dict[int, Mapping[str, float]] = {}
+            artifacts[name] = quick[name].build(data, told.__setitem__)
+            measured[name] = StageMeasurement(told[max(told)]["seconds_per_update"] * stage.epoch_updates)
     return artifacts, measured
 
 
 _ROW_COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "states")
 
 
-def _shortened(config: Any, **values: int) -> Any:
-    """A method's configuration whose stages take few epochs."""
+def _shortened(config: Any) -> Any:
+    """A method's configuration whose stages take few epochs or updates."""
     changes = {}
     for item in dataclasses.fields(config):
         part = getattr(config, item.name)
-        if dataclasses.is_dataclass(part) and hasattr(part, "max_epochs"):
-            known = {name: value for name, value in values.items() if hasattr(part, name)}
-            changes[item.name] = dataclasses.replace(part, **known)  # type: ignore[type-var]
+        if not dataclasses.is_dataclass(part):
+            continue
+        for few in ({"max_epochs": 2, "min_epochs": 0}, {"num_updates": STAND_IN_UPDATES}):
+            known = {name: value for name, value in few.items() if hasattr(part, name)}
+            part = dataclasses.replace(part, **known)  # type: ignore[type-var]
+        changes[item.name] = part
     return dataclasses.replace(config, **changes)
 
 

@@ -435,6 +435,9 @@ def expected_epochs(stage: Stage, store: ArtifactStore, dataset_hash: str) -> tu
     """How many epochs a stage is taken to need, and why: as many as one that was built with the same settings, or a
     number that follows from its settings."""
 
+    if stage.epochs is not None:
+        return stage.epochs, "settled by its updates"
+
     def without_seed(settings: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in settings.items() if key != "seed"}
 

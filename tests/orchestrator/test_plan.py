@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 import yaml
 
 from agents.chunk import OWN_NOISE_BYTES
 from agents.dynamics_reward_training import DynamicsRewardConfig, reward_stage
 from agents.method import Stage, TrainingData, load_method
+from agents.trajectory_diffusion import DiffusionConfig, TrajectoryModel, diffusion_stage
 from benchmarks.kill_tests import SETTINGS
 from envs.errors import UserError
 from orchestrator import calibration, memory, plan
@@ -21,6 +24,7 @@ from orchestrator.calibration import Calibrations, median_of, ring_bytes, update
 from orchestrator.cli import main
 from orchestrator.cluster import InlineSlots
 from orchestrator.config import Config, load_config, to_dict
+from orchestrator.learner import training_data
 from orchestrator.packing import PACKING_FILE
 from orchestrator.plan import Estimator, choose_packing, expected_epochs, make_plan
 from tests.orchestrator.studies import KIND, configured, dataset_of, made_up_calibration
@@ -139,6 +143,10 @@ def test_a_stage_is_taken_to_need_as_many_epochs_as_before(workdir: Path, tmp_pa
     # one that knows no patience never ends early
     always = reward_stage(DynamicsRewardConfig(max_epochs=70))
     assert expected_epochs(always, store, "hash") == (70, "all of max_epochs")
+    # nor does one that is counted in updates
+    counted = diffusion_stage(DiffusionConfig(num_updates=1_010))
+    assert counted.epoch_updates == 20
+    assert expected_epochs(counted, store, "hash") == (51, "settled by its updates")
 
 
 def test_a_stage_that_takes_its_time_after_the_last_epoch_is_timed_by_an_epoch(workdir: Path):
@@ -151,6 +159,19 @@ def test_a_stage_that_takes_its_time_after_the_last_epoch_is_timed_by_an_epoch(w
 
     nothing = cast(TrainingData, None)  # which this stage does not look at
     assert calibration._stand_in(Stage("made", {}, build), nothing, lambda: next(clock)) == ({}, 2.0)
+
+
+def test_a_stage_that_is_counted_in_updates_is_timed_by_an_update(workdir: Path):
+    small = {"length": 4, "features": 16, "num_blocks": 1, "num_updates": 5_000, "batch_size": 4}
+    words = (*(f"method.diffusion.{key}={value}" for key, value in small.items()), "method.synthetic.source=diffusion")
+    plain = {"workdir": str(workdir), "dataset": configured(workdir).dataset}
+    config = load_config([plain], ["method=td3_bc", *words])
+    dataset = dataset_of(config)
+    data = training_data(dataset, torch.device("cpu"))
+    artifacts, measured = calibration._artifacts(config, dataset, data, time.perf_counter)
+    assert TrajectoryModel.from_state_dict(artifacts["trajectories"]).length == 4
+    # 20 of its 5,000 updates are made, and 100 of them are an epoch
+    assert 1e-5 < measured["trajectories"].epoch_seconds / 100 < 0.1
 
 
 def test_the_predictions_of_mobiles_penalty_count_as_work(workdir: Path):
