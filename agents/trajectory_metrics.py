@@ -124,8 +124,8 @@ class DynamicsError:
             ((predicted.double() - true_next.double()) * std).square().mean(-1),
             ((reward.double() - step.reward_MB.double()) / self._reward_std).square(),
         )
-        errors = (x.where(known, math.nan).squeeze(0).cpu() for x in squares)
-        return RowErrors(*errors, clipped.squeeze(0).cpu(), unhealthy.squeeze(0).cpu())
+        standardised, raw, of_reward = (x.where(known, math.nan).squeeze(0).cpu() for x in squares)
+        return RowErrors(standardised, raw, of_reward, clipped.squeeze(0).cpu(), unhealthy.squeeze(0).cpu())
 
     def _clipped(self, obs_1RS: Tensor) -> Tensor:
         """Which states have a velocity at the limit of what is shown, or beyond, `(1, R)`."""
@@ -193,7 +193,7 @@ def terminal_measures(done_R: Tensor, ended_R: Tensor) -> dict[str, float]:
 
 
 class PoolDiagnostics:
-    """Measures what the members of a pack learn from: metrics `synthetic/*` (see docs/architecture.md).
+    """Measures what the members of a pack learn from: metrics `synthetic/*` (see docs/policy_guided_diffusion.md).
 
     Args:
         data: what the stages of the run were trained on. Pools are in its units.
@@ -272,10 +272,16 @@ class PoolDiagnostics:
         """
         width = len(self.scale_D)
         real_RW = self.real_RW if real_RW is None else real_RW
-        points = [x[:NUM_POINTS, :width] / self.scale_D for x in (real_RW, made_RW)]
+        points = [_spread(x)[:, :width] / self.scale_D for x in (real_RW, made_RW)]
         # a diverged prediction is as good as any other that is far from everything
         real_PD, made_PD = (x.clamp(-1e6, 1e6) for x in points)
         return support_overlap(real_PD, made_PD) if min(len(real_PD), len(made_PD)) > NEIGHBOURS else {}
+
+
+def _spread(rows_RW: Tensor) -> Tensor:
+    """`NUM_POINTS` of the rows, or all, evenly from the first to the last."""
+    count = min(NUM_POINTS, len(rows_RW))
+    return rows_RW[torch.arange(count, device=rows_RW.device) * len(rows_RW) // max(count, 1)]
 
 
 def _error_measures(errors: RowErrors, steps_R: Tensor | None, length: int, suffix: str = "") -> Measures:
