@@ -12,7 +12,7 @@ from agents.randomness import generator
 from agents.replay import transition_rows
 from agents.trajectories import Trajectories
 from benchmarks import pgd_guidance as bench
-from benchmarks.pgd_guidance import Arm, Measured, Part
+from benchmarks.pgd_guidance import Arm, Part
 from envs.errors import UserError
 from envs.policies import load_policy
 from sweeps.plots_guidance import draw_guidance
@@ -138,9 +138,3 @@ def test_there_must_be_results_to_draw(tmp_path):
     (tmp_path / "some.jsonl").write_text(text)
     bench.draw(tmp_path / "some.jsonl", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_measures_of_an_arm_are_by_row_and_by_step():
-    error = np.array([1.0, 3.0] * 80)
-    measured = Measured(arm(), np.zeros(160), error)
-    assert bench.mean_of(measured.error_R, measured.arm).value == 2.0
