@@ -11,7 +11,10 @@ from agents.trajectories import EpisodeRows, Trajectories, TrajectoryScaling, tr
 
 def stream(*episodes: tuple[int, bool]) -> TrainingData:
     """Episodes of so many transitions, each ended by a terminal or by a time limit; a state is 100 x episode + step."""
-    obs, after, done, starts = [], [], [], []
+    obs: list[int] = []
+    after: list[int] = []
+    done: list[int] = []
+    starts: list[int] = []
     for number, (length, terminated) in enumerate(episodes):
         starts.append(len(obs))
         obs += [100 * number + t for t in range(length)]
