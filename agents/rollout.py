@@ -235,7 +235,7 @@ class Rollout:
         tags = torch.empty(length * num_starts, dtype=torch.int16, device=obs_BS.device)
         filled, dropped, cuts, penalty_sum, dynamics_reward_sum = 0, 0, 0, 0.0, 0.0
         place = torch.arange(num_starts, device=obs_BS.device)  # of the rows still alive among the starts
-        half_B = _half(place)
+        half_B = half_of(place)
         survivors = [0] * length
         before = place  # where the last row of each of them is, from the second step on
         for step, (noise, choice) in enumerate(zip(noise_KBV, choice_KB, strict=True)):
@@ -320,12 +320,12 @@ class Rollout:
         totals = torch.cat((torch.stack(sums, 1), survivors_MK), 1)
         statistics = [_statistics(row) for row in _read(totals)]
         counts = [s.transitions for s in statistics]
-        places = _kept_places(kept.view(-1), sum(counts))
+        places = kept_places(kept.view(-1), sum(counts))
         picked = rows.view(-1, self._width).index_select(0, places)
         sizes = 1 + places.div(num_starts, rounding_mode="floor") % length
         if cut_MKB is not None:
             sizes += CUT_TAG * cut_MKB.view(-1).index_select(0, places)
-        tags = sizes.to(torch.int16) * _half(places % num_starts)
+        tags = sizes.to(torch.int16) * half_of(places % num_starts)
         return [Gathered(*one) for one in zip(picked.split(counts), tags.split(counts), statistics, strict=True)]
 
     def _step(
@@ -397,7 +397,7 @@ def _mark_cut(tags: Tensor, at: Tensor) -> None:
     tags[at] += CUT_TAG * tags[at].sign()
 
 
-def _kept_places(kept_R: Tensor, count: int) -> Tensor:
+def kept_places(kept_R: Tensor, count: int) -> Tensor:
     """Where the kept rows are, `(count,)`, ascending; `count` is their number, so that nothing has to be asked."""
     # each kept row's place among the kept; the others all write behind the last
     place = torch.where(kept_R, kept_R.cumsum(0) - 1, count)
@@ -406,6 +406,6 @@ def _kept_places(kept_R: Tensor, count: int) -> Tensor:
     return source[:count]
 
 
-def _half(starts: Tensor) -> Tensor:
+def half_of(starts: Tensor) -> Tensor:
     """1 for the rollouts of starts at even places of a shard, -1 for those at odd ones, int16."""
     return (1 - 2 * (starts % 2)).to(torch.int16)
