@@ -193,7 +193,8 @@ class Task:
 
 
 def diffusion_config(args: argparse.Namespace, seed: int) -> DiffusionConfig:
-    return DiffusionConfig(length=args.length, features=args.features, num_updates=args.updates, seed=seed)
+    # running means over the last 200 updates instead of 2,000: those are a quarter of so short a training
+    return DiffusionConfig(length=args.length, features=args.features, num_updates=args.updates, ema_every=1, seed=seed)
 
 
 def frozen_policy(actor: str) -> TanhActor:
@@ -390,7 +391,7 @@ def guidance_lines(task: Task, command: str) -> Iterator[dict[str, Any]]:
         base: Measured | None = None
         for rule, coefs in (("code", args.coefs), ("score", args.score_coefs)):
             for coef in coefs:
-                guidance = GuidanceConfig(rule=rule, coef=coef)
+                guidance = GuidanceConfig(rule=rule, coef=coef, jacobian=False)
                 made = Measured.of(task, policy, task.sampled(policy, sampler, guidance))
                 base = made if base is None else base
                 fields = guided_fields(made.fields(task, policy, visited), sampler, guidance)
@@ -408,9 +409,7 @@ def step_lines(task: Task, command: str) -> Iterator[dict[str, Any]]:
     columns = task.data.observation_dim + task.data.action_dim + 1
     for coef in STEP_COEFS:
         for num_steps in task.args.step_counts:
-            # as strong whatever the number of steps
-            guidance = GuidanceConfig(coef=coef, coef_steps=task.args.steps)
-            sampler = SamplerConfig(num_steps=num_steps)
+            sampler, guidance = SamplerConfig(num_steps=num_steps), GuidanceConfig(coef=coef)
             made = Measured.of(task, policy, task.sampled(policy, sampler, guidance))
             fields = guided_fields(made.fields(task, policy), sampler, guidance)
             fields["marginal_distance"] = marginal_distance(made.arm.rows_RW, real, columns)
@@ -451,10 +450,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
     parser.add_argument("--length", type=int, default=32, help="H, rows of a trajectory (default: %(default)s)")
     parser.add_argument("--features", type=int, default=64, help="of the U-Net (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=20_000, help="of a diffusion model (default: %(default)s)")
-    parser.add_argument("--ensemble-epochs", type=int, default=2_000, help="at most (default: %(default)s)")
-    parser.add_argument("--model-seeds", type=int, default=2, help="diffusion models (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=2, help="samplings of each model (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=8_000, help="of a diffusion model (default: %(default)s)")
+    parser.add_argument("--ensemble-epochs", type=int, default=50, help="at most (default: %(default)s)")
+    parser.add_argument("--model-seeds", type=int, default=1, help="diffusion models (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="samplings of each model (default: %(default)s)")
     parser.add_argument("--trajectories", type=int, default=100, help="of a sampling (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=64, help="of the sampler (default: %(default)s)")
     parser.add_argument("--step-counts", type=int, nargs="+", default=list(STEPS), help="compared with each other")
