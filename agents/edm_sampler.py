@@ -71,7 +71,9 @@ class SamplerConfig:
         for name, choices in (("predictor", PREDICTORS), ("terminals", TERMINALS), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 *others, last = choices
-                raise UserError(f"method.sampler.{name}={getattr(self, name)!r} must be {', '.join(others)} or {last}")
+                raise UserError(
+                    f"method.sampler.{name}={getattr(self, name)!r} must be {', '.join(others)} or {last}"
+                )
         if self.order == 1 and self.predictor == "release":
             raise UserError(
                 "method.sampler.order=1 with method.sampler.predictor=release samples a single point instead of a "

@@ -167,7 +167,9 @@ def step_coefficients(guidance: GuidanceConfig, sampler: SamplerConfig) -> tuple
     if guidance.coef_steps not in (None, sampler.num_steps):
         scale = _response(guidance, sampler, guidance.coef_steps) / _response(guidance, sampler)
     steps = range(sampler.num_steps)
-    return tuple(scale * step_coefficient(i, sampler.num_steps, guidance.cosine_coef, guidance.delay) for i in steps)
+    return tuple(
+        scale * step_coefficient(i, sampler.num_steps, guidance.cosine_coef, guidance.delay) for i in steps
+    )
 
 
 @dataclass(frozen=True)

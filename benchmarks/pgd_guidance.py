@@ -271,11 +271,12 @@ def median_of(values_R: NDArray[np.float64], arm: Arm) -> Estimate:
     return Estimate(float(np.median(ordered)), percentiles(np.array(medians)))
 
 
-def sums_by_trajectory(values_R: NDArray[np.float64], arm: Arm) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def sums_by_trajectory(values_R: NDArray[np.float64], arm: Arm) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Sum and number of the values that are numbers, `(N,)` each."""
     known = np.isfinite(values_R)
     where, count = arm.trajectory_R[known], len(arm.seed_N)
-    return np.bincount(where, values_R[known], count), np.bincount(where, minlength=count)
+    sums, counts = (np.bincount(where, weights, count) for weights in (values_R[known], np.ones(len(where))))
+    return sums, counts
 
 
 def rise_of(values_R: NDArray[np.float64], arm: Arm, base_R: NDArray[np.float64], base: Arm) -> Estimate:

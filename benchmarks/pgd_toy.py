@@ -125,12 +125,7 @@ def _cases() -> list[Case]:
     cases.append(
         Case("released rule, raw gradient at the noisy point, lambda 1", (2.0, 0.0), sampler=release, guidance=noisy)
     )
-    units = (
-        (192, 0.1, (0.162, 0.96)),
-        (192, 1.0, (1.576, 0.272)),
-        (192, 4.0, (2.0, 0.002)),
-        (768, 1.0, (0.803, 0.666)),
-    )
+    units = ((192, 0.1, (0.162, 0.96)), (192, 1.0, (1.576, 0.272)), (192, 4.0, (2.0, 0.002)), (768, 1.0, (0.803, 0.666)))
     for dimensions, coef, reference in units:
         name = f"released rule, normalised gradient, {dimensions} dimensions, lambda {coef:g}"
         cases.append(Case(name, reference, sampler=release, guidance={"coef": coef}, dimensions=dimensions))
