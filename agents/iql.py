@@ -35,10 +35,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.config import ScheduleConfig, check_choice, check_not_negative, check_positive
+from agents.config import check_choice, check_not_negative, check_positive
 from agents.method import TrainingData, per_member
 from agents.model_free import (
     ModelFree,
+    ModelFreeConfig,
     bellman_target,
     load_networks,
     member_values,
@@ -57,7 +58,7 @@ REWARD_RANGE = 1000.0  # best less worst return with reward_scale: return-range
 
 
 @dataclass
-class IQLConfig(ScheduleConfig):
+class IQLConfig(ModelFreeConfig):
     """IQL's hyperparameters; defaults as released for locomotion. Fields marked per member may differ inside a pack."""
 
     expectile: float = per_member(0.7)  # kappa; 0.5 is the mean, 1 the maximum

@@ -29,10 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.config import ScheduleConfig, check_not_negative, check_positive
+from agents.config import check_not_negative, check_positive
 from agents.method import TrainingData, per_member
 from agents.model_free import (
     ModelFree,
+    ModelFreeConfig,
     bellman_target,
     load_networks,
     member_values,
@@ -46,7 +47,7 @@ from agents.randomness import generator
 
 
 @dataclass
-class TD3BCConfig(ScheduleConfig):
+class TD3BCConfig(ModelFreeConfig):
     """TD3+BC's hyperparameters, as released. Fields marked per member may differ inside a pack."""
 
     alpha: float = per_member(2.5)  # weight of the value against the distance to the data

@@ -28,9 +28,10 @@ import torch
 
 from agents.chunk import own_noise_updates
 from agents.cpu import cpu_name
-from agents.method import Method, RolloutResult, Stage, TrainingData, common_settings, load_method
+from agents.method import Method, RolloutJob, RolloutResult, Stage, TrainingData, common_settings, load_method
 from agents.policies import in_environment
 from agents.replay import Replay
+from agents.synthetic import SyntheticConfig
 from envs.dataset import Dataset
 from envs.episodes import make_env, run_episodes
 from envs.errors import UserError
@@ -56,7 +57,7 @@ class PackMeasurement:
 
     size: int
     setup_seconds: float  # until the first epoch
-    rollout_seconds: float  # of an epoch, all members
+    rollout_seconds: float  # of an epoch that begins with rollouts, all members
     update_seconds: float  # one update of all members, with the drawing of its random numbers
     memory: int  # peak growth of the process, rings full
 
@@ -171,7 +172,7 @@ def update_work(config: Config, dataset: Dataset) -> float:
 def ring_bytes(config: Config, dataset: Dataset) -> int:
     """Of a member's model rows, once the ring is full."""
     names = ("rollout_batch", "rollout_length", "rollout_epochs_retained")
-    rows = math.prod(getattr(config.method, name, 0) for name in names)
+    rows = math.prod(getattr(config.method, name, 0) for name in names) + getattr(config.method, "ring_rows", 0)
     return rows * (4 * (2 * dataset.observation_dim + dataset.action_dim + 2) + 2)
 
 
@@ -381,32 +382,37 @@ class _Bench:
         return PackMeasurement(size, data_seconds + setup, rollout_seconds, statistics.median(times), needed)
 
     def _build(self, size: int, updates: int) -> Method:
-        config = dataclasses.replace(self.config.method, updates_per_epoch=updates, num_updates=1000 * updates)
+        schedule: dict[str, Any] = {"updates_per_epoch": updates, "num_updates": 1000 * updates}
+        if isinstance(synthetic := getattr(self.config.method, "synthetic", None), SyntheticConfig):
+            schedule["synthetic"] = dataclasses.replace(synthetic, refresh_every=updates, synchronous=True)
+        config = dataclasses.replace(self.config.method, **schedule)
         cls = load_method(self.config.method_name)
         return cls([config] * size, range(size), self.data, self.artifacts, self.device)
 
     def _rollouts(self, method: Method, seconds: float) -> tuple[list[RolloutResult], float]:
-        """One shard for every member, and the seconds of an epoch's rollouts."""
+        """One shard for every member, and the seconds of an epoch that begins with rollouts; by policies, which the
+        first pool of a diffusion model does without."""
         begun = self.now()
-        jobs = method.rollout_jobs(0)
+        jobs = method.rollout_jobs(1)
         drawn = self.now() - begun
         if not jobs:
             return [], 0.0
         members = sorted({member for job in jobs for member in job.members})
         some = jobs[: max(1, self.config.compute.num_rollout_workers)]
-        results = self.workers.rollouts(some, method.dynamics)  # ships the dynamics to workers, allocates
-        starts = sum(job.starts[..., 0].numel() for job in jobs) / sum(job.starts[..., 0].numel() for job in some)
+        results = self.workers.rollouts(some, method.rollout_model)  # ships the dynamics to workers, allocates
+        starts = sum(job.num_starts for job in jobs) / sum(job.num_starts for job in some)
         timing = Clock(seconds)
         times: list[float] = []
         # a worker's time does not pass in this process
         now = time.perf_counter if self.config.compute.num_rollout_workers else self.now
         while not times or not timing.over:
             begun = now()
-            results = self.workers.rollouts(some, method.dynamics)
+            results = self.workers.rollouts(some, method.rollout_model)
             times.append(now() - begun)
         if self._stands_in:  # dynamics that have learned next to nothing end rollouts early: take them to last
             made = sum(one.transitions for result in results for one in result.statistics)
-            starts *= sum(job.starts[..., 0].numel() * job.length for job in some) / max(1, made)
+            whole = [job for job in some if isinstance(job, RolloutJob)]  # which alone can end early by their model
+            starts *= sum(job.num_starts * job.length for job in whole) / max(1, made) if whole else 1.0
         # a shard of every member costs the same
         of_one = results[0].rows[:1], results[0].tags[:1], results[0].statistics[:1]
         results = [RolloutResult((member,), *of_one) for member in members]
@@ -423,7 +429,9 @@ class _Bench:
             return 0
         row = 4 * replay.width + 2  # and its tag
         most = min(replay.capacity, RING_FILL_BYTES // (row * method.num_members))
-        while replay.sizes[0] + len(results[0].rows[0]) <= most:
+        before = -1
+        while before < replay.sizes[0] <= most - len(results[0].rows[0]):  # pools that take an older one's place end it
+            before = replay.sizes[0]
             method.add_rollouts(results)
         return sum(replay.capacity - size for size in replay.sizes) * row
 
@@ -553,11 +561,11 @@ def pack_model(
 
 def _pack_seconds(config: Config, known: Calibration, pack: PackMeasurement, facts: Facts) -> float:
     method, evaluation, compute = config.method, config.evaluation, config.compute
-    epoch = pack.rollout_seconds + method.updates_per_epoch * pack.update_seconds
     evaluations = math.ceil(method.num_epochs / evaluation.every_epochs)
     policies = math.ceil(pack.size / max(1, compute.num_evaluators))
     episodes = policies * evaluation.episodes * facts.episode_length * known.step_seconds
-    training = pack.setup_seconds + method.num_epochs * epoch + evaluations * episodes
+    epochs = method.num_rollout_phases * pack.rollout_seconds + method.num_updates * pack.update_seconds
+    training = pack.setup_seconds + epochs + evaluations * episodes
     minutes = compute.checkpoint_minutes
     saves = 1 + (min(method.num_epochs, training / (60 * minutes)) if minutes else method.num_epochs)
     return training + saves * known.save_seconds * pack.size

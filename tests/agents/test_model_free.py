@@ -329,8 +329,8 @@ def test_nothing_is_built_or_rolled_out(name: str) -> None:
     method = learner(name)
     assert METHODS[name][0].stages(METHODS[name][1][0]) == {}
     assert (method.rollout_jobs(0), method.add_rollouts([])) == ([], [{}] * 4)
-    with pytest.raises(ValueError, match="no dynamics"):
-        method.dynamics  # noqa: B018
+    with pytest.raises(ValueError, match="nothing is generated"):
+        method.rollout_model  # noqa: B018
 
 
 # ---- CUDA graphs ----------------------------------------------------------------------------------------------------
