@@ -38,10 +38,11 @@ from agents.actors import Actor
 from agents.diagnostics import Standardiser
 from agents.method import Measures, TrainingData
 from agents.model_error import simulator, steps_told
-from agents.model_free import split_rows
 from agents.randomness import generator
 from agents.replay import transition_rows
 from agents.rollout import Dynamics, tag_steps
+from envs.errors import UserError
+from envs.termination import termination_rule
 from envs.transforms import STD_OFFSET
 from envs.true_dynamics import StateLayout, robot_layout
 
@@ -61,7 +62,7 @@ def log_likelihood(actor: Actor, rows_RW: Tensor) -> Tensor:
     Args:
         actor: of one member.
     """
-    obs, action, *_ = split_rows(rows_RW, actor.observation_dim, actor.action_dim)
+    obs, action = rows_RW[:, : actor.observation_dim], rows_RW[:, actor.observation_dim :][:, : actor.action_dim]
     return actor.log_prob(obs.unsqueeze(0), action.unsqueeze(0)).squeeze(0)
 
 
@@ -72,9 +73,9 @@ def own_log_likelihood(actor: Actor, rows_RW: Tensor, source: torch.Generator) -
         actor: of one member.
         source: draws the actions.
     """
-    obs, action, *_ = split_rows(rows_RW, actor.observation_dim, actor.action_dim)
-    noise = torch.randn(action.shape, generator=source, device=action.device).unsqueeze(0)
-    return actor.log_prob(obs.unsqueeze(0), actor.sample(obs.unsqueeze(0), noise)).squeeze(0)
+    obs = rows_RW[:, : actor.observation_dim].unsqueeze(0)
+    noise = torch.randn((1, len(rows_RW), actor.action_dim), generator=source, device=rows_RW.device)
+    return actor.log_prob(obs, actor.sample(obs, noise)).squeeze(0)
 
 
 # ---- dynamics ---------------------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ class DynamicsError:
 
     def __init__(self, data: TrainingData, true: Dynamics) -> None:
         self._true, self._termination = true, data.termination
-        self._dims = data.observation_dim, data.action_dim
+        self._dims = data.observation_dim, data.observation_dim + data.action_dim
         self._standardised = Standardiser(data.observations)
         self._layout: StateLayout | None = robot_layout(data.env_id)
         self._mean, self._std = (
@@ -112,7 +113,11 @@ class DynamicsError:
         self._reward_std = float(data.rewards.double().std(correction=0)) + STD_OFFSET * abs(data.reward_scale)
 
     def __call__(self, rows_RW: Tensor) -> RowErrors:
-        obs, _, state_action, reward, _, predicted = split_rows(rows_RW.unsqueeze(0), *self._dims)
+        s, width = self._dims
+        rows_1RW = rows_RW.unsqueeze(0)
+        obs, state_action, reward, predicted = (
+            rows_1RW[..., :s], rows_1RW[..., :width], rows_1RW[..., width], rows_1RW[..., width + 2 :]
+        )  # fmt: skip
         true_next = torch.empty_like(predicted)
         none = torch.zeros_like(reward, dtype=torch.int64)
         step = self._true.step(self._true.begin(obs, None), state_action, obs[..., :0], none, None, true_next)
@@ -202,6 +207,11 @@ class PoolDiagnostics:
     def __init__(self, data: TrainingData) -> None:
         self.data = data
         self.scale_D = torch.cat((data.observations, data.actions), 1).std(0, correction=0) + STD_OFFSET
+        try:
+            termination_rule(data.env_id)
+            self._has_rule = True
+        except UserError:
+            self._has_rule = False
         true = simulator(data)
         self.error = None if true is None else DynamicsError(data, true)
         # the same for all runs and evaluations
@@ -259,8 +269,11 @@ class PoolDiagnostics:
         if self.error is not None:
             found |= _error_measures(self.error(rows_RW), steps_R.cpu(), length)
         s = self.data.observation_dim
-        done_R, ended_R = rows_RW[:, -s - 1] > 0, self.data.termination(rows_RW[:, -s:])
-        found |= {f"terminal_{name}": x for name, x in terminal_measures(done_R, ended_R).items()}
+        done_R = rows_RW[:, -s - 1] > 0
+        if self._has_rule:
+            ended_R = self.data.termination(rows_RW[:, -s:])
+            found |= {f"terminal_{name}": x for name, x in terminal_measures(done_R, ended_R).items()}
+        found["terminal_rate"] = float(done_R.double().mean())
         found["terminal_rate_dataset"] = float(self.data.terminals.double().mean())
         return found | {f"support_{name}": x for name, x in self.support(rows_RW).items()}
 

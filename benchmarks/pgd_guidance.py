@@ -149,10 +149,17 @@ class Task:
         self.policies = {name: frozen_policy(f"{self.name}-{actor}") for name, actor in POLICIES.items()}
         self.windows = EpisodeRows.from_data(self.data).windows(args.length)
         self.diagnostics = PoolDiagnostics(self.data)
+        self._made: dict[str, Arm] = {}
 
     def sampled(self, policy: str, sampler: SamplerConfig, guidance: GuidanceConfig) -> Arm:
         """Trajectories of the diffusion models, every model with every seed; in all calls with as many steps the noise
-        is the same."""
+        is the same. What has been made before is not made again."""
+        key = repr((sampler, guidance, policy) if guidance.coef else sampler)
+        if key not in self._made:
+            self._made[key] = self._sample(policy, sampler, guidance)
+        return self._made[key]
+
+    def _sample(self, policy: str, sampler: SamplerConfig, guidance: GuidanceConfig) -> Arm:
         count, started, parts = self.args.trajectories, time.process_time(), list[Part]()
         for model in self.models:
             for seed in range(self.args.seeds):
@@ -392,7 +399,7 @@ def guidance_lines(task: Task, command: str) -> Iterator[dict[str, Any]]:
         base: Measured | None = None
         for rule, coefs in (("code", args.coefs), ("score", args.score_coefs)):
             for coef in coefs:
-                guidance = GuidanceConfig(rule=rule, coef=coef, jacobian=False)
+                guidance = GuidanceConfig(rule=rule, coef=coef)
                 made = Measured.of(task, policy, task.sampled(policy, sampler, guidance))
                 base = made if base is None else base
                 fields = guided_fields(made.fields(task, policy, visited), sampler, guidance)
@@ -451,11 +458,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
     parser.add_argument("--length", type=int, default=32, help="H, rows of a trajectory (default: %(default)s)")
     parser.add_argument("--features", type=int, default=64, help="of the U-Net (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=8_000, help="of a diffusion model (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=6_000, help="of a diffusion model (default: %(default)s)")
     parser.add_argument("--ensemble-epochs", type=int, default=50, help="at most (default: %(default)s)")
     parser.add_argument("--model-seeds", type=int, default=1, help="diffusion models (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="samplings of each model (default: %(default)s)")
-    parser.add_argument("--trajectories", type=int, default=100, help="of a sampling (default: %(default)s)")
+    parser.add_argument("--trajectories", type=int, default=80, help="of a sampling (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=64, help="of the sampler (default: %(default)s)")
     parser.add_argument("--step-counts", type=int, nargs="+", default=list(STEPS), help="compared with each other")
     parser.add_argument("--coefs", type=float, nargs="+", default=list(COEFS), help="lambda, rule code; 0 comes first")
