@@ -282,7 +282,8 @@ def sums_by_trajectory(values_R: NDArray[np.float64], arm: Arm) -> tuple[NDArray
     """Sum and number of the values that are numbers, `(N,)` each."""
     known = np.isfinite(values_R)
     where, count = arm.trajectory_R[known], len(arm.seed_N)
-    sums, counts = (np.bincount(where, weights, count) for weights in (values_R[known], np.ones(len(where))))
+    weights = values_R[known], np.ones(len(where))
+    sums, counts = (np.bincount(where, weight, count).astype(np.float64) for weight in weights)
     return sums, counts
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks/pgd_guidance.py makes of rows: which trajectory they are of, means, medians, intervals, the figure."""
+"""What benchmarks/pgd_guidance.py makes of rows: whose trajectory they are, means, medians, intervals, the figure."""
 
 import json
 import math
@@ -133,7 +133,7 @@ def test_the_figure_shows_the_lines(tmp_path):
 def test_there_must_be_results_to_draw(tmp_path):
     with pytest.raises(UserError, match="no results"):
         bench.draw(tmp_path / "none.jsonl", tmp_path / "figure.png")
-    common = {name: None for name in ("value", "unit", "reference", "ratio", "threads", "command", "machine")}
+    common = dict.fromkeys(("value", "unit", "reference", "ratio", "threads", "command", "machine"))
     text = "".join(json.dumps({**common, **line}) + "\n" for line in lines())
     (tmp_path / "some.jsonl").write_text(text)
     bench.draw(tmp_path / "some.jsonl", tmp_path / "figure.png")
