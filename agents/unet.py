@@ -77,6 +77,7 @@ class UNet:
 
     Attributes:
         stack: the parameters and their gradients, for `agents.optim.Adam`.
+        parameters, gradients: of the stack, by name (`shapes`).
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class UNet:
         self.num_time = sum(conv.outputs for conv in self.convs if conv.time is not None)
         size = sum(math.prod(shape) for shape in self.shapes().values())
         self.stack = StackedVector(1, size, 0.0, device)
-        self.parameters, self._grads = (self._views(v) for v in (self.stack.flat, self.stack.grad))
+        self.parameters, self.gradients = (self._views(v) for v in (self.stack.flat, self.stack.grad))
         half = features // 8
         self._frequencies = torch.exp(torch.arange(half) * (-math.log(10_000) / (half - 1))).to(device)
 
@@ -215,7 +216,7 @@ class UNet:
 
     def backward(self, tape: Tape, grad_BHC: Tensor) -> None:
         """Fill `stack.grad` from the gradient of the output `(B, H, C)` of the `forward` that wrote the tape."""
-        p, g, last = self.parameters, self._grads, self.num_blocks - 1
+        p, g, last = self.parameters, self.gradients, self.num_blocks - 1
         b, grad_NC = len(grad_BHC), grad_BHC.reshape(-1, self.channels)
         grad_time_BT = grad_BHC.new_empty((b, self.num_time))
         with matrix_precision(self.precision):
@@ -244,7 +245,7 @@ class UNet:
         conv = self._by_name[name]
         grad_NC, columns = self._normed_gradient(name, tape, grad_out, length, grad_time_BT)
         with matrix_precision(self.precision):
-            torch.mm(columns.t(), grad_NC, out=self._grads[f"{name}.weight"])
+            torch.mm(columns.t(), grad_NC, out=self.gradients[f"{name}.weight"])
             if not needed:
                 return grad_NC
             grad_columns = torch.mm(grad_NC, self.parameters[f"{name}.weight"].t())
@@ -262,7 +263,7 @@ class UNet:
         own_hH, following_hH = _gathers(before, length, str(self.device))
         grad_x = None
         for w, g, gather_hH in zip(
-            self.parameters[f"{name}.weight"].split(conv.inputs), self._grads[f"{name}.weight"].split(conv.inputs),
+            self.parameters[f"{name}.weight"].split(conv.inputs), self.gradients[f"{name}.weight"].split(conv.inputs),
             (own_hH, following_hH), strict=True,
         ):  # fmt: skip
             grad_rows = torch.matmul(gather_hH, grad_BHC).view(-1, conv.outputs)
@@ -276,7 +277,7 @@ class UNet:
         self, name: str, tape: Tape, grad_out: Tensor, length: int, grad_time_BT: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Write the gradients of norm, bias and time; returns that of the product `(N, C)`, and what was multiplied."""
-        conv, taped, g = self._by_name[name], tape.convs.pop(name), self._grads
+        conv, taped, g = self._by_name[name], tape.convs.pop(name), self.gradients
         y_NC, mean_NG, rate_NG = taped.y_NC, taped.mean_NG, taped.rate_NG
         to_groups, to_channels = _groups(conv.outputs, str(self.device))
         gain = self.parameters[f"{name}.gain"]
@@ -303,7 +304,7 @@ class UNet:
         return grad, taped.columns
 
     def _time_gradient(self, tape: Tape, grad_BT: Tensor) -> None:
-        p, g = self.parameters, self._grads
+        p, g = self.parameters, self.gradients
         waves, first, hidden, second, embedding = tape.time
         torch.mm(embedding.t(), grad_BT, out=g["time.weight"])
         torch.sum(grad_BT, 0, out=g["time.bias"])
