@@ -38,7 +38,7 @@ from agents.networks import StackedVector, relu_gradient_
 
 NUM_GROUPS = 8
 NORMS = ("step", "trajectory")
-_EPS = 1e-6  # flax's, not torch's 1e-5
+NORM_EPS = 1e-6  # flax's, not torch's 1e-5
 _TRUNCATED_STD = 0.87962566103423978  # of a standard normal that is cut at -2 and 2
 
 
@@ -138,7 +138,7 @@ class UNet:
         x = x_BHC
         for i in range(self.num_blocks):
             if i:
-                x = _pool(skips[-1])
+                x = pool(skips[-1])
             x = self._conv(f"down{i}.0", (x,), time_BT, tape)
             skips.append(self._conv(f"down{i}.1", (x,), time_BT, tape))
         x = skips[last]
@@ -154,6 +154,11 @@ class UNet:
 
     def _time(self, c_noise_B: Tensor, tape: Tape | None) -> Tensor:
         """What is added to the convolutions, all of them side by side, `(B, T)`."""
+        embedding = self.time_embedding(c_noise_B, tape)
+        return torch.addmm(self.parameters["time.bias"], embedding, self.parameters["time.weight"])
+
+    def time_embedding(self, c_noise_B: Tensor, tape: Tape | None = None) -> Tensor:
+        """Of noise levels, `(B, F)`."""
         p = self.parameters
         angles = c_noise_B.unsqueeze(1) * self._frequencies
         waves = torch.cat((angles.sin(), angles.cos()), 1)
@@ -163,18 +168,22 @@ class UNet:
         embedding = torch.nn.functional.silu(second)
         if tape is not None:
             tape.time = (waves, first, hidden, second, embedding)
-        return torch.addmm(p["time.bias"], embedding, p["time.weight"])
+        return embedding
+
+    def time_of(self, name: str) -> slice | None:
+        """Which of the columns T are added to a convolution."""
+        return self._by_name[name].time
 
     def _conv(self, name: str, parts: tuple[Tensor, ...], time_BT: Tensor, tape: Tape | None) -> Tensor:
         """A convolution of width 3 over inputs that lie side by side, norm and ReLU: `(B, H, outputs)`."""
         conv, p = self._by_name[name], self.parameters
         b, h = parts[0].shape[:2]
-        columns = _columns(parts)
+        rows = columns(parts)
         with matrix_precision(self.precision):
-            y_NC = torch.addmm(p[f"{name}.bias"], columns, p[f"{name}.weight"])
+            y_NC = torch.addmm(p[f"{name}.bias"], rows, p[f"{name}.weight"])
         if conv.time is not None:
             y_NC.view(b, h, -1).add_(time_BT[:, conv.time].unsqueeze(1))
-        return self._normed(name, columns, y_NC, h, tape).view(b, h, -1)
+        return self._normed(name, rows, y_NC, h, tape).view(b, h, -1)
 
     def _upsampled(self, name: str, x_BhC: Tensor, length: int, time_BT: Tensor, tape: Tape | None) -> Tensor:
         """A convolution of width 2 of the nearest rows for `length` rows, norm and ReLU: `(B, H, outputs)`."""
@@ -184,7 +193,7 @@ class UNet:
         weight = p[f"{name}.weight"]
         with matrix_precision(self.precision):
             own, following = (torch.mm(rows, w).view(b, before, -1) for w in weight.split(conv.inputs))
-        nearest = _nearest(before, length, str(self.device))
+        nearest = nearest_rows(before, length, str(self.device))
         # the row itself and the one behind it; behind the last there is nothing
         y = own.index_select(1, nearest)
         y[:, :-1].add_(following.index_select(1, nearest[1:]))
@@ -194,10 +203,10 @@ class UNet:
     def _normed(self, name: str, columns: Tensor, y_NC: Tensor, length: int, tape: Tape | None) -> Tensor:
         """Group norm and ReLU of what a convolution has made."""
         gain, shift = self.parameters[f"{name}.gain"], self.parameters[f"{name}.shift"]
-        to_groups, to_channels = _groups(y_NC.shape[1], str(self.device))
+        to_groups, to_channels = groups(y_NC.shape[1], str(self.device))
         mean_NG = self._over_steps(torch.mm(y_NC, to_groups), length)
         square_NG = self._over_steps(torch.mm(y_NC * y_NC, to_groups), length)
-        rate_NG = (square_NG - mean_NG * mean_NG).clamp_min_(0.0).add_(_EPS).rsqrt_()
+        rate_NG = (square_NG - mean_NG * mean_NG).clamp_min_(0.0).add_(NORM_EPS).rsqrt_()
         spread_GC = to_channels * gain
         scale_NC = torch.mm(rate_NG, spread_GC)
         offset_NC = torch.addmm(shift, mean_NG * rate_NG, spread_GC, alpha=-1)
@@ -279,7 +288,7 @@ class UNet:
         """Write the gradients of norm, bias and time; returns that of the product `(N, C)`, and what was multiplied."""
         conv, taped, g = self._by_name[name], tape.convs.pop(name), self.gradients
         y_NC, mean_NG, rate_NG = taped.y_NC, taped.mean_NG, taped.rate_NG
-        to_groups, to_channels = _groups(conv.outputs, str(self.device))
+        to_groups, to_channels = groups(conv.outputs, str(self.device))
         gain = self.parameters[f"{name}.gain"]
         grad_NC = relu_gradient_(grad_out.reshape(-1, conv.outputs), taped.out_NC)
         torch.sum(grad_NC, 0, out=g[f"{name}.shift"])
@@ -347,7 +356,7 @@ def _convolutions(channels: int, features: int, num_blocks: int) -> Iterator[_Co
         yield _Conv(f"up{i}.2", 3, width, width)
 
 
-def _columns(parts: tuple[Tensor, ...]) -> Tensor:
+def columns(parts: tuple[Tensor, ...]) -> Tensor:
     """Each row between its neighbours, `(N, 3 C)`, of inputs `(B, H, .)` side by side, with zeros beyond the ends."""
     b, h = parts[0].shape[:2]
     c = sum(part.shape[2] for part in parts)
@@ -356,14 +365,14 @@ def _columns(parts: tuple[Tensor, ...]) -> Tensor:
     return padded.as_strided((b, h, 3 * c), ((h + 2) * c, c, 1)).reshape(b * h, 3 * c)
 
 
-def _pool(x_BHC: Tensor) -> Tensor:
+def pool(x_BHC: Tensor) -> Tensor:
     """The greater of each two rows; of an odd number the last is left out."""
     half = x_BHC.shape[1] // 2
     return torch.maximum(x_BHC[:, 0 : 2 * half : 2], x_BHC[:, 1 : 2 * half : 2])
 
 
 def _pool_gradient(x_BHC: Tensor, grad_BhC: Tensor, onto_BHC: Tensor) -> Tensor:
-    """The gradient of `_pool` with respect to its input, added to another."""
+    """The gradient of `pool` with respect to its input, added to another."""
     grad, half = onto_BHC.contiguous(), grad_BhC.shape[1]
     even, odd = (slice(first, 2 * half, 2) for first in (0, 1))
     is_even = x_BHC[:, even] >= x_BHC[:, odd]
@@ -374,7 +383,7 @@ def _pool_gradient(x_BHC: Tensor, grad_BhC: Tensor, onto_BHC: Tensor) -> Tensor:
 
 
 @cache
-def _groups(channels: int, device: str) -> tuple[Tensor, Tensor]:
+def groups(channels: int, device: str) -> tuple[Tensor, Tensor]:
     """What takes channels to the means of their groups, `(C, G)`, and groups to channels, `(G, C)`."""
     size = channels // NUM_GROUPS
     to_channels = torch.eye(NUM_GROUPS).repeat_interleave(size, 1)
@@ -382,7 +391,7 @@ def _groups(channels: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _nearest(before: int, after: int, device: str) -> Tensor:
+def nearest_rows(before: int, after: int, device: str) -> Tensor:
     """For each of `after` rows the number of the nearest of `before` rows, by their middles (jax.image.resize)."""
     rows = torch.arange(after, dtype=torch.float64)
     return ((rows + 0.5) * before / after).floor().long().to(device)
@@ -392,7 +401,7 @@ def _nearest(before: int, after: int, device: str) -> Tensor:
 def _gathers(before: int, after: int, device: str) -> tuple[Tensor, Tensor]:
     """What adds up, for each of `before` rows, the `after` rows that it is the nearest of, and those that come before
     one of these; both `(before, after)`."""
-    own = torch.nn.functional.one_hot(_nearest(before, after, "cpu"), before).t().float()
+    own = torch.nn.functional.one_hot(nearest_rows(before, after, "cpu"), before).t().float()
     following = torch.zeros_like(own)
     following[:, :-1] = own[:, 1:]
     return own.to(device), following.to(device)

@@ -25,10 +25,11 @@ import numpy as np
 import pytest
 import torch
 
-from agents.edm import Denoiser
+from agents.edm import TrainedDenoiser
 from agents.method import TrainingData
 from agents.trajectory_diffusion import DiffusionConfig, DiffusionTrainer
 from agents.unet import UNet
+from agents.unet_inference import InferenceUNet
 from tests.agents.golden_values import Array, close
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "pgd_denoiser.npz")
@@ -69,12 +70,13 @@ def test_forward(length):
     network = filled(UNet(CHANNELS, FEATURES, BLOCKS))
     x, c_noise = (torch.from_numpy(v) for v in case_inputs()[1][length])
     close(network(x, c_noise), GOLDEN[f"forward{length}"], 1e-5, "output")
+    close(InferenceUNet(network)(x, c_noise), GOLDEN[f"forward{length}"], 2e-5, "output for sampling")
 
 
 def test_loss_and_gradient():
     network = filled(UNet(CHANNELS, FEATURES, BLOCKS))
     x, sigma, noise = (torch.from_numpy(v) for v in (case_inputs()[2][0], GOLDEN["sigma"][0], GOLDEN["noise"][0]))
-    loss = Denoiser(network).write_gradient(x, sigma, noise)
+    loss = TrainedDenoiser(network).write_gradient(x, sigma, noise)
     close(loss, GOLDEN["losses"][:1], 1e-5, "loss")
     for name, gradient in network.gradients.items():
         expected = GOLDEN[f"gradient/{name}"]
@@ -87,9 +89,9 @@ def test_four_updates_with_schedule_and_running_means():
     trainer = DiffusionTrainer(
         some_data(), DiffusionConfig(features=FEATURES, num_updates=TOTAL, batch_size=BATCH, ema_every=2)
     )
-    filled(trainer.denoiser.network)
-    trainer.averaged.copy_(trainer.denoiser.network.stack.flat)
-    flat, losses = trainer.denoiser.network.stack.flat, []
+    filled(trainer.network)
+    trainer.averaged.copy_(trainer.network.stack.flat)
+    flat, losses = trainer.network.stack.flat, []
     for update, (x, sigma, noise) in enumerate(zip(case_inputs()[2], GOLDEN["sigma"], GOLDEN["noise"], strict=True)):
         level = (torch.from_numpy(sigma).log() + 1.2) / 1.2
         before = float(trainer._loss)
