@@ -1,15 +1,15 @@
-"""Sampling from a denoiser: the stochastic sampler of EDM (Karras, Aittala, Aila and Laine, NeurIPS 2022, Algorithm 2).
+"""Sampling from a denoiser: the stochastic sampler of EDM (Karras, Aittala, Aila and Laine, NeurIPS 2022, algorithm 2).
 
-From x at noise level sigma_i to sigma_{i+1}, with gamma_i = min(churn / n, sqrt 2 - 1) between s_tmin and s_tmax, else 0:
+From x at noise level sigma_i to sigma_{i+1}, with gamma_i = min(churn / n, sqrt(2) - 1) where sigma_i is between s_tmin
+and s_tmax, else 0:
 
-    sigma^ = (1 + gamma_i) sigma_i,  x^ = x + sqrt(sigma^^2 - sigma_i^2) s_noise eps          (churn)
-    d = (x^ - D(x^; sigma^)) / sigma^,  x' = x^ + (sigma_{i+1} - sigma^) d                    (Euler's step)
-    d' = (x' - D(x'; sigma_{i+1})) / sigma_{i+1},  x' = x^ + (sigma_{i+1} - sigma^) (d + d') / 2    (Heun's, unless
-                                                                                          sigma_{i+1} = 0)
+    sigma^ = (1 + gamma_i) sigma_i,  x^ = x + sqrt(sigma^^2 - sigma_i^2) s_noise eps             (noise)
+    d = (x^ - D(x^; sigma^)) / sigma^,  x' = x^ + (sigma_{i+1} - sigma^) d                       (Euler's step)
+    d' = (x' - D(x'; sigma_{i+1})) / sigma_{i+1},  x' = x^ + (sigma_{i+1} - sigma^) (d + d') / 2    (Heun's)
 
-So n steps take 2n - 1 calls of the denoiser. The release of policy-guided diffusion (EmptyJackson/policy-guided-diffusion
-9da606c, diffusion/edm.py) lets Euler's step begin at x instead of x^, `predictor="release"`: with Heun's step it hardly
-matters, without it the samples collapse.
+Heun's is left out where sigma_{i+1} = 0, so n steps take 2n - 1 calls of the denoiser. The released code of
+policy-guided diffusion (EmptyJackson/policy-guided-diffusion 9da606c, diffusion/edm.py) lets Euler's step begin at x
+instead of x^, `predictor="release"`: with Heun's step that hardly matters, without it the samples collapse.
 
 Noise levels are numbers of the host, so nothing here waits for a device. What is random is drawn by one generator per
 member, step after step: a member gets the same numbers alone as in any pack.
@@ -71,9 +71,7 @@ class SamplerConfig:
         for name, choices in (("predictor", PREDICTORS), ("terminals", TERMINALS), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 *others, last = choices
-                raise UserError(
-                    f"method.sampler.{name}={getattr(self, name)!r} must be {', '.join(others)} or {last}"
-                )
+                raise UserError(f"method.sampler.{name}={getattr(self, name)!r} must be {', '.join(others)} or {last}")
         if self.order == 1 and self.predictor == "release":
             raise UserError(
                 "method.sampler.order=1 with method.sampler.predictor=release samples a single point instead of a "

@@ -1,4 +1,4 @@
-"""Guidance of sampled trajectories towards policies (policy-guided diffusion, Jackson et al., RLC 2024, arXiv 2404.06356).
+"""Guidance of sampled trajectories towards policies (policy-guided diffusion, Jackson et al., RLC 2024, 2404.06356).
 
 A denoiser of sub-trajectories samples p_b, what the behaviour policy b does. Guidance bends that towards
 p_lambda ~ p_b(tau) prod_t pi(a_t | s_t)^lambda. What it needs of a policy pi is the *score* g: the gradient of
@@ -22,15 +22,23 @@ g / (norm + 1e-8) here, g / norm + 1e-8 in the release: that is not a number whe
 by 1e-8. g as it is (`normalise=false`) collapses onto the mode of pi for any lambda that does much, since it is added n
 times at a length that no noise level scales.
 
-`rule="score"` adds the score of pi^lambda, as the denoiser sees it, to the denoiser's own:
+`rule="score"` samples p_lambda itself. Behind a point x lies a posterior of noiseless trajectories, whose mean is
+D(x; sigma); with exp(w a) as a factor its mean is D(x + sigma^2 w; sigma), whatever the data's distribution (the square
+is completed). So the guided denoiser is
 
-    D'(x; sigma) = D + sigma^2 J^T w,  J = dD / dx,  w = lambda g(D) / (1 + lambda V h(D)).
+    D'(x; sigma) = D(x + sigma^2 w; sigma),  w = lambda g(D) / (1 + lambda V h(D)),
 
-With h = 0 this is the gradient at one point, the posterior mean, of what ought to be smoothed over the posterior. With
-`smoothing`, h is the curvature -dg/da, by a difference of g along the actions, and V the posterior's variance: exact for
-Gaussians. V is that of data of unit variance, sigma^2 c_skip, which standardised channels have. `jacobian=false` takes
-c_skip = 1 / (1 + sigma^2) in place of J: no pass back through the denoiser, and only actions are moved. lambda is the
-exponent of the target here, whatever the steps, H and A; sampled with churn, since guided steps need not be exact.
+w added to actions. To first order that is D + sigma^2 J^T w with the Jacobian J of D (which is symmetric where D is
+exact), and needs no pass back through the network. With h = 0 (`smoothing=false`) w is the slope of log pi^lambda at
+the posterior's mean. With `smoothing` h is its curvature -dg/da, by a difference of g along the actions, and V the
+posterior's variance: that is exact for Gaussians. V is taken to be that of data of unit variance, which standardised
+channels have, sigma^2 / (1 + sigma^2). Without smoothing, policies that are sharper than the posterior make samples
+diverge. lambda is the exponent of the target here, whatever the steps, H and A. States get no slope of their own: of
+log pi(a_t | s_t) only a_t is moved, and states follow as the data have it.
+
+With `reuse`, either rule looks at what the denoiser has made last: in Heun's step to this noise level (code), or in
+the last call (score; its D' less the V w of then stands for D). So guidance costs no call of the denoiser but the
+first. In the toys that changes means by less than 1 % (code, 32 steps) and by up to 13 % with 32, 8 % with 64 (score).
 
 Deterministic policies count as N(pi(s), 1). A standard deviation d instead would be lambda / d^2.
 
@@ -66,18 +74,17 @@ Score = Callable[[Tensor], Tensor]  # x (N, H, C) -> g (N, H, A)
 class GuidanceConfig:
     """Towards which target, and how, trajectories are guided (`method.guidance.*`)."""
 
-    rule: str = "code"  # code: as released | score: D' = D + sigma^2 J^T lambda grad log pi
+    rule: str = "code"  # code: as released | score: D' of the target p_b pi^lambda
     coef: float = per_member(1.0, off_at_zero=True)  # lambda; 0: unguided
+    reuse: bool = True  # direction at what the denoiser has made last: no further call; released: false
     # rule=code
     cosine_coef: float = 0.3
     delay: int = 0  # steps that pass before the first guided one
     normalise: bool = True  # over the H x A numbers of a trajectory; released default: false, which collapses
     denoised: bool = True  # direction at D(x; sigma), not at x; released default: false
-    reuse: bool = False  # D at the point of Heun's step in place of D at x: no further call of the denoiser
     coef_steps: int | None = 256  # sampling steps with which coef means what it says; null: with any, as released
     allow_collapse: bool = False  # raw gradients of a strength that is known to collapse
     # rule=score
-    jacobian: bool = True  # through the denoiser's Jacobian; false: c_skip in its place
     smoothing: bool = True  # of the policy's likelihood over the denoiser's posterior
 
     def __post_init__(self) -> None:
@@ -88,8 +95,6 @@ class GuidanceConfig:
                 raise UserError(f"method.guidance.{name}={getattr(self, name)} must be 0 or greater, and finite")
         if self.coef_steps is not None and self.coef_steps < 3:
             raise UserError(f"method.guidance.coef_steps={self.coef_steps} must be at least 3, or null")
-        if self.reuse and not self.denoised:
-            raise UserError("method.guidance.reuse=true needs method.guidance.denoised=true")
 
 
 def check_guidance(guidance: GuidanceConfig, sampler: SamplerConfig) -> None:
@@ -112,8 +117,6 @@ def check_guidance(guidance: GuidanceConfig, sampler: SamplerConfig) -> None:
             f"method.guidance.delay={guidance.delay} leaves no guided step of method.sampler.num_steps="
             f"{sampler.num_steps}, whose last is never guided"
         )
-    if guidance.reuse and sampler.order == 1:
-        raise UserError("method.guidance.reuse=true needs Heun's steps, method.sampler.order=2")
     if guidance.normalise or guidance.allow_collapse:
         return
     strength = guidance.coef * _response(guidance, sampler, guidance.coef_steps) / _response(guidance, sampler, 256)
@@ -167,9 +170,7 @@ def step_coefficients(guidance: GuidanceConfig, sampler: SamplerConfig) -> tuple
     if guidance.coef_steps not in (None, sampler.num_steps):
         scale = _response(guidance, sampler, guidance.coef_steps) / _response(guidance, sampler)
     steps = range(sampler.num_steps)
-    return tuple(
-        scale * step_coefficient(i, sampler.num_steps, guidance.cosine_coef, guidance.delay) for i in steps
-    )
+    return tuple(scale * step_coefficient(i, sampler.num_steps, guidance.cosine_coef, guidance.delay) for i in steps)
 
 
 @dataclass(frozen=True)
@@ -231,9 +232,8 @@ class StepGuidance:
         x_NHC[..., self.actions] = torch.where(coef != 0, moved, action)
 
 
-@dataclass(frozen=True)
 class ScoreGuidedDenoiser:
-    """`rule="score"`: the denoiser D' of the guided trajectories.
+    """`rule="score"`: the denoiser D' of the guided trajectories, for one sampling: it remembers its last call.
 
     Args:
         denoise: D.
@@ -242,38 +242,29 @@ class ScoreGuidedDenoiser:
         actions: columns of the actions in x.
     """
 
-    denoise: Denoise
-    score: Score
-    coef_N: Tensor
-    actions: slice
-    config: GuidanceConfig
+    def __init__(self, denoise: Denoise, score: Score, coef_N: Tensor, actions: slice, config: GuidanceConfig) -> None:
+        self._denoise, self._score, self._actions, self._config = denoise, score, actions, config
+        self._coef_N11 = coef_N.view(-1, 1, 1)
+        self._last: tuple[Tensor, Tensor] | None = None  # D', and V w of it
 
     def __call__(self, x_NHC: Tensor, sigma: Tensor) -> Tensor:
-        c_skip = 1.0 / (1.0 + sigma.square())  # of standardised data
-        if not self.config.jacobian:
-            plain = self.denoise(x_NHC, sigma)
-            pull = self._pull(plain, sigma, c_skip)
-            guided = plain.clone()
-            guided[..., self.actions] += sigma.square() * c_skip * pull
-        else:
-            with torch.inference_mode(False), torch.enable_grad():
-                inputs = x_NHC.clone().requires_grad_()  # what is made in inference mode cannot be differentiated
-                output = self.denoise(inputs, sigma.clone())
-                plain = output.detach()
-                cotangent = torch.zeros_like(plain)
-                with torch.no_grad():
-                    cotangent[..., self.actions] = self._pull(plain, sigma, c_skip)
-                (through,) = torch.autograd.grad(output, inputs, cotangent)
-            guided = torch.addcmul(plain, through, sigma.square())
-        return torch.where(self.coef_N.view(-1, 1, 1) != 0, guided, plain)
+        variance = sigma.square() / (1.0 + sigma.square())
+        if self._last is None or not self._config.reuse:
+            self._last = self._denoise(x_NHC, sigma), torch.zeros_like(x_NHC[..., self._actions])
+        point, moved = self._last
+        pull = self._pull(point, moved, variance)
+        shifted = x_NHC.clone()
+        shifted[..., self._actions] += sigma.square() * pull
+        self._last = self._denoise(shifted, sigma), variance * pull
+        return self._last[0]
 
-    def _pull(self, denoised_NHC: Tensor, sigma: Tensor, c_skip: Tensor) -> Tensor:
-        """w."""
-        coef = self.coef_N.view(-1, 1, 1)
-        gradient = self.score(denoised_NHC)
-        if not self.config.smoothing:
-            return coef * gradient
-        shifted = denoised_NHC.clone()
-        shifted[..., self.actions] += _DIFFERENCE
-        curvature = ((gradient - self.score(shifted)) / _DIFFERENCE).clamp_min(0.0)
-        return coef * gradient / (1.0 + coef * sigma.square() * c_skip * curvature)
+    def _pull(self, point_NHC: Tensor, moved_NHA: Tensor, variance: Tensor) -> Tensor:
+        """w, by the slope at a point that is V w away from D; 0 where lambda is."""
+        slope = self._coef_N11 * self._score(point_NHC)
+        if self._config.smoothing:
+            shifted = point_NHC.clone()
+            shifted[..., self._actions] += _DIFFERENCE
+            difference = slope - self._coef_N11 * self._score(shifted)
+            curvature = (difference / _DIFFERENCE).clamp_min(0.0)
+            slope = torch.addcmul(slope, curvature, moved_NHA) / (1.0 + variance * curvature)
+        return torch.where(self._coef_N11 != 0, slope, 0.0)

@@ -26,13 +26,14 @@ from agents.dynamics_stage import ensemble_stage
 from agents.edm_sampler import SamplerConfig
 from agents.graphs import default_capture
 from agents.guidance import GuidanceConfig, check_guidance
-from agents.method import Job, JobsAhead, RolloutResult, Stage, TrainingData
+from agents.method import Job, JobsAhead, Measures, RolloutResult, Stage, TrainingData
 from agents.networks import StackedMLP
 from agents.policies import with_standardisation
 from agents.replay import Replay, transition_rows
 from agents.rollout import MAX_LENGTH
 from agents.synthetic import DiffusionSource, EnsembleSource, Pools, PoolSource, SyntheticConfig, mapped_rows
 from agents.trajectory_diffusion import DiffusionConfig, TrajectoryModel, diffusion_stage
+from agents.trajectory_metrics import PoolDiagnostics
 from envs.errors import UserError
 from envs.termination import termination_rule
 
@@ -153,6 +154,7 @@ class ModelFree(ABC):
             as_learned = mapped_rows(data, self.data)
             self.pools = Pools(self.shared.synthetic, source, self.seeds, self.replay, as_learned, *schedule)
         self._runner = self._make_runner()
+        self._pool_diagnostics: PoolDiagnostics | None = None
 
     def prepare(self, data: TrainingData) -> TrainingData:
         """The data that the runs learn from."""
@@ -243,8 +245,17 @@ class ModelFree(ABC):
 
     # ---- members and checkpoints --------------------------------------------------------------------------------
 
-    def diagnostics(self, epoch: int) -> list[dict[str, float]]:
-        return [{} for _ in range(self.num_members)]
+    def diagnostics(self, epoch: int) -> list[Measures]:
+        """Metrics `synthetic/*` of what the pools hold (see `agents.trajectory_metrics`)."""
+        if self.pools is None:
+            return [{} for _ in range(self.num_members)]
+        if self._pool_diagnostics is None:  # made once, of the whole dataset
+            self._pool_diagnostics = PoolDiagnostics(self.data)
+        members = range(self.num_members)
+        # pools and policies as the runs learn them
+        actor = actor_from_arrays([self.actor_arrays(m) for m in members], device=self.device)
+        rows, tags = ([of(m) for m in members] for of in (self.replay.member_rows, self.replay.member_tags))
+        return self._pool_diagnostics(actor, rows, tags, self.seeds, epoch, self.shared.synthetic_length)
 
     def policy(self, member: int) -> dict[str, np.ndarray]:
         arrays = self.actor_arrays(member)

@@ -106,7 +106,7 @@ class TrajectoryJob:
 def _gather(trajectories: Trajectories) -> list[tuple[Tensor, Tensor, RolloutStatistics]]:
     """Rows (n, W), tags (n,) and statistics of every member."""
     rows_MBKW, kept_MBK = transitions(trajectories)
-    members, num_trajectories, length, width = rows_MBKW.shape
+    _, num_trajectories, length, width = rows_MBKW.shape
     finite_MBK = rows_MBKW.isfinite().all(-1)
     dropped_M = (kept_MBK & ~finite_MBK).sum((1, 2))
     kept_MBK = kept_MBK & finite_MBK

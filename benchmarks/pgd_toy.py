@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agents.cpu import configure_cpu
+from agents.edm import Denoise
 from agents.edm_sampler import SamplerConfig, sample
 from agents.guidance import GuidanceConfig, ScoreGuidedDenoiser, StepGuidance, step_coefficients
 from agents.randomness import generator
 from benchmarks.common import print_line, record
-from agents.cpu import configure_cpu
 
 BENCHMARK = "pgd_toy"
 ACTIONS = 6  # A; the rows of a trajectory are the dimensions divided by it
@@ -33,6 +34,7 @@ MEAN = 2.0  # of the policy
 OTHER = "another implementation of the same toy, 20,000 to 40,000 samples; not of the paper"
 PRODUCT = "the product p_b pi^lambda"
 STEPS = "the same guidance with 256 steps"
+RELEASE = {"reuse": False}
 RAW = {"normalise": False, "allow_collapse": True}
 
 
@@ -63,7 +65,7 @@ class Case:
         noise = torch.empty(-(-count // (rows * width)), rows, states + width)
         source = generator(seed, "toy")
         actions, coef_N = slice(states, states + width), torch.full((len(noise),), guidance.coef)
-        denoise = exact if self.correlation is None else Correlated(self.correlation)
+        denoise: Denoise = exact if self.correlation is None else Correlated(self.correlation)
 
         def score(x: Tensor) -> Tensor:
             return (MEAN - x[..., actions]) / self.policy_std**2
@@ -111,7 +113,6 @@ def product(correlation: float, policy_std: float, coef: float) -> tuple[Tensor,
 
 def _cases() -> list[Case]:
     release = {"predictor": "release"}
-    per_step = {"coef_steps": None}
     cases = [
         Case("released rule, lambda 0", (-0.005, 1.034), sampler=release),
         Case("released rule, Euler's step from the churned point, lambda 0", (-0.006, 1.014)),
@@ -120,42 +121,51 @@ def _cases() -> list[Case]:
     ]
     for coef, reference in ((0.01, (0.452, 0.836)), (0.1, (1.811, 0.166)), (1.0, (2.0, 0.0))):
         name = f"released rule, raw gradient at the denoised point, lambda {coef:g}"
-        cases.append(Case(name, reference, sampler=release, guidance={"coef": coef, **RAW}))
+        cases.append(Case(name, reference, sampler=release, guidance={"coef": coef, **RELEASE, **RAW}))
     noisy = {"coef": 1.0, "denoised": False, **RAW}
     cases.append(
         Case("released rule, raw gradient at the noisy point, lambda 1", (2.0, 0.0), sampler=release, guidance=noisy)
     )
-    units = ((192, 0.1, (0.162, 0.96)), (192, 1.0, (1.576, 0.272)), (192, 4.0, (2.0, 0.002)), (768, 1.0, (0.803, 0.666)))
+    units = (
+        (192, 0.1, (0.162, 0.96)),
+        (192, 1.0, (1.576, 0.272)),
+        (192, 4.0, (2.0, 0.002)),
+        (768, 1.0, (0.803, 0.666)),
+    )
     for dimensions, coef, reference in units:
         name = f"released rule, normalised gradient, {dimensions} dimensions, lambda {coef:g}"
-        cases.append(Case(name, reference, sampler=release, guidance={"coef": coef}, dimensions=dimensions))
+        cases.append(Case(name, reference, sampler=release, guidance={"coef": coef, **RELEASE}, dimensions=dimensions))
     for smoothing, steps, churn, reference in (
         (True, 32, 80.0, (0.999, 0.743)), (True, 256, 80.0, (0.998, 0.713)), (False, 256, 80.0, (1.078, 0.697)),
         (False, 64, 80.0, (1.186, 0.683)), (False, 256, 0.0, (1.433, 0.608)),
     ):  # fmt: skip
         name = f"score rule, {'smoothed' if smoothing else 'at a point'}, {steps} steps, churn {churn:g}, lambda 1"
-        guidance = {"rule": "score", "coef": 1.0, "smoothing": smoothing}
+        guidance = {"rule": "score", "coef": 1.0, "smoothing": smoothing, "reuse": False}
         cases.append(Case(name, reference, sampler={"num_steps": steps, "churn": churn}, guidance=guidance))
-    for steps in (16, 32, 64, 256):
+    for steps in (16, 32, 64, 128, 256):
         mean, std = product(0.8, 0.2, 1.0)
-        for name, guidance in {
-            "through the Jacobian": {}, "with c_skip for it": {"jacobian": False},
-            "through the Jacobian, at a point": {"smoothing": False},
-        }.items():  # fmt: skip
+        ways: dict[str, dict[str, Any]] = {
+            "": {"reuse": False},
+            ", reuse": {},
+            ", at a point": {"smoothing": False, "reuse": False},
+        }
+        for name, guidance in ways.items():
             cases.append(Case(
-                f"correlated, score rule {name}, {steps} steps", (float(mean[1]), float(std[1])), PRODUCT,
+                f"correlated, score rule{name}, {steps} steps", (float(mean[1]), float(std[1])), PRODUCT,
                 {"num_steps": steps}, {"rule": "score", "coef": 1.0, **guidance}, correlation=0.8, policy_std=0.2,
             ))  # fmt: skip
     for steps in (16, 32, 64, 128):
-        for name, guidance in {
-            "lambda 1 of 256 steps": {}, "lambda 1 of any step": per_step, "lambda 1 of 256 steps, reuse": {"reuse": True},
-        }.items():  # fmt: skip
+        strengths: dict[str, dict[str, Any]] = {
+            "1 of 256 steps": {"reuse": False},
+            "1 of 256 steps, reuse": {},
+            "1 of any step": {"coef_steps": None},
+        }
+        for name, guidance in strengths.items():
             cases.append(Case(
-                f"normalised, {steps} steps, {name}", None, STEPS, {"num_steps": steps},
+                f"normalised, {steps} steps, lambda {name}", None, STEPS, {"num_steps": steps},
                 {"coef": 1.0, **guidance}, dimensions=192,
             ))  # fmt: skip
-        name = f"lambda 0, {steps} steps"
-        cases.append(Case(name, (0.0, 1.0), "the data's", {"num_steps": steps}))
+        cases.append(Case(f"lambda 0, {steps} steps", (0.0, 1.0), "the data's", {"num_steps": steps}))
     return cases
 
 

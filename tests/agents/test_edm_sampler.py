@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -65,7 +67,7 @@ def test_a_deterministic_sampling_is_heuns_integral(steps):
     x = float(sample(exact, draw, config))
     expected = float(Draw(1, 1, 1)()) * 80.0
     levels = Schedule.of(config).levels
-    for here, there in zip(levels, levels[1:], strict=False):
+    for here, there in pairwise(levels):
         slope = expected * here / (1 + here**2)
         euler = expected + (there - here) * slope
         expected += (there - here) * ((slope + euler * there / (1 + there**2)) / 2 if there else slope)
@@ -105,7 +107,7 @@ def test_a_member_draws_the_same_alone_as_in_any_group():
     assert not torch.equal(MemberNoise((9,), (2, 2), shape, device)(), MemberNoise((9,), (2, 1), shape, device)())
 
 
-@pytest.mark.parametrize("settings", [None, {}, {"rule": "score"}, {"rule": "score", "jacobian": False}])
+@pytest.mark.parametrize("settings", [None, {}, {"rule": "score"}, {"rule": "score", "reuse": False}])
 def test_nothing_waits_for_a_device(settings, monkeypatch):
     """On device "meta", which has no values, and takes none from the host."""
     config, device = SamplerConfig(num_steps=16), "meta"
