@@ -325,10 +325,10 @@ def test_settings_of_cql_rebrac_and_bc() -> None:
         c = config("cql", dataset)
         assert c.alpha_lr == c.actor_lr
         assert (c.cql_alpha, c.actor_lr, c.lagrange, c.target_action_gap, c.reward_scale) == expected, dataset
-    for dataset, expected in REBRAC_CORL.items():
+    for dataset, rebrac in REBRAC_CORL.items():
         c = config("rebrac", dataset)
         assert c.critic_lr == c.actor_lr
-        assert (c.actor_bc_coef, c.critic_bc_coef, c.actor_lr, c.batch_size) == expected, dataset
+        assert (c.actor_bc_coef, c.critic_bc_coef, c.actor_lr, c.batch_size) == rebrac, dataset
     for method in ("cql", "rebrac"):
         assert dataclasses.asdict(load_method(method).Config()) == dataclasses.asdict(config(method, "other-v0"))
     assert [config("bc", "other-v0", v).top_fraction for v in ("corl", "corl-10")] == [1.0, 0.1]
