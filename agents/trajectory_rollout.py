@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from agents.actors import Actor
-from agents.chunk import matrix_precision
 from agents.edm import Denoise
 from agents.edm_sampler import MemberNoise, SamplerConfig, Steering, sample
 from agents.guidance import GuidanceConfig, PolicyScore, ScoreGuidedDenoiser, StepGuidance, step_coefficients
@@ -67,8 +66,7 @@ class TrajectoryJob:
         shape = (self.num_trajectories, model.length, model.observation_dim + model.action_dim + 2)
         denoise, steering = self._guided(model)
         noise = MemberNoise(self.seeds, (self.epoch, self.shard), shape, self.device)
-        with matrix_precision(self.sampler.precision):
-            x = sample(denoise, noise, self.sampler, steering)
+        x = sample(denoise, noise, self.sampler, steering)
         trajectories = model.scaling.decode(x.view(len(self.seeds), *shape))
         return trajectories._replace(terminals=self._terminals(trajectories))
 
