@@ -18,16 +18,16 @@ where y is D(x; sigma_i) (`denoised`) or x itself, and g is divided by its norm 
 - A step moves an action by about lambda_i / sqrt(H A) standard deviations, so the same lambda is stronger where H x A
   is smaller (the toy of benchmarks/pgd_toy.py: 1.58 with 192 numbers, 0.80 with 768). Steps much longer than one
   standard deviation overshoot.
-- There are n steps, so it is stronger with more of them: 0.31 with 32, 1.58 with 256. `coef_steps` undoes that. lambda is
-  multiplied by what it takes for all steps together to move a mean as far as they do when there are `coef_steps` of
-  them, to first order and for Gaussian data, which can be said exactly (`response`): 5.3 with 32 steps for 256. In the
-  toy that gives the same mean within 2 % from 16 steps on.
-- g as it is (`normalise=false`) collapses onto the mode of pi for any lambda that does much, since it is added n times at
-  a length that no noise level scales.
+- There are n steps, so it is stronger with more of them: 0.31 with 32, 1.58 with 256. `coef_steps` undoes that: lambda
+  is multiplied by what it takes for all steps together to move a mean as far as they do when there are `coef_steps`
+  of them, to first order and for Gaussian data, for which that is known (`response`): by 5.3 with 32 steps for 256. In
+  the toy the mean is then the same within 2 % from 16 steps on.
+- g as it is (`normalise=false`) collapses onto the mode of pi for any lambda that does much, since it is added n times
+  at a length that no noise level scales.
 - g / (norm + 1e-8) here is g / norm + 1e-8 in the release: not a number where the norm is 0, else different by 1e-8.
 
 `reuse` takes for D(x; sigma_i) what the denoiser has made of Heun's point at this level in the step before, so that
-guidance costs one call of the denoiser in all. Means in the toy are the same within 1 % with 32 steps.
+guidance costs one call of the denoiser in all. In the toy means are the same within 1 % with 32 steps.
 
 `rule="score"` samples p_lambda itself. Behind a point x lies a posterior of noiseless trajectories, whose mean is
 D(x; sigma); with exp(w a) as a factor its mean is D(x + sigma^2 w; sigma), whatever the data's distribution (the square
@@ -35,10 +35,10 @@ is completed). So the guided denoiser is
 
     D'(x; sigma) = D(x + sigma^2 w; sigma),  w = lambda g(D) / (1 + lambda V h(D)),
 
-w added to actions, at twice the calls of the denoiser. To first order that is D + sigma^2 J^T w with the Jacobian J of D
-(which is symmetric where D is exact), and needs no pass back through the network. With h = 0 (`smoothing=false`) w is
-the slope of log pi^lambda at the posterior's mean. With `smoothing` h is its curvature -dg/da, by a difference of g along
-the actions, and V the posterior's variance: that is exact for Gaussians. V is taken to be that of data of unit
+w added to actions, at twice the calls of the denoiser. To first order that is D + sigma^2 J^T w with the Jacobian J of
+D (which is symmetric where D is exact), and needs no pass back through the network. With h = 0 (`smoothing=false`) w
+is the slope of log pi^lambda at the posterior's mean. With `smoothing` h is its curvature -dg/da, by a difference of g
+along the actions, and V the posterior's variance: that is exact for Gaussians. V is taken to be that of data of unit
 variance, which standardised channels have, sigma^2 / (1 + sigma^2). Without smoothing, policies that are sharper than
 the posterior make samples diverge. lambda is the exponent of the target, whatever the steps, H and A.
 
@@ -119,8 +119,9 @@ def check_guidance(guidance: GuidanceConfig, sampler: SamplerConfig) -> None:
         )
     if guidance.normalise or guidance.allow_collapse:
         return
-    strength = guidance.coef * _response(guidance, sampler, guidance.coef_steps) / _response(guidance, sampler, 256)
-    if strength >= COLLAPSE:
+    # in terms of 256 steps, with which it was measured
+    strength = guidance.coef * _scale(guidance, sampler, guidance.coef_steps) / _scale(guidance, sampler, 256)
+    if strength > 0.999 * COLLAPSE:  # equal but for rounding
         raise UserError(
             f"method.guidance.coef={guidance.coef} with normalise=false: raw gradients of that size collapse onto the "
             "policy's mode; set method.guidance.normalise=true or rule=score, or allow_collapse=true to see it"
@@ -155,22 +156,24 @@ def response(schedule: Schedule, order: int, coefficients: Sequence[float]) -> f
     return mean
 
 
-def _response(guidance: GuidanceConfig, sampler: SamplerConfig, num_steps: int | None = None) -> float:
-    """Of `rule="code"` with the sampler's settings, or with another number of steps."""
-    if num_steps is not None:
-        sampler = replace(sampler, num_steps=num_steps)
-    steps = range(sampler.num_steps)
-    coefficients = [step_coefficient(i, sampler.num_steps, guidance.cosine_coef, guidance.delay) for i in steps]
-    return response(Schedule.of(sampler), sampler.order, coefficients)
+def _response(guidance: GuidanceConfig, sampler: SamplerConfig, num_steps: int) -> float:
+    """Of `rule="code"` with the sampler's settings but for the number of steps; a delay left out."""
+    schedule = Schedule.of(replace(sampler, num_steps=num_steps))
+    coefficients = [step_coefficient(i, num_steps, guidance.cosine_coef) for i in range(num_steps)]
+    return response(schedule, sampler.order, coefficients)
+
+
+def _scale(guidance: GuidanceConfig, sampler: SamplerConfig, num_steps: int | None) -> float:
+    """What lambda is multiplied by for the sampler's steps to move a mean as far as another number of them."""
+    if num_steps is None or num_steps == sampler.num_steps:
+        return 1.0
+    return _response(guidance, sampler, num_steps) / _response(guidance, sampler, sampler.num_steps)
 
 
 def step_coefficients(guidance: GuidanceConfig, sampler: SamplerConfig) -> tuple[float, ...]:
     """What `rule="code"` multiplies lambda by before each step, `coef_steps` included."""
-    scale = 1.0
-    if guidance.coef_steps not in (None, sampler.num_steps):
-        scale = _response(guidance, sampler, guidance.coef_steps) / _response(guidance, sampler)
-    steps = range(sampler.num_steps)
-    return tuple(scale * step_coefficient(i, sampler.num_steps, guidance.cosine_coef, guidance.delay) for i in steps)
+    n, scale = sampler.num_steps, _scale(guidance, sampler, guidance.coef_steps)
+    return tuple(scale * step_coefficient(i, n, guidance.cosine_coef, guidance.delay) for i in range(n))
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,8 @@ def test_coefficients_are_the_releases_with_any_steps_if_asked_for_and_always_wi
     plain = [step_coefficient(i, 32, 0.3) for i in range(32)]
     assert list(step_coefficients(GuidanceConfig(coef_steps=None), SamplerConfig(num_steps=32))) == plain
     assert step_coefficients(GuidanceConfig(), SamplerConfig(num_steps=256))[100] == step_coefficient(100, 256, 0.3)
+    whole, late = (step_coefficients(GuidanceConfig(delay=d), SamplerConfig(num_steps=32)) for d in (0, 10))
+    assert late == (0.0,) * 10 + whole[10:]  # a delay leaves out and changes nothing else
 
 
 @pytest.mark.parametrize("settings", [{}, {"churn": 0.0}, {"order": 1}])

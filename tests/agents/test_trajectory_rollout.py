@@ -14,8 +14,11 @@ from torch import Tensor
 from agents.edm_sampler import SamplerConfig
 from agents.guidance import GuidanceConfig
 from agents.method import RolloutResult, Termination
+from agents.randomness import generator
 from agents.rollout import tag_steps
+from agents.trajectory_diffusion import DiffusionConfig, TrajectoryModel
 from agents.trajectory_rollout import TrajectoryJob
+from agents.unet import UNet
 from tests.agents.trajectory_models import ACT, OBS, GaussianModel, drawn_actor, exact
 
 LENGTH, COUNT = 5, 40
@@ -53,6 +56,20 @@ def test_a_member_gathers_the_same_alone_as_in_a_pack(kind, rule):
         torch.testing.assert_close(together.rows[m], alone.rows[0], rtol=1e-4, atol=1e-4)
         assert torch.equal(together.tags[m], alone.tags[0])
         assert together.statistics[m].survivors == alone.statistics[0].survivors
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed"])
+def test_a_network_makes_the_same_for_a_member_alone_as_in_a_pack(precision):
+    config = DiffusionConfig(length=LENGTH, features=16, num_blocks=2, precision=precision)
+    network = UNet(OBS + ACT + 2, 16, 2)
+    network.initialise(generator(0, "network"))
+    model = TrajectoryModel(network.stack.flat, GaussianModel().scaling, dataclasses.asdict(config))
+    whole = job(sampler=SamplerConfig(num_steps=16, terminals="none"))
+    together = whole.run(model)
+    for m in range(3):
+        alone = part(whole, m).run(model).rows[0]
+        tolerance = {"rtol": 1e-3, "atol": 1e-3} if precision == "float32" else {"rtol": 0.05, "atol": 0.1}
+        torch.testing.assert_close(together.rows[m], alone, **tolerance)
 
 
 def test_a_job_is_a_function_of_its_fields_and_can_be_sent():
