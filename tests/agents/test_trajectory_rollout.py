@@ -189,3 +189,30 @@ def test_policies_of_other_spaces_are_refused():
         job().run(GaussianModel(observation_dim=4))
     with pytest.raises(ValueError, match="cannot guide a model"):
         job(actor=drawn_actor("tanh")).run(GaussianModel())
+
+
+@pytest.mark.parametrize("rule", ["code", "score"])
+@pytest.mark.parametrize("terminals", ["generated", "rule", "none"])
+def test_a_device_is_waited_for_once_at_the_end(rule, terminals, monkeypatch):
+    """On device "meta" there are no values: whatever asks for one raises."""
+    monkeypatch.setattr("agents.edm_sampler.generator", lambda *_, device: None)  # there is none for this device
+    read: list[Tensor] = []
+
+    def made_up(totals: Tensor) -> list[list[float]]:
+        read.append(totals)
+        return [[1.0, 0.0, 2.0, 9.0, 8.0, 0.0, 0.0], [0.0] * 7, [0.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0]]
+
+    monkeypatch.setattr("agents.trajectory_rollout._read", made_up)
+    device = torch.device("meta")
+    here = drawn_actor("squashed", members=3)
+    moments = (torch.empty(OBS, device=device), torch.empty(OBS, device=device))
+    whole = job(
+        guidance=GuidanceConfig(rule=rule), device=device, termination=Termination("Hopper-v4", *moments),
+        actor=dataclasses.replace(here, network=here.network.to(device)),
+        sampler=SamplerConfig(num_steps=16, terminals=terminals),
+    )  # fmt: skip
+    result = whole.run(GaussianModel(device="meta"))
+    assert [tuple(totals.shape) for totals in read] == [(3, 3 + LENGTH - 1)]
+    assert [len(rows) for rows in result.rows] == [17, 0, 4]
+    assert {x.device.type for x in (*result.rows, *result.tags)} == {"meta"}
+    assert (result.statistics[0].terminals, result.statistics[2].dropped) == (1, 3)
