@@ -80,10 +80,8 @@ def overrides(case: Case, args: argparse.Namespace) -> list[str]:
     if case.source == "pets":
         settings["dynamics.max_epochs"] = args.dynamics_epochs
     elif case.source != "data":
-        settings |= {
-            "diffusion.num_updates": args.diffusion_updates, "diffusion.features": args.features,
-            "sampler.num_steps": args.sampling_steps,
-        }  # fmt: skip
+        settings["sampler.num_steps"] = args.sampling_steps
+        settings |= {f"diffusion.{key}": value for key, value in (word.split("=", 1) for word in args.diffusion)}
     return [
         f"method={case.learner}", *SOURCES[case.source], f"dataset={case.dataset}", f"seed={args.seed}",
         f"num_seeds={args.seeds}", f"method.hidden=[{','.join(map(str, args.hidden))}]",
@@ -140,8 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--trajectories", type=int, help="method.synthetic.num_trajectories")
     parser.add_argument("--refresh-every", type=int, help="method.synthetic.refresh_every")
     parser.add_argument("--real-ratio", type=float, help="method.synthetic.real_ratio")
-    parser.add_argument("--diffusion-updates", type=int, help="method.diffusion.num_updates")
-    parser.add_argument("--features", type=int, help="method.diffusion.features")
+    parser.add_argument("--diffusion", nargs="*", default=[], metavar="KEY=VALUE", help="settings method.diffusion.*")
     parser.add_argument("--sampling-steps", type=int, help="method.sampler.num_steps")
     return parser
 

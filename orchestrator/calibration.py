@@ -67,7 +67,7 @@ class PackMeasurement:
 class StageMeasurement:
     """A stage that runs need."""
 
-    epoch_seconds: float  # with all rows
+    epoch_seconds: float  # with all rows; of one update, where it is these that the stage's settings count
 
 
 @dataclass(frozen=True)
@@ -331,9 +331,17 @@ def _shortened(config: Any) -> Any:
 
 def _stand_in(stage: Stage, data: TrainingData, now: Now) -> tuple[dict[str, Any], float]:
     """Build a stage in a hurry; returns it and the seconds of an epoch (the second: the first also allocates, and what
-    is told after the second may be of other work)."""
-    times = [now()]
-    content = stage.build(data, lambda step, metrics: times.append(now()))
+    is told after the second may be of other work), or of an update where the stage tells it."""
+    times, of_update = [now()], [0.0]
+
+    def report(step: int, metrics: Mapping[str, float]) -> None:
+        times.append(now())
+        if "seconds_per_update" in metrics:
+            of_update.append(metrics["seconds_per_update"])
+
+    content = stage.build(data, report)
+    if len(of_update) > 1:
+        return content, of_update[-1]
     seconds = [end - start for start, end in pairwise(times)]
     return content, seconds[:2][-1] if seconds else 0.0
 
