@@ -52,7 +52,7 @@ class DiffusionConfig:
     length: int = 32  # H, rows of a sub-trajectory; H - 1 transitions
     stride: int = 8  # of the windows inside episodes
     windows: str = "whole"  # whole | release: whether the transition that ends an episode is there to be learned
-    terminal_scale: str = "bounded"  # standardised (released code) | raw: 0, 1 (SynthER) | bounded: -1, 1
+    terminal_scale: str = "standardised"  # standardised (released code) | raw: 0, 1 (SynthER) | bounded: -1, 1
     features: int = 256  # of the U-Net's first block, a multiple of 16; released: 1024
     num_blocks: int = 3
     norm: str = "step"  # step: as the released code computes it | trajectory: the usual group norm

@@ -66,7 +66,8 @@ class InferenceUNet:
     def _part(self, x_BHC: Tensor, time_BT: Tensor) -> Tensor:
         last = self.network.num_blocks - 1
         with matrix_precision(self.network.precision if self.device.type != "cpu" else "float32"):
-            x, skips = x_BHC.to(self.dtype), []
+            x = x_BHC.to(self.dtype)
+            skips: list[Tensor] = []
             for i in range(self.network.num_blocks):
                 if i:
                     x = pool(skips[-1])
