@@ -25,7 +25,7 @@ import yaml
 from torch import Tensor
 
 import agents
-from agents.networks import StackedMLP
+from agents.actors import Actor
 from agents.rollout import Dynamics, Penalty, Rollout, RolloutStatistics, draw
 from envs.dataset import Dataset
 from envs.errors import UserError
@@ -232,7 +232,7 @@ class RolloutJob:
     epoch: int
     shard: int
     termination: Termination
-    actor: StackedMLP  # lead (M,)
+    actor: Actor  # of M members
     starts: Tensor  # (M, B, S)
     length: int  # steps
     penalty: Penalty | None
@@ -242,7 +242,7 @@ class RolloutJob:
 
     def run(self, dynamics: Dynamics) -> RolloutResult:
         draws = draw(
-            self.seeds, self.epoch, self.shard, self.starts.shape[1], self.length, self.actor.sizes[-1] // 2, dynamics,
+            self.seeds, self.epoch, self.shard, self.starts.shape[1], self.length, self.actor.action_dim, dynamics,
             self.starts.device,
         )  # fmt: skip
         rollout = Rollout(self.actor, dynamics, self.termination, self.penalty, self.penalty_coef, self.cut)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agents.actors import SquashedGaussianActor
 from agents.chunk import ChunkRunner
 from agents.config import SACConfig, actor_lr_scale, check_positive, make_sac
 from agents.diagnostics import EdgeTest, Standardiser, measure
@@ -235,18 +236,19 @@ class ModelBasedSAC:
     def rollout_jobs(self, epoch: int) -> list[RolloutJob]:
         if not self.replay.capacity:
             return []
-        length = self.shared.rollout_length
-        size, rows = shard_size(self.device, self.sac.actor, self.dynamics, length)
+        length, actor = self.shared.rollout_length, SquashedGaussianActor(self.sac.actor)
+        size, rows = shard_size(self.device, actor, self.dynamics, length)
         if self.shared.filtered and self.device.type == "cpu":
             rows = min(rows, FILTERED_SHARD_ROWS)
         termination, jobs = self.data.termination, []
         for members in (range(m, min(m + size, self.num_members)) for m in range(0, self.num_members, size)):
-            seeds, actor = tuple(self.seeds[m] for m in members), self.sac.actor.select(members)
+            seeds = tuple(self.seeds[m] for m in members)
             coef = torch.tensor([self.penalty_coef(self.configs[m]) for m in members], device=self.device)
+            policies = actor.select(members)
             starts_MB = torch.stack([self._draw_starts(seed, epoch) for seed in seeds])
             for shard, index_MB in enumerate(starts_MB.split(rows, dim=1)):
                 jobs.append(RolloutJob(
-                    tuple(members), seeds, epoch, shard, termination, actor,
+                    tuple(members), seeds, epoch, shard, termination, policies,
                     self.data.observations[index_MB], length, type(self).penalty, coef, self._states(index_MB),
                     self.shared.filter.cut,
                 ))  # fmt: skip

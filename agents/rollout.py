@@ -32,9 +32,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from agents.networks import StackedMLP
+from agents.actors import Actor
 from agents.randomness import generator
-from agents.sac import squashed_sample
 
 SHARD_ROWS = 2_500  # starts of a shard on a CPU: its activations stay in a core's cache
 DEVICE_SHARD_ROWS = 25_000  # starts of a shard on a GPU, of each member
@@ -148,7 +147,7 @@ def tag_cuts(tags: Tensor) -> Tensor:
     return tags.abs() >= CUT_TAG
 
 
-def shard_size(device: torch.device, actor: StackedMLP, dynamics: Dynamics, length: int) -> tuple[int, int]:
+def shard_size(device: torch.device, actor: Actor, dynamics: Dynamics, length: int) -> tuple[int, int]:
     """How a device's work is divided: members of a job, and starts that it has of each.
 
     The number of starts decides what is drawn, so it does not depend on the pack.
@@ -158,10 +157,10 @@ def shard_size(device: torch.device, actor: StackedMLP, dynamics: Dynamics, leng
     """
     if device.type == "cpu":
         return 1, SHARD_ROWS
-    s, a = dynamics.observation_dim, actor.sizes[-1] // 2
+    s, a = dynamics.observation_dim, actor.action_dim
     # of one start: a layer's input and output with something to spare; the rows twice, as made and as picked; the draws
     per_step = 2 * (2 * s + a + 2) + a + dynamics.num_noises + 2
-    floats = dynamics.floats_per_row + 3 * max(actor.sizes) + length * per_step
+    floats = dynamics.floats_per_row + 3 * actor.widest_layer + length * per_step
     return max(1, DEVICE_JOB_BYTES // (4 * floats * DEVICE_SHARD_ROWS)), DEVICE_SHARD_ROWS
 
 
@@ -200,14 +199,14 @@ class Rollout:
     dynamics cut.
 
     Args:
-        actor: the members' actors, lead `(M,)`.
+        actor: the policies of M members.
         termination: next observations (..., S) -> bool (...).
         penalty: a function of the standard deviations of all ensemble members, (E, B, D) -> (B,), or None.
         penalty_coef_M: subtracted from the reward, times the penalty.
         cut: one of `CUTS`.
     """
 
-    actor: StackedMLP
+    actor: Actor
     dynamics: Dynamics
     termination: Callable[[Tensor], Tensor]
     penalty: Penalty | None
@@ -236,7 +235,7 @@ class Rollout:
         tags = torch.empty(length * num_starts, dtype=torch.int16, device=obs_BS.device)
         filled, dropped, cuts, penalty_sum, dynamics_reward_sum = 0, 0, 0, 0.0, 0.0
         place = torch.arange(num_starts, device=obs_BS.device)  # of the rows still alive among the starts
-        half_B = _half(place)
+        half_B = half_of(place)
         survivors = [0] * length
         before = place  # where the last row of each of them is, from the second step on
         for step, (noise, choice) in enumerate(zip(noise_KBV, choice_KB, strict=True)):
@@ -321,12 +320,12 @@ class Rollout:
         totals = torch.cat((torch.stack(sums, 1), survivors_MK), 1)
         statistics = [_statistics(row) for row in _read(totals)]
         counts = [s.transitions for s in statistics]
-        places = _kept_places(kept.view(-1), sum(counts))
+        places = kept_places(kept.view(-1), sum(counts))
         picked = rows.view(-1, self._width).index_select(0, places)
         sizes = 1 + places.div(num_starts, rounding_mode="floor") % length
         if cut_MKB is not None:
             sizes += CUT_TAG * cut_MKB.view(-1).index_select(0, places)
-        tags = sizes.to(torch.int16) * _half(places % num_starts)
+        tags = sizes.to(torch.int16) * half_of(places % num_starts)
         return [Gathered(*one) for one in zip(picked.split(counts), tags.split(counts), statistics, strict=True)]
 
     def _step(
@@ -336,7 +335,7 @@ class Rollout:
         s = obs_MBS.shape[-1]
         a = self._reward - s
         rows_MBW[..., :s] = obs_MBS
-        rows_MBW[..., s : s + a] = squashed_sample(self.actor.forward(obs_MBS)[0], noise_MBV[..., :a])
+        rows_MBW[..., s : s + a] = self.actor.sample(obs_MBS, noise_MBV[..., :a])
         next_obs = rows_MBW[..., s + a + 2 :]
         step = self.dynamics.step(
             carried_MBX, rows_MBW[..., : s + a], noise_MBV[..., a:], choice_MB, self.penalty, next_obs
@@ -353,7 +352,7 @@ class Rollout:
         return _Stepped(next_obs, ended, cut, step.penalty_MB, step.dynamics_reward_MB, step.carried_MBX)
 
     def _of_member(self, member: int) -> Rollout:
-        if self.actor.num_stacked == 1:
+        if self.actor.num_members == 1:
             return self
         coef = self.penalty_coef_M[member : member + 1]
         return replace(self, actor=self.actor.select([member]), penalty_coef_M=coef)
@@ -361,7 +360,7 @@ class Rollout:
     @property
     def _reward(self) -> int:
         """The column of the reward; the done flag's is the next."""
-        return self.dynamics.observation_dim + self.actor.sizes[-1] // 2
+        return self.dynamics.observation_dim + self.actor.action_dim
 
     @property
     def _width(self) -> int:
@@ -398,7 +397,7 @@ def _mark_cut(tags: Tensor, at: Tensor) -> None:
     tags[at] += CUT_TAG * tags[at].sign()
 
 
-def _kept_places(kept_R: Tensor, count: int) -> Tensor:
+def kept_places(kept_R: Tensor, count: int) -> Tensor:
     """Where the kept rows are, `(count,)`, ascending; `count` is their number, so that nothing has to be asked."""
     # each kept row's place among the kept; the others all write behind the last
     place = torch.where(kept_R, kept_R.cumsum(0) - 1, count)
@@ -407,6 +406,6 @@ def _kept_places(kept_R: Tensor, count: int) -> Tensor:
     return source[:count]
 
 
-def _half(starts: Tensor) -> Tensor:
+def half_of(starts: Tensor) -> Tensor:
     """1 for the rollouts of starts at even places of a shard, -1 for those at odd ones, int16."""
     return (1 - 2 * (starts % 2)).to(torch.int16)

@@ -472,9 +472,11 @@ class _PolicySample:
     inputs: list[Tensor]
 
 
-def squashed_sample(out: Tensor, noise: Tensor | None) -> Tensor:
+def squashed_sample(
+    out: Tensor, noise: Tensor | None, log_std_min: float = LOG_STD_MIN, log_std_max: float = LOG_STD_MAX
+) -> Tensor:
     """Actions from the actor's outputs `(..., 2A)`: tanh(mu + sigma * noise), or tanh(mu) where noise is None."""
     mean, log_std = out.chunk(2, dim=-1)
     if noise is None:
         return mean.tanh()
-    return torch.addcmul(mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp_(), noise).tanh_()
+    return torch.addcmul(mean, log_std.clamp(log_std_min, log_std_max).exp_(), noise).tanh_()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from agents.actors import SquashedGaussianActor
 from agents.dynamics import DynamicsConfig, Ensemble
 from agents.dynamics_reward_training import DynamicsRewardConfig
 from agents.method import RolloutResult, TrainingData
@@ -283,7 +284,8 @@ def test_jobs_cover_every_member_in_shards() -> None:
     ]
     assert [tuple(j.starts.shape) for j in jobs[:3]] == [(1, n, OBS) for n in (SHARD_ROWS, SHARD_ROWS, 7)]
     for job in jobs:
-        assert torch.equal(job.actor.flat, method.sac.actor.select([job.members[0]]).flat)
+        assert isinstance(job.actor, SquashedGaussianActor)
+        assert torch.equal(job.actor.network.flat, method.sac.actor.select([job.members[0]]).flat)
         assert (job.length, job.termination.env_id) == (3, "Hopper-v4")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from agents.actors import SquashedGaussianActor
 from agents.dynamics import Ensemble
 from agents.method import RolloutJob, RolloutResult, Termination
 from agents.mopo import max_aleatoric
@@ -41,18 +42,18 @@ def linear_ensemble(
     return Ensemble(tensors, list(range(size)) if elites is None else elites, OBS)
 
 
-def sign_actor() -> StackedMLP:
+def sign_actor() -> SquashedGaussianActor:
     """a = sign(s0), so saturated that its noise does not show."""
     actor = StackedMLP((1,), (OBS, 2, 2 * ACT))
     actor.weights[0][0] = torch.tensor([[1.0, -1.0], [0.0, 0.0]])
     actor.weights[1][0] = torch.tensor([[1e6, 0.0], [-1e6, 0.0]])
     actor.biases[1][0, 0, 1] = -5.0
-    return actor
+    return SquashedGaussianActor(actor)
 
 
-def random_actor() -> StackedMLP:
+def random_actor() -> SquashedGaussianActor:
     """Actions spread over (-1, 1), whatever the state."""
-    return StackedMLP((1,), (OBS, 2, 2 * ACT))
+    return SquashedGaussianActor(StackedMLP((1,), (OBS, 2, 2 * ACT)))
 
 
 def never(next_obs: Tensor) -> Tensor:
@@ -280,7 +281,7 @@ def pack_job(penalty: Penalty | None) -> RolloutJob:
     starts[..., 1] -= 0.5
     starts[1, ::7] = math.inf
     return job(
-        members=(4, 0, 2), seeds=(7, 8, 9), actor=actor, starts=starts, penalty=penalty,
+        members=(4, 0, 2), seeds=(7, 8, 9), actor=SquashedGaussianActor(actor), starts=starts, penalty=penalty,
         penalty_coef=torch.tensor([0.0, 0.5, 2.0]),
     )  # fmt: skip
 
@@ -371,7 +372,8 @@ def test_on_a_gpu_only_the_totals_are_read(penalty: Penalty | None, monkeypatch:
         ensemble = Ensemble({k: torch.empty(v.shape) for k, v in there.tensors.items()}, there.elites, OBS)
         job = RolloutJob(
             (4, 0, 2), (7, 8, 9), 3, 2, Termination("Hopper-v4", torch.empty(OBS), torch.empty(OBS)),
-            StackedMLP((3,), (OBS, 16, 2 * ACT), "meta"), torch.empty(3, 400, OBS), 5, penalty, torch.empty(3),
+            SquashedGaussianActor(StackedMLP((3,), (OBS, 16, 2 * ACT), "meta")), torch.empty(3, 400, OBS), 5, penalty,
+            torch.empty(3),
         )  # fmt: skip
         result = job.run(ensemble)
         replay = Replay(torch.empty((10, width)), 3, 6, "meta")
@@ -393,7 +395,7 @@ def dense(ensemble: Ensemble, state_action: Tensor, member: Tensor) -> tuple[Ten
 
 
 def test_a_gpu_takes_as_many_members_as_its_memory_bound_allows() -> None:
-    actor, ensemble = StackedMLP((40,), (OBS, 256, 256, 2 * ACT)), noisy()
+    actor, ensemble = SquashedGaussianActor(StackedMLP((40,), (OBS, 256, 256, 2 * ACT))), noisy()
     assert shard_size(torch.device("cpu"), actor, ensemble, 5) == (1, SHARD_ROWS)
     members, rows = shard_size(torch.device("cuda"), actor, ensemble, 5)
     assert members > 1

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from agents.actors import SquashedGaussianActor
 from agents.diagnostics import value_metrics
 from agents.dynamics import Ensemble
 from agents.dynamics_reward import DynamicsReward
@@ -313,7 +314,8 @@ def test_on_a_gpu_only_the_totals_are_read(cut: str, monkeypatch: pytest.MonkeyP
         reward = DynamicsReward({**state, "tensors": tensors})
         job = RolloutJob(
             (4, 0, 2), (7, 8, 9), 3, 2, Termination("Hopper-v4", torch.empty(OBS), torch.empty(OBS)),
-            StackedMLP((3,), (OBS, 16, 2 * ACT), "meta"), torch.empty(3, 400, OBS), 5, None, torch.empty(3), cut=cut,
+            SquashedGaussianActor(StackedMLP((3,), (OBS, 16, 2 * ACT), "meta")), torch.empty(3, 400, OBS), 5, None,
+            torch.empty(3), cut=cut,
         )  # fmt: skip
         result = job.run(FilteredDynamics(ensemble, reward, there.config))
         replay = Replay(torch.empty((10, 2 * OBS + ACT + 2)), 3, 6, "meta")

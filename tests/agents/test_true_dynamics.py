@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from agents.actors import SquashedGaussianActor
 from agents.method import RolloutJob, TrainingData
 from agents.mopo import max_aleatoric
 from agents.networks import StackedMLP
@@ -68,8 +69,8 @@ def make_job(data: TrainingData, members: int = 1, length: int = LENGTH, **chang
     assert starts is not None
     fields = {"start_states": states, **changes}
     job = RolloutJob(
-        tuple(range(members)), tuple(range(7, 7 + members)), 3, 2, data.termination, actor, starts, length, None,
-        torch.zeros(members),
+        tuple(range(members)), tuple(range(7, 7 + members)), 3, 2, data.termination, SquashedGaussianActor(actor),
+        starts, length, None, torch.zeros(members),
     )  # fmt: skip
     return dataclasses.replace(job, **fields)
 

@@ -94,7 +94,7 @@ def test_filtered_rollouts_are_those_of_the_parent_process(learner: Learner, poo
     learned = learner.method.dynamics
     assert isinstance(learned, Ensemble)
     jobs = [dataclasses.replace(job, cut="drop") for job in learner.method.rollout_jobs(0)]
-    state = random_reward(8, learned.observation_dim, jobs[0].actor.sizes[-1] // 2)
+    state = random_reward(8, learned.observation_dim, jobs[0].actor.action_dim)
     reward = DynamicsReward.from_state_dict(state, num_discriminators=3)
     dynamics = FilteredDynamics(learned, reward, FilterConfig(threshold=0.75))
     here = Workers().rollouts(jobs, dynamics)
