@@ -1,6 +1,7 @@
 """The stage that learns a diffusion model of sub-trajectories."""
 
 import dataclasses
+import pickle
 from itertools import pairwise
 from typing import Any
 
@@ -94,7 +95,8 @@ def test_what_is_stored_comes_back():
     x, sigma = torch.randn(5, 4, 4), torch.tensor(0.7)
     assert torch.equal(model.denoiser(x, sigma), again.denoiser(x, sigma))
     assert (model.length, model.observation_dim, model.action_dim) == (4, 1, 1)
-    assert model.to("cpu").denoiser(x, sigma).equal(model.denoiser(x, sigma))
+    for copy in (model.to("cpu"), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copy.denoiser(x, sigma), model.denoiser(x, sigma))
 
 
 def test_runs_with_the_same_settings_share_a_stage():
