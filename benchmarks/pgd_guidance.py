@@ -200,8 +200,11 @@ class Task:
 
 
 def diffusion_config(args: argparse.Namespace, seed: int) -> DiffusionConfig:
-    # running means over the last 200 updates instead of 2,000: those are a quarter of so short a training
-    return DiffusionConfig(length=args.length, features=args.features, num_updates=args.updates, ema_every=1, seed=seed)
+    # running means over the last 500 updates: the default's 2,000 are a quarter of so short a training
+    return DiffusionConfig(
+        length=args.length, features=args.features, num_updates=args.updates, ema_decay=0.98,
+        terminal_scale="standardised", precision="mixed", seed=seed,
+    )  # fmt: skip
 
 
 def frozen_policy(actor: str) -> TanhActor:
@@ -459,12 +462,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
     parser.add_argument("--length", type=int, default=32, help="H, rows of a trajectory (default: %(default)s)")
     parser.add_argument("--features", type=int, default=64, help="of the U-Net (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=6_000, help="of a diffusion model (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=8_000, help="of a diffusion model (default: %(default)s)")
     parser.add_argument("--ensemble-epochs", type=int, default=50, help="at most (default: %(default)s)")
     parser.add_argument("--model-seeds", type=int, default=1, help="diffusion models (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="samplings of each model (default: %(default)s)")
-    parser.add_argument("--trajectories", type=int, default=80, help="of a sampling (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=64, help="of the sampler (default: %(default)s)")
+    parser.add_argument("--trajectories", type=int, default=64, help="of a sampling (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=32, help="of the sampler (default: %(default)s)")
     parser.add_argument("--step-counts", type=int, nargs="+", default=list(STEPS), help="compared with each other")
     parser.add_argument("--coefs", type=float, nargs="+", default=list(COEFS), help="lambda, rule code; 0 comes first")
     parser.add_argument("--score-coefs", type=float, nargs="*", default=list(SCORE_COEFS), help="lambda, rule score")
