@@ -74,6 +74,11 @@ class ScheduleConfig:
     def num_epochs(self) -> int:
         return self.num_updates // self.updates_per_epoch
 
+    @property
+    def num_rollout_phases(self) -> int:
+        """Epochs of a run that begin with what is generated."""
+        return self.num_epochs
+
 
 @dataclass
 class SACConfig(ScheduleConfig):

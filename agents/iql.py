@@ -15,6 +15,11 @@ V; critics, with the new V(s'); targets Qbar by Polyak. Also from there: orthogo
 policy's learning rate to 0 over all updates. Dropout in the policy, which it has for Kitchen and Adroit only, is left
 out.
 
+The code of policy-guided diffusion (Jackson et al., RLC 2024, arXiv 2404.06356) takes V(s) and V(s') from before V's
+step (`update_order: simultaneous`), averages the critics' errors (`critic_loss: mean`), which Adam notices by its
+epsilon only, and lets the log standard deviation fall to -20 (`log_std_min`). It averages the targets at the start of
+the next update; the first time it copies them, which they are already.
+
 For the locomotion sets the authors' code multiplies rewards by 1000 / (best - worst return of the dataset);
 `reward_scale: return-range` does so here, as `dataset=NAME,reward_scale=return-range` does for any method (both at once
 is the same as one). CORL's variant also standardises observations; `normalize_observations` does that as in
@@ -35,10 +40,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.config import ScheduleConfig, check_choice, check_not_negative, check_positive
+from agents.config import check_choice, check_not_negative, check_positive
 from agents.method import TrainingData, per_member
 from agents.model_free import (
     ModelFree,
+    ModelFreeConfig,
     bellman_target,
     load_networks,
     member_values,
@@ -49,15 +55,16 @@ from agents.networks import StackedMLP, StackedVector, initialise
 from agents.optim import Adam
 from agents.policies import tanh_arrays
 from agents.randomness import generator
+from agents.sac import CRITIC_LOSSES
 from envs.errors import UserError
 
-LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+LOG_STD_MAX = 2.0
 MAX_WEIGHT = 100.0
 REWARD_RANGE = 1000.0  # best less worst return with reward_scale: return-range
 
 
 @dataclass
-class IQLConfig(ScheduleConfig):
+class IQLConfig(ModelFreeConfig):
     """IQL's hyperparameters; defaults as released for locomotion. Fields marked per member may differ inside a pack."""
 
     expectile: float = per_member(0.7)  # kappa; 0.5 is the mean, 1 the maximum
@@ -67,18 +74,27 @@ class IQLConfig(ScheduleConfig):
     value_lr: float = per_member(3e-4)
     actor_lr_schedule: str = "cosine"  # constant | cosine (to 0 over all updates)
     deterministic: bool = False  # True: squared distance to the actions instead of the Gaussian's log density
-    initialisation: str = "orthogonal"  # orthogonal | torch
+    log_std_min: float = -5.0
+    # sequential: V, then policy and critics with the new V | simultaneous: all three with V from before its step
+    update_order: str = "sequential"
+    critic_loss: str = "sum"  # sum | mean: of the critics' squared errors
+    adam_eps: float = 1e-8
+    initialisation: str = "orthogonal"  # orthogonal | torch | lecun
     normalize_observations: bool = False  # nothing is done to a dataset that is standardised already
     reward_scale: str = "none"  # none | return-range: 1000 / (best - worst return)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "actor_lr", "critic_lr", "value_lr")
+        check_positive(self, "actor_lr", "critic_lr", "value_lr", "adam_eps")
         check_not_negative(self, "beta")
         if not 0 < self.expectile < 1:
             raise UserError(f"method.expectile={self.expectile} must lie between 0 and 1")
         check_choice(self, "actor_lr_schedule", ("constant", "cosine"))
-        check_choice(self, "initialisation", ("orthogonal", "torch"))
+        check_choice(self, "update_order", ("sequential", "simultaneous"))
+        check_choice(self, "critic_loss", CRITIC_LOSSES)
+        check_choice(self, "initialisation", ("orthogonal", "torch", "lecun"))
+        if not -math.inf < self.log_std_min < LOG_STD_MAX:
+            raise UserError(f"method.log_std_min={self.log_std_min} must be finite and less than {LOG_STD_MAX}")
         check_choice(self, "reward_scale", ("none", "return-range"))
 
 
@@ -117,10 +133,10 @@ class IQLUpdater:
             initialise(getattr(self, name), draws, scheme=shared.initialisation, last_bound=0.0)
         self.log_std = StackedVector(m, a, 0.0, device)
         self.target_critic = self.critic.clone()
-        self.actor_optim = Adam(self.actor, [c.actor_lr for c in configs])
-        self.log_std_optim = Adam(self.log_std, [c.actor_lr for c in configs])
-        self.value_optim = Adam(self.value, [c.value_lr for c in configs])
-        self.critic_optim = Adam(self.critic, [c.critic_lr for c in configs])
+        self.actor_optim = Adam(self.actor, [c.actor_lr for c in configs], shared.adam_eps)
+        self.log_std_optim = Adam(self.log_std, [c.actor_lr for c in configs], shared.adam_eps)
+        self.value_optim = Adam(self.value, [c.value_lr for c in configs], shared.adam_eps)
+        self.critic_optim = Adam(self.critic, [c.critic_lr for c in configs], shared.adam_eps)
         self._done_updates = torch.zeros((), device=device)
         self._bind()
 
@@ -132,6 +148,7 @@ class IQLUpdater:
         self._one_minus_kappa_M1 = 1.0 - self._kappa_M1
         self._log_std_M1A = self.log_std.flat.view(-1, 1, self.action_dim)
         self._log_std_grad_MA = self.log_std.grad.view(-1, self.action_dim)
+        self._loss_divisor = 2 if shared.critic_loss == "mean" else 1
         self._cosine = shared.actor_lr_schedule == "cosine"
         if self._cosine:
             self._lr_scale = torch.ones((), device=device)
@@ -150,25 +167,33 @@ class IQLUpdater:
         obs, action, state_action, reward, done, next_obs = split_rows(rows_MBW, self.observation_dim, self.action_dim)
         batch = rows_MBW.shape[1]
         q_MB = self.target_critic.values(state_action).amin(1)
-        value_loss = self._update_value(obs, q_MB)
-        new_v = self.value.forward(torch.cat((obs, next_obs), dim=1))[0].squeeze(-1)
-        weight = ((q_MB - new_v[:, :batch]) * self._beta_M1).exp_().clamp_(max=MAX_WEIGHT)
+        both = torch.cat((obs, next_obs), dim=1)
+        if self.configs[0].update_order == "sequential":
+            value_loss = self._update_value(obs, q_MB)
+            values = self.value.forward(both)[0].squeeze(-1)
+        else:
+            values = self.value.forward(both)[0].squeeze(-1)
+            value_loss = self._update_value(obs, q_MB)
+        advantage = q_MB - values[:, :batch]
+        weight = (advantage * self._beta_M1).exp_().clamp_(max=MAX_WEIGHT)
         mean = self._update_actor(obs, action, weight)
-        target = bellman_target(reward, done, new_v[:, batch:], self.gamma)
+        target = bellman_target(reward, done, values[:, batch:], self.gamma)
         q_M2B = regress_twins(self.critic, state_action, target)
+        if self._loss_divisor != 1:
+            self.critic.grad.div_(self._loss_divisor)
         self.critic_optim.step()
         self.target_critic.flat.lerp_(self.critic.flat, self.tau)
         if not with_metrics:
             return None
         return {
             "q_mean": q_M2B.mean((1, 2)),
-            "v_mean": new_v[:, :batch].mean(1),
+            "v_mean": values[:, :batch].mean(1),
             "target_q": target.mean(1),
-            "advantage": (q_MB - new_v[:, :batch]).mean(1),
+            "advantage": advantage.mean(1),
             "weight": weight.mean(1),
             "weight_at_bound": (weight == MAX_WEIGHT).float().mean(1),
             "value_loss": value_loss.mean(1),
-            "critic_loss": (q_M2B - target.unsqueeze(1)).square_().mean(2).sum(1),
+            "critic_loss": (q_M2B - target.unsqueeze(1)).square_().mean(2).sum(1) / self._loss_divisor,
             "bc_distance": (mean - action).square_().mean((1, 2)),
             "log_std": self._log_std_M1A.mean((1, 2)),
         }
@@ -195,7 +220,7 @@ class IQLUpdater:
         if self.configs[0].deterministic:
             grad_mean = distance * (2.0 * weight)
         else:
-            clipped = self._log_std_M1A.clamp(LOG_STD_MIN, LOG_STD_MAX)
+            clipped = self._log_std_M1A.clamp(self.configs[0].log_std_min, LOG_STD_MAX)
             inverse_var = (clipped * -2.0).exp_()
             grad_mean = distance * weight * inverse_var
             # d/d log_std of -w log N(a) is w (1 - z^2); beyond its bounds the log standard deviation stays
@@ -253,7 +278,7 @@ class IQL(ModelFree):
         one = self.updater
         if self.shared.deterministic:
             return tanh_arrays(one.actor, member)
-        log_std_A = one.log_std.flat.view(-1, one.action_dim)[member].clamp(LOG_STD_MIN, LOG_STD_MAX)
+        log_std_A = one.log_std.flat.view(-1, one.action_dim)[member].clamp(self.shared.log_std_min, LOG_STD_MAX)
         return tanh_arrays(one.actor, member, log_std_A)
 
 

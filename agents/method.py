@@ -47,14 +47,25 @@ def per_member(default: Any, *, off_at_zero: bool = False) -> Any:
 
 
 def common_settings(config: Any) -> dict[str, Any]:
-    """What runs of a pack agree in: the config without its fields per member, but with whether those that can be off
-    are."""
-    plain = dataclasses.asdict(config)
+    """What runs of a pack agree in: the config without its fields per member, those of its parts included, but with
+    whether those that can be off are; and without parts that nothing depends on (see `effective_settings`)."""
+    plain = effective_settings(config)
     for item in dataclasses.fields(config):
         if item.metadata.get("off_at_zero"):
             plain[item.name] = plain[item.name] != 0
         elif item.metadata.get("per_member"):
             del plain[item.name]
+        elif item.name in plain and dataclasses.is_dataclass(part := getattr(config, item.name)):
+            plain[item.name] = common_settings(part)
+    return plain
+
+
+def effective_settings(config: Any) -> dict[str, Any]:
+    """The config as plain values, without the parts that it says are idle (`idle_parts`): those of a source of data
+    that it does not use."""
+    plain = dataclasses.asdict(config)
+    for name in getattr(config, "idle_parts", ()):
+        del plain[name]
     return plain
 
 
@@ -220,6 +231,25 @@ class Termination:
         return termination_rule(self.env_id)(next_obs)
 
 
+class Job(Protocol):
+    """A shard of what generates transitions: a pure function of its fields and of a model, so that it may run anywhere,
+    in any order."""
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Which of the pack it is for, M of them."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies and is computed."""
+
+    @property
+    def num_starts(self) -> int:
+        """Trajectories, of all its members."""
+
+    def run(self, model: Any) -> RolloutResult: ...
+
+
 @dataclass(frozen=True)
 class RolloutJob:
     """One shard of the model rollouts of one or several members: a pure function of its fields and the dynamics.
@@ -240,13 +270,22 @@ class RolloutJob:
     start_states: Tensor | None = None  # (M, B, X) float64, of the simulator, where they are known and wanted
     cut: str = "terminal"  # one of `agents.rollout.CUTS`
 
-    def run(self, dynamics: Dynamics) -> RolloutResult:
+    @property
+    def device(self) -> torch.device:
+        return self.starts.device
+
+    @property
+    def num_starts(self) -> int:
+        return self.starts.shape[0] * self.starts.shape[1]
+
+    def run(self, model: Dynamics) -> RolloutResult:
         draws = draw(
-            self.seeds, self.epoch, self.shard, self.starts.shape[1], self.length, self.actor.action_dim, dynamics,
+            self.seeds, self.epoch, self.shard, self.starts.shape[1], self.length, self.actor.action_dim, model,
             self.starts.device,
         )  # fmt: skip
-        rollout = Rollout(self.actor, dynamics, self.termination, self.penalty, self.penalty_coef, self.cut)
-        return RolloutResult(self.members, *zip(*rollout(self.starts, draws, self.start_states), strict=True))
+        rollout = Rollout(self.actor, model, self.termination, self.penalty, self.penalty_coef, self.cut)
+        rows, tags, statistics = zip(*rollout(self.starts, draws, self.start_states), strict=True)
+        return RolloutResult(self.members, rows, tags, statistics)
 
 
 @dataclass(frozen=True)
@@ -257,6 +296,28 @@ class RolloutResult:
     rows: tuple[Tensor, ...]  # (n, W) of each member
     tags: tuple[Tensor, ...]  # (n,) int16 of each member: step and half of the starts (see `agents.rollout`)
     statistics: tuple[RolloutStatistics, ...]
+    seconds: float = 0.0  # that the job took where it was computed; nothing depends on it
+
+    def renumbered(self, numbers: Mapping[int, int]) -> RolloutResult:
+        """The result of some members, which have other numbers now.
+
+        Args:
+            numbers: the new number of each member that is kept.
+        """
+        kept = [i for i, member in enumerate(self.members) if member in numbers]
+        return RolloutResult(
+            tuple(numbers[self.members[i]] for i in kept), tuple(self.rows[i] for i in kept),
+            tuple(self.tags[i] for i in kept), tuple(self.statistics[i] for i in kept), self.seconds,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class JobsAhead:
+    """Jobs that may run while training goes on: their results are taken in at the beginning of a certain epoch, however
+    early they are there."""
+
+    jobs: list[Job]
+    due: int  # number of that epoch
 
 
 class Method(Protocol):
@@ -289,14 +350,22 @@ class Method(Protocol):
     def num_members(self) -> int: ...
 
     @property
-    def dynamics(self) -> Dynamics:
-        """The dynamics that the rollout jobs are to be run in; asked for only where there are jobs."""
+    def rollout_model(self) -> Any:
+        """What the jobs are to be run in, such as `Dynamics`; asked for only where there are jobs."""
 
-    def rollout_jobs(self, epoch: int) -> list[RolloutJob]:
-        """The model rollouts this epoch begins with."""
+    def rollout_jobs(self, epoch: int) -> Sequence[Job]:
+        """What is to be generated before this epoch's updates, by the policies as they are."""
 
     def add_rollouts(self, results: Sequence[RolloutResult]) -> list[dict[str, float]]:
-        """Take the rollouts in, in the order of the jobs; statistics per member."""
+        """Take in, in the order of the jobs, what `rollout_jobs` asked for and what of `jobs_ahead` is due; statistics
+        per member."""
+
+    def ask_ahead(self, epoch: int) -> None:
+        """Called behind `add_rollouts`: note the policies with which `jobs_ahead` generate."""
+
+    @property
+    def jobs_ahead(self) -> JobsAhead | None:
+        """What is being generated, or still to be, while training goes on: the same after a resume."""
 
     def train_epoch(self, epoch: int) -> list[dict[str, float]]:
         """One epoch of gradient updates; metrics per member."""

@@ -11,11 +11,8 @@ batch_size) rows of the dataset, the rest come from the member's own ring of mod
 from __future__ import annotations
 
 import copy
-import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -26,26 +23,19 @@ from agents.actors import SquashedGaussianActor
 from agents.chunk import ChunkRunner
 from agents.config import SACConfig, actor_lr_scale, check_positive, make_sac
 from agents.diagnostics import EdgeTest, Standardiser, measure
-from agents.dynamics import (
-    DynamicsConfig,
-    Ensemble,
-    EpochReport,
-    together_settings,
-    train_ensemble,
-    train_ensembles,
-    training_settings,
-)
+from agents.dynamics import DynamicsConfig, Ensemble
 from agents.dynamics_reward import NOT_DISTILLED, too_many
 from agents.dynamics_reward_training import DynamicsRewardConfig, reward_stage
+from agents.dynamics_stage import ensemble_stage
 from agents.graphs import default_capture
-from agents.method import BuildTogether, Measures, RolloutJob, RolloutResult, Stage, TrainingData
+from agents.method import Measures, RolloutJob, RolloutResult, Stage, TrainingData
 from agents.model_error import ModelError, simulator
 from agents.model_quality import check_quality, dynamics_of_quality
 from agents.policies import squashed_arrays
-from agents.randomness import generator
 from agents.replay import Replay, transition_rows
-from agents.rollout import MAX_LENGTH, Dynamics, Penalty, shard_size
+from agents.rollout import MAX_LENGTH, SHARD_ROWS, Dynamics, Penalty
 from agents.sac import TargetHook
+from agents.synthetic import ModelRollouts, by_member, generation_metrics
 from agents.transition_filter import FilterConfig, FilteredDynamics, filtering_reward
 from envs.errors import UserError
 from envs.reach import exact_edge_test
@@ -54,7 +44,6 @@ from envs.termination import termination_rule
 ROLLOUT_STARTS = ("all", "initial")
 # starts of a shard of filtered rollouts on a CPU, which take so long that the usual 2,000 are to be shared
 FILTERED_SHARD_ROWS = 500
-SURVIVAL = (10, 50, 90)  # percentiles of the rollouts' lengths
 
 
 @dataclass
@@ -111,56 +100,6 @@ class ModelBasedConfig(SACConfig):
         return self.dynamics.filter != "none"
 
 
-def ensemble_stage(config: DynamicsConfig) -> Stage:
-    """The dynamics ensemble as a stage; ensembles that differ in `agents.dynamics.TOGETHER` only train in one batch."""
-
-    def build(data: TrainingData, report: Callable[[int, Mapping[str, float]], None]) -> dict[str, Any]:
-        def on_epoch(epoch: EpochReport) -> None:
-            report(epoch.epoch, _epoch_metrics(epoch))
-
-        return train_ensemble(*_columns(data), config, on_epoch).state_dict()
-
-    def build_together(
-        settings: Sequence[Mapping[str, Any]],
-        data: TrainingData,
-        report: Callable[[int, int, Mapping[str, float]], None],
-    ) -> list[dict[str, Any] | UserError]:
-        def on_epoch(which: int, epoch: EpochReport) -> None:
-            report(which, epoch.epoch, _epoch_metrics(epoch))
-
-        trained = train_ensembles(*_columns(data), [DynamicsConfig(**one) for one in settings], on_epoch)
-        return [one if isinstance(one, UserError) else one.state_dict() for one in trained]
-
-    together = BuildTogether(together_settings(config), build_together)
-    return Stage("dynamics_ensemble", training_settings(config), build, together)
-
-
-def _columns(data: TrainingData) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return data.observations, data.actions, data.rewards, data.next_observations
-
-
-def _epoch_metrics(epoch: EpochReport) -> dict[str, float]:
-    errors = epoch.holdout_mse
-    return {
-        "train_loss": epoch.train_loss, "holdout_mse_best": min(errors), "holdout_mse_mean": sum(errors) / len(errors),
-        "learning_rate": epoch.learning_rate,
-    }  # fmt: skip
-
-
-def _percentiles(num_rollouts: int, survivors: Sequence[int]) -> list[int]:
-    """The smallest lengths that so many percent of rollouts do not exceed as `SURVIVAL` says. A length is the number of
-    a rollout's transitions, 0 where the first was not kept.
-
-    Args:
-        survivors: transitions of each step.
-    """
-    longer = [*survivors, 0]  # than 0 steps, than 1 step, ...
-    return [
-        next(n for n, count in enumerate(longer) if 100 * (num_rollouts - count) >= percent * num_rollouts)
-        for percent in SURVIVAL
-    ]
-
-
 class ModelBasedSAC:
     """A pack of M runs. Methods give it a penalty (or none) and their settings."""
 
@@ -185,6 +124,11 @@ class ModelBasedSAC:
         hook = self.target_hook(artifacts)
         self.sac = make_sac(configs, self.seeds, data.observation_dim, data.action_dim, device, hook)
         self.num_starts = shared.rollout_batch
+        self.rollouts = ModelRollouts(
+            self.dynamics, data, self.device, self.num_starts, shared.rollout_length,
+            initial_only=shared.rollout_starts == "initial", penalty=type(self).penalty, cut=shared.filter.cut,
+            with_states=shared.model_quality > 0, shard_rows=FILTERED_SHARD_ROWS if shared.filtered else SHARD_ROWS,
+        )  # fmt: skip
         capacity = self.num_starts * shared.rollout_length * shared.rollout_epochs_retained
         real = transition_rows(data.observations, data.actions, data.rewards, data.terminals, data.next_observations)
         needs_model = self.num_real < shared.batch_size
@@ -227,6 +171,10 @@ class ModelBasedSAC:
     def num_members(self) -> int:
         return len(self.seeds)
 
+    @property
+    def rollout_model(self) -> Dynamics:
+        return self.dynamics
+
     # ---- rollouts ---------------------------------------------------------------------------------------------
 
     def penalty_coef(self, config: Any) -> float:
@@ -236,74 +184,33 @@ class ModelBasedSAC:
     def rollout_jobs(self, epoch: int) -> list[RolloutJob]:
         if not self.replay.capacity:
             return []
-        length, actor = self.shared.rollout_length, SquashedGaussianActor(self.sac.actor)
-        size, rows = shard_size(self.device, actor, self.dynamics, length)
-        if self.shared.filtered and self.device.type == "cpu":
-            rows = min(rows, FILTERED_SHARD_ROWS)
-        termination, jobs = self.data.termination, []
-        for members in (range(m, min(m + size, self.num_members)) for m in range(0, self.num_members, size)):
-            seeds = tuple(self.seeds[m] for m in members)
-            coef = torch.tensor([self.penalty_coef(self.configs[m]) for m in members], device=self.device)
-            policies = actor.select(members)
-            starts_MB = torch.stack([self._draw_starts(seed, epoch) for seed in seeds])
-            for shard, index_MB in enumerate(starts_MB.split(rows, dim=1)):
-                jobs.append(RolloutJob(
-                    tuple(members), seeds, epoch, shard, termination, policies,
-                    self.data.observations[index_MB], length, type(self).penalty, coef, self._states(index_MB),
-                    self.shared.filter.cut,
-                ))  # fmt: skip
-        return jobs
-
-    def _states(self, index_MB: Tensor) -> Tensor | None:
-        """The simulator's states `(M, B, X)` of rows of the dataset, if rollouts step through it and it is known."""
-        states = self.data.states if self.shared.model_quality > 0 else None
-        return None if states is None else states[index_MB.to(states.device)]
-
-    def _draw_starts(self, seed: int, epoch: int) -> Tensor:
-        """Row numbers `(num_starts,)` of the dataset, without replacement where it has enough of them."""
-        source, rows = generator(seed, "starts", epoch, device=self.device), None
-        if self.shared.rollout_starts == "initial":
-            rows = self.data.episode_starts
-            if rows is None:
-                raise ValueError("the data does not say where its episodes start")
-        n = len(self.data.observations if rows is None else rows)
-        if n >= self.num_starts:
-            drawn = torch.randperm(n, generator=source, device=self.device)[: self.num_starts]
-        else:
-            drawn = torch.randint(n, (self.num_starts,), generator=source, device=self.device)
-        return drawn if rows is None else rows[drawn]
+        coefs = [self.penalty_coef(config) for config in self.configs]
+        return self.rollouts.jobs(SquashedGaussianActor(self.sac.actor), self.seeds, epoch, coefs)
 
     def add_rollouts(self, results: Sequence[RolloutResult]) -> list[dict[str, float]]:
         if not results:
             return [{} for _ in range(self.num_members)]
         per_member: list[dict[str, float]] = []
-        for m in range(self.num_members):
-            mine = [(r, r.members.index(m)) for r in results if m in r.members]
-            if not mine:
-                raise ValueError(f"no rollouts for member {m} of {self.num_members}")
-            total = reduce(operator.add, (result.statistics[place] for result, place in mine))
-            for result, place in mine:
-                self.replay.add(m, result.rows[place], result.tags[place])
+        for m, generated in enumerate(by_member(results, self.num_members)):
+            for rows, tags in generated.parts:
+                self.replay.add(m, rows, tags)
+            total = generated.statistics
             count = max(total.transitions, 1)
-            metrics = {
-                "rollout/transitions": float(total.transitions),
-                "rollout/mean_length": total.transitions / self.num_starts,
-                "rollout/terminal_share": total.terminals / count,
-                # not a number where nothing could be kept and there is nothing to learn from
-                "rollout/reward_mean": total.reward_sum / count if self.replay.sizes[m] else math.nan,
-                "rollout/dropped": float(total.dropped),
-                "rollout/epochs_held": self.replay.sizes[m] / count,
-            }
+            metrics = generation_metrics(total, self.num_starts, bool(self.replay.sizes[m]))
+            metrics["epochs_held"] = self.replay.sizes[m] / count
             if type(self).penalty is not None:
-                metrics["rollout/penalty_mean"] = total.penalty_sum / count
+                metrics["penalty_mean"] = total.penalty_sum / count
             if self.shared.filtered:
                 steps = total.transitions + (total.cut if self.shared.filter.cut == "drop" else 0)
-                metrics["rollout/cut_share"] = total.cut / self.num_starts
-                metrics["rollout/dynamics_reward_mean"] = total.dynamics_reward_sum / max(steps, 1)
-            lengths = _percentiles(self.num_starts, total.survivors)
-            metrics.update({f"rollout/length_p{p}": float(n) for p, n in zip(SURVIVAL, lengths, strict=True)})
-            per_member.append(metrics)
+                metrics["cut_share"] = total.cut / self.num_starts
+                metrics["dynamics_reward_mean"] = total.dynamics_reward_sum / max(steps, 1)
+            per_member.append({f"rollout/{name}": value for name, value in metrics.items()})
         return per_member
+
+    def ask_ahead(self, epoch: int) -> None:
+        """Rollouts start from the policies of their epoch: nothing is asked for ahead."""
+
+    jobs_ahead = None
 
     # ---- updates ----------------------------------------------------------------------------------------------
 

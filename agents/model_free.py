@@ -1,6 +1,7 @@
-"""What the model-free methods share: a pack that learns from the rows of its dataset alone.
+"""What the model-free methods share: a pack that learns from the rows of its dataset, and beside them from synthetic
+ones if there is a source of those (`agents.synthetic`).
 
-An epoch is `updates_per_epoch` gradient updates. There are no stages and no rollouts.
+An epoch is `updates_per_epoch` gradient updates. Without a source there are no stages and no rollouts.
 
 Shapes: M member, N critic, G = M*N, K noises, B batch, S observation, A action, W columns of a row, X any width.
 """
@@ -10,20 +11,103 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from agents.actors import Actor, actor_from_arrays
 from agents.chunk import ChunkRunner, Updater
 from agents.config import ScheduleConfig
+from agents.dynamics import DynamicsConfig, Ensemble
+from agents.dynamics_stage import ensemble_stage
+from agents.edm_sampler import SamplerConfig
 from agents.graphs import default_capture
-from agents.method import RolloutJob, RolloutResult, Stage, TrainingData
+from agents.guidance import GuidanceConfig, check_guidance
+from agents.method import Job, JobsAhead, Measures, RolloutResult, Stage, TrainingData
 from agents.networks import StackedMLP
 from agents.policies import with_standardisation
 from agents.replay import Replay, transition_rows
-from agents.rollout import Dynamics
+from agents.rollout import MAX_LENGTH
+from agents.synthetic import DiffusionSource, EnsembleSource, Pools, PoolSource, SyntheticConfig, mapped_rows
+from agents.trajectory_diffusion import DiffusionConfig, TrajectoryModel, diffusion_stage
+from agents.trajectory_metrics import PoolDiagnostics
+from envs.errors import UserError
+from envs.termination import termination_rule
+
+SOURCE_PARTS = {"none": (), "diffusion": ("diffusion", "sampler", "guidance"), "ensemble": ("dynamics",)}
+"""The parts of a configuration that each source of synthetic rows needs."""
+
+
+@dataclass
+class ModelFreeConfig(ScheduleConfig):
+    """What every model-free method has: a schedule, and where synthetic rows come from, if any do."""
+
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    # of synthetic.source=diffusion
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    # of synthetic.source=ensemble
+    dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one = self.synthetic
+        if one.source == "none":
+            return
+        if one.refresh_every % self.updates_per_epoch:
+            raise UserError(
+                f"method.synthetic.refresh_every={one.refresh_every} must be a multiple of "
+                f"method.updates_per_epoch={self.updates_per_epoch}"
+            )
+        if one.source == "diffusion":
+            check_guidance(self.guidance, self.sampler)
+            if one.length not in (None, self.diffusion.length - 1):
+                raise UserError(
+                    f"method.synthetic.length={one.length} must be one less than method.diffusion.length="
+                    f"{self.diffusion.length}, or null: the model generates trajectories of its own length"
+                )
+        if self.synthetic_length > MAX_LENGTH:
+            raise UserError(
+                f"method.diffusion.length={self.diffusion.length} must be at most {MAX_LENGTH + 1} for synthetic rows"
+            )
+        if one.source == "ensemble" and self.dynamics.filter != "none":
+            raise UserError(
+                f"method.dynamics.filter={self.dynamics.filter} needs a model-based method; a model-free one rolls out "
+                "in the plain ensemble"
+            )
+
+    @property
+    def num_real(self) -> int:
+        """Rows of a batch that are of the dataset."""
+        one = self.synthetic
+        return self.batch_size if one.source == "none" else int(one.real_ratio * self.batch_size)
+
+    @property
+    def synthetic_length(self) -> int:
+        """Transitions of a synthetic trajectory."""
+        return self.synthetic.length or self.diffusion.length - 1
+
+    @property
+    def ring_rows(self) -> int:
+        """Synthetic rows of a member, all at once."""
+        one = self.synthetic
+        return 0 if one.source == "none" else one.num_trajectories * self.synthetic_length * one.pools_retained
+
+    @property
+    def num_rollout_phases(self) -> int:
+        one = self.synthetic
+        return 0 if one.source == "none" else -(-self.num_updates // one.refresh_every)
+
+    @property
+    def idle_parts(self) -> tuple[str, ...]:
+        """Parts that nothing depends on (see `agents.method.effective_settings`)."""
+        used = SOURCE_PARTS[self.synthetic.source]
+        idle = {name for names in SOURCE_PARTS.values() for name in names} - set(used)
+        return (*sorted(idle), *(() if used else ("synthetic",)))
 
 
 class PackUpdater(Updater, Protocol):
@@ -42,12 +126,12 @@ class ModelFree(ABC):
 
     Args:
         configs: one per member; what is not per member is equal in all of them.
-        artifacts: none.
+        artifacts: of the source of synthetic rows, if there is one.
     """
 
     def __init__(
         self,
-        configs: Sequence[ScheduleConfig],
+        configs: Sequence[ModelFreeConfig],
         seeds: Sequence[int],
         data: TrainingData,
         artifacts: Mapping[str, dict[str, Any]],
@@ -61,9 +145,16 @@ class ModelFree(ABC):
         self._standardises = data.observation_mean is None and self.data.observation_mean is not None
         d = self.data
         rows = transition_rows(d.observations, d.actions, d.rewards, d.terminals, d.next_observations)
-        self.replay = Replay(rows, len(self.seeds), 0, device)
+        self.replay = Replay(rows, len(self.seeds), self.shared.ring_rows, device)
         self.updater = self.make_updater()
+        source = self._make_source(data, artifacts)
+        self.pools: Pools | None = None
+        if source is not None:
+            schedule = self.shared.updates_per_epoch, self.shared.num_epochs
+            as_learned = mapped_rows(data, self.data)
+            self.pools = Pools(self.shared.synthetic, source, self.seeds, self.replay, as_learned, *schedule)
         self._runner = self._make_runner()
+        self._pool_diagnostics: PoolDiagnostics | None = None
 
     def prepare(self, data: TrainingData) -> TrainingData:
         """The data that the runs learn from."""
@@ -77,26 +168,66 @@ class ModelFree(ABC):
         """A member's policy for observations as `self.data` has them (see `agents.policies`)."""
 
     @staticmethod
-    def stages(config: Any) -> dict[str, Stage]:
-        return {}
+    def stages(config: ModelFreeConfig) -> dict[str, Stage]:
+        if config.synthetic.source == "ensemble":
+            return {"dynamics": ensemble_stage(config.dynamics)}
+        return {"trajectories": diffusion_stage(config.diffusion)} if config.synthetic.source == "diffusion" else {}
 
     @staticmethod
-    def check_environment(config: Any, env_id: str) -> None:
-        return None
+    def check_environment(config: ModelFreeConfig, env_id: str) -> None:
+        by_rule = {"ensemble": True, "diffusion": config.sampler.terminals == "rule", "none": False}
+        if by_rule[config.synthetic.source]:
+            termination_rule(env_id)
 
     @property
     def num_members(self) -> int:
         return len(self.seeds)
 
-    @property
-    def dynamics(self) -> Dynamics:
-        raise ValueError("a model-free method has no dynamics")
+    # ---- synthetic rows -----------------------------------------------------------------------------------------
 
-    def rollout_jobs(self, epoch: int) -> list[RolloutJob]:
-        return []
+    def _make_source(self, data: TrainingData, artifacts: Mapping[str, dict[str, Any]]) -> PoolSource | None:
+        """Where synthetic rows come from.
+
+        Args:
+            data: in the units in which the stages have seen it.
+        """
+        one = self.shared
+        if one.synthetic.source == "ensemble":
+            ensemble = Ensemble.from_state_dict(artifacts["dynamics"]).to(self.device)
+            return EnsembleSource(ensemble, data, self.device, one.synthetic, one.synthetic_length)
+        if one.synthetic.source == "diffusion":
+            model = TrajectoryModel.from_state_dict(artifacts["trajectories"])
+            coefs = [config.guidance.coef for config in self.configs]
+            return DiffusionSource(
+                model.to(self.device), data, self.device, one.synthetic, one.sampler, one.guidance, coefs
+            )
+        return None
+
+    def actor(self) -> Actor:
+        """The policies as they are, copied, for observations as the data given to `__init__` has them."""
+        return actor_from_arrays([self.policy(m) for m in range(self.num_members)], device=self.device)
+
+    @property
+    def rollout_model(self) -> Any:
+        if self.pools is None:
+            raise ValueError("nothing is generated here")
+        return self.pools.source.model
+
+    def rollout_jobs(self, epoch: int) -> Sequence[Job]:
+        return [] if self.pools is None else self.pools.jobs(epoch, self.actor)
 
     def add_rollouts(self, results: Sequence[RolloutResult]) -> list[dict[str, float]]:
-        return [{} for _ in self.seeds]
+        if self.pools is None or not results:
+            return [{} for _ in self.seeds]
+        return self.pools.add(results)
+
+    def ask_ahead(self, epoch: int) -> None:
+        if self.pools is not None:
+            self.pools.ask_ahead(epoch, self.actor)
+
+    @property
+    def jobs_ahead(self) -> JobsAhead | None:
+        return None if self.pools is None else self.pools.ahead
 
     # ---- updates ----------------------------------------------------------------------------------------------
 
@@ -104,13 +235,27 @@ class ModelFree(ABC):
         return ChunkRunner(self.updater, self.replay, self.shared.precision, default_capture(self.device))
 
     def train_epoch(self, epoch: int) -> list[dict[str, float]]:
-        cfg = self.shared
-        return self._runner.run_epoch(self.seeds, epoch, cfg.updates_per_epoch, cfg.batch_size, 0, self.data.action_dim)
+        cfg, num_real = self.shared, self.shared.num_real
+        metrics = self._runner.run_epoch(
+            self.seeds, epoch, cfg.updates_per_epoch, num_real, cfg.batch_size - num_real, self.data.action_dim
+        )
+        if self.pools is None:
+            return metrics
+        return [{**row, **self.pools.staleness(epoch + 1)} for row in metrics]
 
     # ---- members and checkpoints --------------------------------------------------------------------------------
 
-    def diagnostics(self, epoch: int) -> list[dict[str, float]]:
-        return [{} for _ in range(self.num_members)]
+    def diagnostics(self, epoch: int) -> list[Measures]:
+        """Metrics `synthetic/*` of what the pools hold (see `agents.trajectory_metrics`)."""
+        if self.pools is None:
+            return [{} for _ in range(self.num_members)]
+        if self._pool_diagnostics is None:  # made once, of the whole dataset
+            self._pool_diagnostics = PoolDiagnostics(self.data)
+        members = range(self.num_members)
+        # pools and policies as the runs learn them
+        actor = actor_from_arrays([self.actor_arrays(m) for m in members], device=self.device)
+        rows, tags = ([of(m) for m in members] for of in (self.replay.member_rows, self.replay.member_tags))
+        return self._pool_diagnostics(actor, rows, tags, self.seeds, epoch, self.shared.synthetic_length)
 
     def policy(self, member: int) -> dict[str, np.ndarray]:
         arrays = self.actor_arrays(member)
@@ -123,14 +268,21 @@ class ModelFree(ABC):
         other = copy.copy(self)
         other.configs, other.seeds = [self.configs[m] for m in members], [self.seeds[m] for m in members]
         other.updater, other.replay = self.updater.select(members), self.replay.select(members)
+        other.pools = None if self.pools is None else self.pools.select(members, other.replay)
         other._runner = other._make_runner()
         return other
 
     def state_dict(self) -> dict[str, Any]:
-        return {"updater": self.updater.state_dict()}
+        state = {"updater": self.updater.state_dict()}
+        if self.pools is not None:
+            state |= {"replay": self.replay.state_dict(), "pools": self.pools.state_dict()}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updater.load_state_dict(state["updater"])
+        if self.pools is not None:
+            self.replay.load_state_dict(state["replay"])
+            self.pools.load_state_dict(state["pools"], self.actor)
 
 
 # ---- what updaters are made of --------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from agents.products import affine, product
 
+_LAYER_NORM_EPS = 1e-6  # flax's, under the square root
 _PART_BYTES = 512 * 1024  # activations of one layer of a part, so that a part's pass stays in a core's cache
 
 
@@ -85,17 +86,17 @@ class StackedMLP:
 
     def to(self, device: torch.device | str) -> StackedMLP:
         """A copy on another device."""
-        return _rebuild(self.lead, self.sizes, self.flat, device)
+        return _rebuild(type(self), self.lead, self.sizes, self.flat, device)
 
     def select(self, members: Sequence[int]) -> StackedMLP:
         """The networks of some members (indices into the first leading axis), copied."""
-        other = StackedMLP((len(members), *self.lead[1:]), self.sizes, self.flat.device)
+        other = type(self)((len(members), *self.lead[1:]), self.sizes, self.flat.device)
         gather_members(self, self.flat, other, other.flat, members)
         return other
 
     def __reduce__(self) -> tuple[object, ...]:
         # pickled as a whole, every view would carry the whole storage again
-        return _rebuild, (self.lead, self.sizes, self.flat)
+        return _rebuild, (type(self), self.lead, self.sizes, self.flat)
 
     def parts(self, batch: int) -> list[tuple[slice, StackedMLP]]:
         """The stack in parts that share its storage, with their places in it.
@@ -116,7 +117,7 @@ class StackedMLP:
         return self._part(slice(index, self.num_stacked, self.num_stacked // self.lead[0]))
 
     def _part(self, place: slice) -> StackedMLP:
-        part = StackedMLP.__new__(StackedMLP)
+        part = type(self).__new__(type(self))
         part.num_stacked = len(range(*place.indices(self.num_stacked)))
         part.sizes, part.lead = self.sizes, (part.num_stacked,)
         layers = (self.weights, self.biases, self.weight_grads, self.bias_grads)
@@ -196,11 +197,86 @@ class StackedMLP:
 
 
 def _rebuild(
-    lead: tuple[int, ...], sizes: tuple[int, ...], flat: Tensor, device: torch.device | str | None = None
-) -> StackedMLP:
-    network = StackedMLP(lead, sizes, flat.device if device is None else device)
+    kind: type[StackedMLP], lead: tuple[int, ...], sizes: tuple[int, ...], flat: Tensor,
+    device: torch.device | str | None = None,
+) -> StackedMLP:  # fmt: skip
+    network = kind(lead, sizes, flat.device if device is None else device)
     network.flat.copy_(flat)
     return network
+
+
+class StackedLayerNormMLP(StackedMLP):
+    """A `StackedMLP` with layer normalisation (Ba et al. 2016, arXiv 1607.06450) behind every ReLU:
+
+        h_l = scale_l (u - mean u) / sqrt(var u + 1e-6) + shift_l,    u = relu(h_{l-1} W_l + b_l)
+
+    with mean and variance over a row's hidden units. Scales start as 1 and shifts as 0. What `forward` returns beside
+    the outputs, and `hidden_gradients`, hold more than the base class's, behind what that has.
+    """
+
+    def __init__(self, lead: Sequence[int], sizes: Sequence[int], device: torch.device | str = "cpu") -> None:
+        super().__init__(lead, sizes, device)
+        self.scales, self.shifts = self._norm_views(self.flat)
+        self._scale_grads, self._shift_grads = self._norm_views(self.grad)
+        for scale in self.scales:
+            scale.fill_(1.0)
+
+    def _size(self) -> int:
+        return super()._size() + 2 * self.num_stacked * sum(self.sizes[1:-1])
+
+    def _norm_views(self, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Scales and shifts `(G, 1, H)` of every hidden layer; they lie behind the weights and biases."""
+        widths = [width for width in self.sizes[1:-1] for _ in range(2)]
+        pieces = flat[super()._size() :].split([self.num_stacked * width for width in widths])
+        views = [piece.view(self.num_stacked, 1, width) for piece, width in zip(pieces, widths, strict=True)]
+        return views[::2], views[1::2]
+
+    def blocks(self, flat: Tensor) -> list[Tensor]:
+        pairs = zip(*self._norm_views(flat), strict=True)
+        return [*super().blocks(flat), *(t.view(*self.lead, -1) for pair in pairs for t in pair)]
+
+    def _part(self, place: slice) -> StackedLayerNormMLP:
+        part = super()._part(place)
+        assert isinstance(part, StackedLayerNormMLP)
+        for name in ("scales", "shifts", "_scale_grads", "_shift_grads"):
+            setattr(part, name, [t[place] for t in getattr(self, name)])
+        return part
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        inputs, norms = [x], []
+        for (weight, bias), scale, shift in zip(self._hidden_layers, self.scales, self.shifts, strict=True):
+            u = affine(bias, x, weight, relu=True)
+            unit, mean, inverse_std = torch.native_layer_norm(u, u.shape[-1:], None, None, _LAYER_NORM_EPS)
+            x = torch.addcmul(shift, unit, scale)
+            inputs.append(x)
+            norms += [u, unit, mean, inverse_std]
+        return affine(self.biases[-1], x, self.weights[-1], relu=False), inputs + norms
+
+    def hidden_gradients(self, inputs: list[Tensor], grad_out: Tensor) -> list[Tensor]:
+        first = torch.mul if grad_out.shape[-1] == 1 else torch.bmm
+        grad_h, num_hidden = first(grad_out, self._transposed[-1]), len(self.scales)
+        deltas, grads_h = [], []
+        for layer in range(num_hidden - 1, -1, -1):
+            u, _, mean, inverse_std = inputs[num_hidden + 1 + 4 * layer : num_hidden + 5 + 4 * layer]
+            grad_u = torch.ops.aten.native_layer_norm_backward(
+                grad_h * self.scales[layer], u, u.shape[-1:], mean, inverse_std, None, None, [True, False, False]
+            )[0]
+            deltas.append(relu_gradient_(grad_u, u))
+            grads_h.append(grad_h)
+            if layer:
+                grad_h = product(deltas[-1], self._transposed[layer])
+        return deltas[::-1] + grads_h[::-1]
+
+    def row_gradient(self, g: int, inputs: list[Tensor], rows: Tensor, start: int, stop: int) -> Tensor:
+        raise NotImplementedError("rows of a normalised network: take hidden_gradients and input_gradient")
+
+    def write_gradients(self, inputs: list[Tensor], deltas: list[Tensor], grad_out: Tensor) -> None:
+        num_hidden = len(self.scales)
+        super().write_gradients(inputs[: num_hidden + 1], deltas[:num_hidden], grad_out)
+        for layer, grad_h in enumerate(deltas[num_hidden:]):
+            unit = inputs[num_hidden + 2 + 4 * layer]
+            torch.sum(grad_h * unit, dim=1, keepdim=True, out=self._scale_grads[layer])
+            torch.sum(grad_h, dim=1, keepdim=True, out=self._shift_grads[layer])
 
 
 class StackedScalar:
@@ -249,7 +325,8 @@ def gather_members(
         dst.copy_(src.index_select(0, index))
 
 
-INITIALISATIONS = ("edac", "edac-fan-in", "torch", "orthogonal")
+INITIALISATIONS = ("edac", "edac-fan-in", "torch", "orthogonal", "lecun")
+_CUT_NORMAL_STD = 0.87962566103423978  # of a standard normal distribution cut at two standard deviations
 
 
 def initialise(network: StackedMLP, generators: Sequence[torch.Generator], *, scheme: str, last_bound: float) -> None:
@@ -261,6 +338,8 @@ def initialise(network: StackedMLP, generators: Sequence[torch.Generator], *, sc
             "edac": the same but +-1/sqrt(out) for the hidden weights, as the critics of the released RAVL and of CORL's
             EDAC have it (their `(in, out)` weights go to an initialiser that expects `(out, in)`; actors are as above).
             "orthogonal": orthogonal weights times sqrt(2) in every layer, no biases, as jaxrl and IQL have it.
+            "lecun": weights of variance 1/in from a normal distribution cut at two of its standard deviations (LeCun et
+            al. 1998), no biases: flax's default.
     """
     if scheme not in INITIALISATIONS:
         raise ValueError(f"unknown initialisation {scheme!r}; one of {', '.join(INITIALISATIONS)}")
@@ -276,6 +355,14 @@ def initialise(network: StackedMLP, generators: Sequence[torch.Generator], *, sc
                 for g in range(m * per_member, (m + 1) * per_member):
                     drawn = torch.nn.init.orthogonal_(torch.empty(n_in, n_out), math.sqrt(2.0), generator)
                     weight[g].copy_(drawn)
+            bias.zero_()
+            continue
+        if scheme == "lecun":
+            std = 1.0 / (_CUT_NORMAL_STD * math.sqrt(n_in))
+            for m, generator in enumerate(generators):
+                drawn = torch.empty(per_member, n_in, n_out)
+                torch.nn.init.trunc_normal_(drawn, 0.0, std, -2.0 * std, 2.0 * std, generator)
+                weight[m * per_member : (m + 1) * per_member] = drawn
             bias.zero_()
             continue
         for m, generator in enumerate(generators):

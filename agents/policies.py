@@ -11,14 +11,16 @@ from agents.networks import StackedMLP
 from agents.sac import LOG_STD_MAX, LOG_STD_MIN
 
 
-def squashed_arrays(actor: StackedMLP, member: int) -> dict[str, np.ndarray]:
+def squashed_arrays(
+    actor: StackedMLP, member: int, log_std_min: float = LOG_STD_MIN, log_std_max: float = LOG_STD_MAX
+) -> dict[str, np.ndarray]:
     """One member's tanh-Gaussian actor, outputs `(mean, log std)` of width 2A, for actions in [-1, 1]."""
     arrays, weight, bias = _layers(actor, member)
     action_dim = len(bias) // 2
     arrays["kind"] = np.array("squashed")
     arrays["Wm"], arrays["bm"] = weight[:action_dim], bias[:action_dim]
     arrays["Ws"], arrays["bs"] = weight[action_dim:], bias[action_dim:]
-    arrays["log_std_min"], arrays["log_std_max"] = np.array(LOG_STD_MIN, np.float32), np.array(LOG_STD_MAX, np.float32)
+    arrays["log_std_min"], arrays["log_std_max"] = np.array(log_std_min, np.float32), np.array(log_std_max, np.float32)
     return arrays
 
 

@@ -62,6 +62,13 @@ class Replay:
         self._cursors[member] = (cursor + len(rows)) % self.capacity
         self.sizes[member] = min(self.sizes[member] + len(rows), self.capacity)
 
+    def keep_newest(self, member: int, count: int) -> None:
+        """Forget all rows of a member's ring but the `count` added last."""
+        start, size = self._start(member), self.sizes[member]
+        oldest = self._cursors[member] if size == self.capacity else 0
+        order = torch.arange(size - count, size, device=self.device).add_(oldest).remainder_(max(size, 1)).add_(start)
+        self._restore(member, self._rows[order], self.tags[order], count % self.capacity)
+
     def draw_indices(
         self, member: int, num_updates: int, num_real: int, num_model: int, generator: torch.Generator
     ) -> Tensor:

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from agents.config import SACConfig, actor_lr_scale, make_sac
-from agents.model_free import ModelFree
+from agents.model_free import ModelFree, ModelFreeConfig
 from agents.policies import squashed_arrays
 from agents.sac import SAC
 
 
 @dataclass
-class SACNConfig(SACConfig):
+class SACNConfig(SACConfig, ModelFreeConfig):
     """SAC-N's hyperparameters; per-dataset values in agents/sac_n.yaml."""
 
     num_critics: int = 10
@@ -34,9 +34,9 @@ class SACNConfig(SACConfig):
 class SACN(ModelFree):
     """A pack of SAC-N runs."""
 
-    Config: type[SACConfig] = SACNConfig
-    configs: Sequence[SACConfig]
-    shared: SACConfig
+    Config: type[SACNConfig] = SACNConfig
+    configs: Sequence[SACNConfig]
+    shared: SACNConfig
     updater: SAC
 
     def make_updater(self) -> SAC:

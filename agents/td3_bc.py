@@ -11,6 +11,11 @@ pi(s) is a tanh of a network's output, the mean of the squared distance is over 
 passes no gradient. Every update moves the critics; every `policy_freq`-th also the policy and then,
 by Polyak, the targets Qbar and pibar. The order is that of the released code, sfujim/TD3_BC.
 
+The code of policy-guided diffusion (Jackson et al., RLC 2024, arXiv 2404.06356) does otherwise: every update moves the
+policy first, with the critics as they are, then the critics twice on the same minibatch, each time toward targets with
+noise of their own, then the targets. `update_order: actor-first`, `policy_freq: 1` and `critic_updates: 2` do so. That
+code averages the targets at the start of the next update; the first time it copies them, which they are already.
+
 The paper standardises observations, (s - mean) / (std + 1e-3) over the dataset's states. `normalize_observations` does
 so here, and the policy that leaves a run takes the environment's observations. A dataset that is standardised already
 (`dataset=NAME,normalize=observations`) is taken as it is.
@@ -29,10 +34,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.config import ScheduleConfig, check_not_negative, check_positive
+from agents.config import check_choice, check_not_negative, check_positive
 from agents.method import TrainingData, per_member
 from agents.model_free import (
     ModelFree,
+    ModelFreeConfig,
     bellman_target,
     load_networks,
     member_values,
@@ -43,24 +49,33 @@ from agents.networks import StackedMLP, initialise
 from agents.optim import Adam
 from agents.policies import tanh_arrays
 from agents.randomness import generator
+from agents.sac import UPDATE_ORDERS
 
 
 @dataclass
-class TD3BCConfig(ScheduleConfig):
+class TD3BCConfig(ModelFreeConfig):
     """TD3+BC's hyperparameters, as released. Fields marked per member may differ inside a pack."""
 
     alpha: float = per_member(2.5)  # weight of the value against the distance to the data
     policy_noise: float = per_member(0.2)  # sigma, of actions in [-1, 1]
     noise_clip: float = per_member(0.5)  # c
-    policy_freq: int = 2  # critic updates per policy update
+    policy_freq: int = 2  # updates per update of the policy and the targets
+    critic_updates: int = 1  # steps of the critics per update, on one minibatch, each with noise of its own in y
+    # critics-first: critics, policy, targets (TD3) | actor-first: policy, critics, targets (policy-guided diffusion)
+    update_order: str = "critics-first"
+    lambda_eps: float = 0.0  # added to mean |Q_1| in lambda
+    adam_eps: float = 1e-8
+    initialisation: str = "torch"  # torch | lecun
     actor_lr: float = per_member(3e-4)
     critic_lr: float = per_member(3e-4)
     normalize_observations: bool = True  # nothing is done to a dataset that is standardised already
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "policy_freq", "actor_lr", "critic_lr")
-        check_not_negative(self, "alpha", "policy_noise", "noise_clip")
+        check_positive(self, "policy_freq", "critic_updates", "actor_lr", "critic_lr", "adam_eps")
+        check_not_negative(self, "alpha", "policy_noise", "noise_clip", "lambda_eps")
+        check_choice(self, "update_order", UPDATE_ORDERS)
+        check_choice(self, "initialisation", ("torch", "lecun"))
 
 
 class TD3BCUpdater:
@@ -73,7 +88,6 @@ class TD3BCUpdater:
         device: where everything lives.
     """
 
-    num_noises = 1
     _stacks = ("actor", "critic", "target_actor", "target_critic")
     _optims = ("actor_optim", "critic_optim")
 
@@ -87,17 +101,18 @@ class TD3BCUpdater:
     ) -> None:
         self.configs = list(configs)
         self.observation_dim, self.action_dim = observation_dim, action_dim
-        self.period = configs[0].policy_freq
-        self.gamma, self.tau = configs[0].gamma, configs[0].tau
-        m, hidden, s, a = len(configs), configs[0].hidden, observation_dim, action_dim
+        shared = configs[0]
+        self.period, self.num_noises = shared.policy_freq, shared.critic_updates
+        self.gamma, self.tau = shared.gamma, shared.tau
+        m, hidden, s, a = len(configs), shared.hidden, observation_dim, action_dim
         self.actor = StackedMLP((m,), (s, *hidden, a), device)
         self.critic = StackedMLP((m, 2), (s + a, *hidden, 1), device)
         for name in ("actor", "critic"):
             draws = [generator(seed, f"init {name}") for seed in seeds]
-            initialise(getattr(self, name), draws, scheme="torch", last_bound=0.0)
+            initialise(getattr(self, name), draws, scheme=shared.initialisation, last_bound=0.0)
         self.target_actor, self.target_critic = self.actor.clone(), self.critic.clone()
-        self.actor_optim = Adam(self.actor, [c.actor_lr for c in configs])
-        self.critic_optim = Adam(self.critic, [c.critic_lr for c in configs])
+        self.actor_optim = Adam(self.actor, [c.actor_lr for c in configs], shared.adam_eps)
+        self.critic_optim = Adam(self.critic, [c.critic_lr for c in configs], shared.adam_eps)
         self._bind()
 
     def _bind(self) -> None:
@@ -117,31 +132,52 @@ class TD3BCUpdater:
     def update(
         self, rows_MBW: Tensor, noise_KMBA: Tensor, turn: int = 0, with_metrics: bool = False
     ) -> dict[str, Tensor] | None:
-        """One gradient step of every member (see `agents.chunk.Updater`); the policies' at the last turn."""
-        obs, action, state_action, reward, done, next_obs = split_rows(rows_MBW, self.observation_dim, self.action_dim)
-        target = self._target(reward, done, next_obs, noise_KMBA[0])
+        """One update of every member (see `agents.chunk.Updater`); the policies' and the targets' at the last turn."""
+        moves, shared = turn == self.period - 1, self.configs[0]
+        metrics: dict[str, Tensor] = {}
+        if shared.update_order == "actor-first":
+            metrics = self._learn_policy(rows_MBW, moves, with_metrics)
+        for noise_MBA in noise_KMBA:
+            q_M2B, target = self._learn_values(rows_MBW, noise_MBA)
+        if shared.update_order == "critics-first":
+            metrics = self._learn_policy(rows_MBW, moves, with_metrics)
+        if moves:
+            self.target_critic.flat.lerp_(self.critic.flat, self.tau)
+            self.target_actor.flat.lerp_(self.actor.flat, self.tau)
+        if not with_metrics:
+            return None
+        return metrics | {
+            "q_mean": q_M2B.mean((1, 2)),
+            "target_q": target.mean(1),
+            "critic_loss": (q_M2B - target.unsqueeze(1)).square_().mean(2).sum(1),
+        }
+
+    def _learn_values(self, rows_MBW: Tensor, noise_MBA: Tensor) -> tuple[Tensor, Tensor]:
+        """Step of the critics; their values before it, `(M, 2, B)`, and their targets `(M, B)`."""
+        _, _, state_action, reward, done, next_obs = split_rows(rows_MBW, self.observation_dim, self.action_dim)
+        target = self._target(reward, done, next_obs, noise_MBA)
         q_M2B = regress_twins(self.critic, state_action, target)
         self.critic_optim.step()
-        metrics: dict[str, Tensor] | None = None
-        moves = turn == self.period - 1
-        if moves or with_metrics:
-            pi, pi_inputs, q_pi, critic_inputs = self._policy_value(obs)
-            scale_M11 = self._alpha_M11 / q_pi.abs().mean(1, keepdim=True)  # lambda
-            if with_metrics:
-                value, distance = q_pi.mean((1, 2)), (pi - action).square_().mean((1, 2))
-                metrics = {
-                    "q_mean": q_M2B.mean((1, 2)),
-                    "q_policy": value,
-                    "target_q": target.mean(1),
-                    "critic_loss": (q_M2B - target.unsqueeze(1)).square_().mean(2).sum(1),
-                    "bc_distance": distance,
-                    "actor_loss": distance - scale_M11.view(-1) * value,
-                }
-            if moves:
-                self._write_actor_gradient(pi, pi_inputs, critic_inputs, action, scale_M11)
-                self.actor_optim.step()
-                self.target_critic.flat.lerp_(self.critic.flat, self.tau)
-                self.target_actor.flat.lerp_(self.actor.flat, self.tau)
+        return q_M2B, target
+
+    def _learn_policy(self, rows_MBW: Tensor, moves: bool, with_metrics: bool) -> dict[str, Tensor]:
+        """Step of the policies if it is their turn; metrics."""
+        if not (moves or with_metrics):
+            return {}
+        obs, action, *_ = split_rows(rows_MBW, self.observation_dim, self.action_dim)
+        pi, pi_inputs, q_pi, critic_inputs = self._policy_value(obs)
+        size_M11 = q_pi.abs().mean(1, keepdim=True)
+        if self.configs[0].lambda_eps:
+            size_M11.add_(self.configs[0].lambda_eps)
+        scale_M11 = self._alpha_M11 / size_M11  # lambda
+        metrics: dict[str, Tensor] = {}
+        if with_metrics:
+            value, distance = q_pi.mean((1, 2)), (pi - action).square_().mean((1, 2))
+            loss = distance - scale_M11.view(-1) * value
+            metrics = {"q_policy": value, "bc_distance": distance, "actor_loss": loss}
+        if moves:
+            self._write_actor_gradient(pi, pi_inputs, critic_inputs, action, scale_M11)
+            self.actor_optim.step()
         return metrics
 
     def _target(self, reward: Tensor, done: Tensor, next_obs: Tensor, noise_MBA: Tensor) -> Tensor:

@@ -52,9 +52,15 @@ class TrajectoryJob:
     termination: Termination
     device: torch.device
 
+    @property
+    def num_starts(self) -> int:
+        """Trajectories of all members."""
+        return len(self.members) * self.num_trajectories
+
     def run(self, model: TrajectoryModel) -> RolloutResult:
         """The transitions of every member's trajectories; nothing behind a trajectory's first terminal."""
-        return RolloutResult(self.members, *zip(*_gather(self.trajectories(model)), strict=True))
+        rows, tags, statistics = zip(*_gather(self.trajectories(model)), strict=True)
+        return RolloutResult(self.members, rows, tags, statistics)
 
     @torch.inference_mode()
     def trajectories(self, model: TrajectoryModel) -> Trajectories:

@@ -28,9 +28,10 @@ import torch
 
 from agents.chunk import own_noise_updates
 from agents.cpu import cpu_name
-from agents.method import Method, RolloutResult, Stage, TrainingData, common_settings, load_method
+from agents.method import Method, RolloutJob, RolloutResult, Stage, TrainingData, common_settings, load_method
 from agents.policies import in_environment
 from agents.replay import Replay
+from agents.synthetic import SyntheticConfig
 from envs.dataset import Dataset
 from envs.episodes import make_env, run_episodes
 from envs.errors import UserError
@@ -56,7 +57,7 @@ class PackMeasurement:
 
     size: int
     setup_seconds: float  # until the first epoch
-    rollout_seconds: float  # of an epoch, all members
+    rollout_seconds: float  # of an epoch that begins with rollouts, all members
     update_seconds: float  # one update of all members, with the drawing of its random numbers
     memory: int  # peak growth of the process, rings full
 
@@ -65,7 +66,7 @@ class PackMeasurement:
 class StageMeasurement:
     """A stage that runs need."""
 
-    epoch_seconds: float  # with all rows
+    epoch_seconds: float  # with all rows; of one update, where it is these that the stage's settings count
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def update_work(config: Config, dataset: Dataset) -> float:
 def ring_bytes(config: Config, dataset: Dataset) -> int:
     """Of a member's model rows, once the ring is full."""
     names = ("rollout_batch", "rollout_length", "rollout_epochs_retained")
-    rows = math.prod(getattr(config.method, name, 0) for name in names)
+    rows = math.prod(getattr(config.method, name, 0) for name in names) + getattr(config.method, "ring_rows", 0)
     return rows * (4 * (2 * dataset.observation_dim + dataset.action_dim + 2) + 2)
 
 
@@ -289,17 +290,20 @@ def _artifacts(
     store = ArtifactStore(Path(config.workdir) / "artifacts")
     method = load_method(config.method_name)
     artifacts, measured = {}, {}
-    quick = method.stages(_shortened(config.method, max_epochs=2, min_epochs=0))
+    quick = method.stages(_shortened(config.method, max_epochs=2, min_epochs=0, num_updates=4))
     rows = min(STAND_IN_ROWS, len(data.observations))
     few = {item.name: getattr(data, item.name) for item in dataclasses.fields(data)}
     few = {name: v[:rows] if name in _ROW_COLUMNS and v is not None else v for name, v in few.items()}
+    if data.episode_starts is not None:
+        few["episode_starts"] = data.episode_starts[data.episode_starts < rows]
     for name, stage in method.stages(config.method).items():
         key = stage_key(stage, dataset.content_hash)
         if store.exists(stage.kind, key):
             artifacts[name] = store.load(stage.kind, key)
             continue
         artifacts[name], seconds = _stand_in(quick[name], TrainingData(**few), now)
-        measured[name] = StageMeasurement(seconds * len(data.observations) / rows)
+        of_rows = 1.0 if "num_updates" in stage.settings else len(data.observations) / rows
+        measured[name] = StageMeasurement(seconds * of_rows)
     return artifacts, measured
 
 
@@ -307,11 +311,11 @@ _ROW_COLUMNS = ("observations", "actions", "rewards", "next_observations", "term
 
 
 def _shortened(config: Any, **values: int) -> Any:
-    """A method's configuration whose stages take few epochs."""
+    """A method's configuration whose stages take few epochs, or updates if they count these."""
     changes = {}
     for item in dataclasses.fields(config):
         part = getattr(config, item.name)
-        if dataclasses.is_dataclass(part) and hasattr(part, "max_epochs"):
+        if dataclasses.is_dataclass(part) and any(hasattr(part, name) for name in values):
             known = {name: value for name, value in values.items() if hasattr(part, name)}
             changes[item.name] = dataclasses.replace(part, **known)  # type: ignore[type-var]
     return dataclasses.replace(config, **changes)
@@ -319,9 +323,17 @@ def _shortened(config: Any, **values: int) -> Any:
 
 def _stand_in(stage: Stage, data: TrainingData, now: Now) -> tuple[dict[str, Any], float]:
     """Build a stage in a hurry; returns it and the seconds of an epoch (the second: the first also allocates, and what
-    is told after the second may be of other work)."""
-    times = [now()]
-    content = stage.build(data, lambda step, metrics: times.append(now()))
+    is told after the second may be of other work), or of an update where the stage tells it."""
+    times, of_update = [now()], [0.0]
+
+    def report(step: int, metrics: Mapping[str, float]) -> None:
+        times.append(now())
+        if "seconds_per_update" in metrics:
+            of_update.append(metrics["seconds_per_update"])
+
+    content = stage.build(data, report)
+    if len(of_update) > 1:
+        return content, of_update[-1]
     seconds = [end - start for start, end in pairwise(times)]
     return content, seconds[:2][-1] if seconds else 0.0
 
@@ -381,32 +393,37 @@ class _Bench:
         return PackMeasurement(size, data_seconds + setup, rollout_seconds, statistics.median(times), needed)
 
     def _build(self, size: int, updates: int) -> Method:
-        config = dataclasses.replace(self.config.method, updates_per_epoch=updates, num_updates=1000 * updates)
+        schedule: dict[str, Any] = {"updates_per_epoch": updates, "num_updates": 1000 * updates}
+        if isinstance(synthetic := getattr(self.config.method, "synthetic", None), SyntheticConfig):
+            schedule["synthetic"] = dataclasses.replace(synthetic, refresh_every=updates, synchronous=True)
+        config = dataclasses.replace(self.config.method, **schedule)
         cls = load_method(self.config.method_name)
         return cls([config] * size, range(size), self.data, self.artifacts, self.device)
 
     def _rollouts(self, method: Method, seconds: float) -> tuple[list[RolloutResult], float]:
-        """One shard for every member, and the seconds of an epoch's rollouts."""
+        """One shard for every member, and the seconds of an epoch that begins with rollouts; by policies, which the
+        first pool of a diffusion model does without."""
         begun = self.now()
-        jobs = method.rollout_jobs(0)
+        jobs = method.rollout_jobs(1)
         drawn = self.now() - begun
         if not jobs:
             return [], 0.0
         members = sorted({member for job in jobs for member in job.members})
         some = jobs[: max(1, self.config.compute.num_rollout_workers)]
-        results = self.workers.rollouts(some, method.dynamics)  # ships the dynamics to workers, allocates
-        starts = sum(job.starts[..., 0].numel() for job in jobs) / sum(job.starts[..., 0].numel() for job in some)
+        results = self.workers.rollouts(some, method.rollout_model)  # ships the dynamics to workers, allocates
+        starts = sum(job.num_starts for job in jobs) / sum(job.num_starts for job in some)
         timing = Clock(seconds)
         times: list[float] = []
         # a worker's time does not pass in this process
         now = time.perf_counter if self.config.compute.num_rollout_workers else self.now
         while not times or not timing.over:
             begun = now()
-            results = self.workers.rollouts(some, method.dynamics)
+            results = self.workers.rollouts(some, method.rollout_model)
             times.append(now() - begun)
         if self._stands_in:  # dynamics that have learned next to nothing end rollouts early: take them to last
             made = sum(one.transitions for result in results for one in result.statistics)
-            starts *= sum(job.starts[..., 0].numel() * job.length for job in some) / max(1, made)
+            whole = [job for job in some if isinstance(job, RolloutJob)]  # which alone can end early by their model
+            starts *= sum(job.num_starts * job.length for job in whole) / max(1, made) if whole else 1.0
         # a shard of every member costs the same
         of_one = results[0].rows[:1], results[0].tags[:1], results[0].statistics[:1]
         results = [RolloutResult((member,), *of_one) for member in members]
@@ -423,7 +440,9 @@ class _Bench:
             return 0
         row = 4 * replay.width + 2  # and its tag
         most = min(replay.capacity, RING_FILL_BYTES // (row * method.num_members))
-        while replay.sizes[0] + len(results[0].rows[0]) <= most:
+        before = -1
+        while before < replay.sizes[0] <= most - len(results[0].rows[0]):  # pools that take an older one's place end it
+            before = replay.sizes[0]
             method.add_rollouts(results)
         return sum(replay.capacity - size for size in replay.sizes) * row
 
@@ -553,11 +572,11 @@ def pack_model(
 
 def _pack_seconds(config: Config, known: Calibration, pack: PackMeasurement, facts: Facts) -> float:
     method, evaluation, compute = config.method, config.evaluation, config.compute
-    epoch = pack.rollout_seconds + method.updates_per_epoch * pack.update_seconds
     evaluations = math.ceil(method.num_epochs / evaluation.every_epochs)
     policies = math.ceil(pack.size / max(1, compute.num_evaluators))
     episodes = policies * evaluation.episodes * facts.episode_length * known.step_seconds
-    training = pack.setup_seconds + method.num_epochs * epoch + evaluations * episodes
+    epochs = method.num_rollout_phases * pack.rollout_seconds + method.num_updates * pack.update_seconds
+    training = pack.setup_seconds + epochs + evaluations * episodes
     minutes = compute.checkpoint_minutes
     saves = 1 + (min(method.num_epochs, training / (60 * minutes)) if minutes else method.num_epochs)
     return training + saves * known.save_seconds * pack.size

@@ -19,7 +19,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from agents.method import common_settings, load_method, method_settings
+from agents.method import common_settings, effective_settings, load_method, method_settings
 from envs.errors import UserError
 from envs.transforms import base_name
 from sweeps.spec import PrunerSpec, SamplerSpec, StudySpec
@@ -250,6 +250,7 @@ def run_config(config: Config, params: Mapping[str, Any], seed: int) -> Config:
 def identity(config: Config, dataset_hash: str) -> dict[str, Any]:
     """What the result of a run depends on: not where or how it is computed."""
     plain = to_dict(config)
+    plain["method"] = {"name": config.method_name, **effective_settings(config.method)}
     del plain["evaluation"]["diagnostics"]
     return {k: plain[k] for k in ("method", "seed", "evaluation")} | {"dataset": dataset_hash}
 

@@ -6,7 +6,8 @@ again is recognised by its step.
 
 Where there are evaluators, training goes on while they run episodes. When an evaluation is taken in depends on nothing
 but its number (`MAX_PENDING`), so that what follows from it, such as a run that is pruned and leaves its pack, happens
-at the same update every time.
+at the same update every time. Likewise for what a method has generated ahead (`agents.method.JobsAhead`), where there
+are rollout workers: it is taken in at the epoch that the method says, whenever it is ready.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch.profiler import record_function
 
 from agents.cpu import configure_cpu
 from agents.diagnostics import collapse, expert_value, growth_metrics
-from agents.method import Method, Stage, TrainingData, load_method
+from agents.method import Method, RolloutResult, Stage, TrainingData, effective_settings, load_method
 from agents.policies import in_environment
 from envs.dataset import Dataset
 from envs.episodes import make_env
@@ -157,6 +158,19 @@ class PendingEvaluation:
     collect: Callable[[], list[np.ndarray]]  # waits for the returns of every policy
 
 
+@dataclass(frozen=True)
+class PendingRollouts:
+    """Jobs ahead that rollout workers are at."""
+
+    runs: tuple[str, ...]  # run keys of the members that the jobs name
+    collect: Callable[[], list[RolloutResult]]  # waits for the results
+
+    def results_of(self, alive: Sequence[str]) -> list[RolloutResult]:
+        """The results, of the runs that are still there, as members of their pack."""
+        place = {self.runs.index(key): m for m, key in enumerate(alive)}
+        return [part for result in self.collect() if (part := result.renumbered(place)).members]
+
+
 def evaluation_env(config: Config, dataset: Dataset) -> str:
     """The Gymnasium id of the environment that policies are evaluated in."""
     return config.evaluation.env_id or dataset.env_id
@@ -210,6 +224,7 @@ class Learner:
         self.expert_value = expert_value(self.dataset.env_id, config.method.gamma, self.dataset.scaling)
         self.num_epochs = config.method.num_epochs
         self._pending: list[PendingEvaluation] = []
+        self._rollouts_ahead: PendingRollouts | None = None
         self._saved_at = time.monotonic()
         self._seconds_waited = self._seconds_saving = 0.0  # since they were logged last
         self._restore()
@@ -291,14 +306,18 @@ class Learner:
     def _train_epoch(self) -> None:
         started = time.perf_counter()
         with record_function("rollouts"):
-            jobs = self.method.rollout_jobs(self.epoch)
-            results = self.workers.rollouts(jobs, self.method.dynamics) if jobs else []
+            results = self._rollouts_due()
+            computing = sum(result.seconds for result in results)
             metrics = dict(zip(self.alive, self.method.add_rollouts(results), strict=True))
+            del results
         rolled_out = time.perf_counter()
         # where no model row could be kept there is nothing to learn from
         self._log_and_diverge(metrics, only_diverged=True)
         if not self.alive:
             return
+        with record_function("rollouts"):
+            self.method.ask_ahead(self.epoch)
+            self._start_ahead()
         updating = time.perf_counter()
         with record_function("updates"):
             trained = dict(zip(self.alive, self.method.train_epoch(self.epoch), strict=True))
@@ -307,11 +326,33 @@ class Learner:
         timing = {
             "time/updates_per_second": self.configs[0].method.updates_per_epoch / seconds,
             "time/update_seconds": seconds,
-            "time/rollout_seconds": rolled_out - started,
+            "time/rollout_seconds": rolled_out - started,  # that learning waited
+            "time/rollout_computing_seconds": computing,  # of all processes, before or after that
             "time/checkpoint_seconds": self._seconds_saving,  # of the epochs before
         }
         self._seconds_saving = 0.0
         self._log_and_diverge({key: {**metrics[key], **values, **timing} for key, values in trained.items()})
+
+    def _rollouts_due(self) -> list[RolloutResult]:
+        """What this epoch's updates need: waits for it."""
+        jobs, results = self.method.rollout_jobs(self.epoch), []
+        if jobs:
+            results = self.workers.rollouts(jobs, self.method.rollout_model)
+        ahead = self.method.jobs_ahead
+        if ahead is None or ahead.due != self.epoch:
+            return results
+        if self._rollouts_ahead is None:  # nobody was there to make them in the meantime
+            return results + self.workers.rollouts(ahead.jobs, self.method.rollout_model)
+        pending, self._rollouts_ahead = self._rollouts_ahead, None
+        return results + pending.results_of(self.alive)
+
+    def _start_ahead(self) -> None:
+        """Hand what the method generates ahead to the rollout workers, if there are any and they do not have it."""
+        ahead = self.method.jobs_ahead
+        if ahead is None or self._rollouts_ahead is not None or not self.workers.rolls_out_elsewhere(self.device):
+            return
+        collect = self.workers.start_rollouts(ahead.jobs, self.method.rollout_model)
+        self._rollouts_ahead = PendingRollouts(tuple(self.alive), collect)
 
     def _log_and_diverge(self, metrics: Mapping[str, Mapping[str, float]], only_diverged: bool = False) -> None:
         """Log each run's metrics at the current number of updates; stop the runs with one that is not finite."""
@@ -433,7 +474,8 @@ class Learner:
         write_text(path, to_yaml(config))
         plain = to_dict(config)
         params = {
-            **flatten({k: plain[k] for k in ("method", "evaluation")}),
+            **flatten({"method": {"name": config.method_name, **effective_settings(config.method)}}),
+            **flatten({"evaluation": plain["evaluation"]}),
             "dataset": config.dataset,
             "seed": str(run.seed),
         }
@@ -523,6 +565,8 @@ class Learner:
         for updates, policies in state["pending"]:
             mine = {key: _as_arrays(policy) for key, policy in policies.items() if key in self.alive}
             self._start_evaluation(updates, mine)
+        if self.alive:
+            self._start_ahead()
 
     def _part_of(self, source: PackSpec, state: Mapping[str, Any]) -> dict[str, Any]:
         """The state of this pack's members from that of a larger pack.

@@ -1,7 +1,8 @@
 """Rollout workers and evaluators: pure functions of what they are sent, in the caller's process or in Ray actors.
 
 Both give the same numbers: a shard's randomness follows from its job, an episode's from its seed. So a worker that
-dies is simply asked again once Ray has restarted it.
+dies is simply asked again once Ray has restarted it. What the jobs of rollouts are run in, dynamics or a diffusion
+model, is called their model.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from agents.cpu import configure_cpu
-from agents.method import RolloutJob, RolloutResult
-from agents.rollout import Dynamics, RolloutStatistics
+from agents.method import Job, RolloutResult
+from agents.rollout import RolloutStatistics
 from envs.episodes import NonFiniteActionError, run_episodes
 from envs.policies import NetworkPolicy
 
@@ -29,8 +30,8 @@ PolicyArrays = Mapping[str, NDArray[Any]]
 # which others are stepped with them, so it must not depend on the number of evaluators. Measured on MuJoCo's
 # robots, groups of 10 take 3 % less time than groups of 5, and single episodes 25 % more.
 GROUP_EPISODES = 5
-# rows, tags and statistics of a job's members; arrays, which Ray moves without a copy
-Answer = tuple[list[NDArray[Any]], list[NDArray[Any]], tuple[RolloutStatistics, ...]]
+# rows, tags and statistics of a job's members, and the job's seconds; arrays, which Ray moves without a copy
+Answer = tuple[list[NDArray[Any]], list[NDArray[Any]], tuple[RolloutStatistics, ...], float]
 MAX_TRIES = 20  # of one call whose actor keeps dying
 RETRY_SECONDS = 0.5
 
@@ -55,32 +56,39 @@ def groups(seeds: Sequence[int]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Shipped:
-    """Dynamics in the object store. Ray hands the reference on as it is, since it is not an argument itself: only a
-    worker that does not have the dynamics yet builds them, which for a simulator takes a while."""
+    """A model in the object store. Ray hands the reference on as it is, since it is not an argument itself: only a
+    worker that does not have the model yet builds it, which for a simulator takes a while."""
 
     key: str
     reference: Any
 
 
+def run_job(job: Job, model: Any) -> RolloutResult:
+    """A job's result, with the time that it took."""
+    started = time.perf_counter()
+    result = job.run(model)
+    return replace(result, seconds=time.perf_counter() - started)
+
+
 class RolloutWorker:
-    """Runs shards of model rollouts; keeps the dynamics it was given last."""
+    """Runs shards of rollouts; keeps the model it was given last."""
 
     def __init__(self, threads: int = 1) -> None:
         configure_cpu(threads)
-        self._kept: tuple[str, Dynamics] | None = None
+        self._kept: tuple[str, Any] | None = None
 
-    def _dynamics(self, shipped: Shipped) -> Dynamics:
+    def _model(self, shipped: Shipped) -> Any:
         import ray
 
         if self._kept is None or self._kept[0] != shipped.key:
             self._kept = shipped.key, ray.get(shipped.reference)
         return self._kept[1]
 
-    def run(self, shipped: Shipped, jobs: Sequence[RolloutJob]) -> list[Answer]:
+    def run(self, shipped: Shipped, jobs: Sequence[Job]) -> list[Answer]:
         """What each job's members have gathered, in the order of the jobs."""
-        dynamics = self._dynamics(shipped)
-        results = [job.run(dynamics) for job in jobs]
-        return [([x.numpy() for x in r.rows], [x.numpy() for x in r.tags], r.statistics) for r in results]
+        model = self._model(shipped)
+        results = [run_job(job, model) for job in jobs]
+        return [([x.numpy() for x in r.rows], [x.numpy() for x in r.tags], r.statistics, r.seconds) for r in results]
 
 
 class Evaluator:
@@ -108,7 +116,7 @@ class Workers:
         self._rollout_workers = [_actor(RolloutWorker, threads) for _ in range(num_rollout_workers)]
         self._evaluators = [_actor(Evaluator, threads) for _ in range(num_evaluators)]
         self._turns = itertools.cycle(self._evaluators)
-        self._shipped: tuple[Dynamics, Shipped] | None = None
+        self._shipped: tuple[Any, Shipped] | None = None
 
     def pids(self) -> dict[str, list[int]]:
         """Process ids of the actors, for tests and for `ps`."""
@@ -117,25 +125,42 @@ class Workers:
         groups = {"rollout_workers": self._rollout_workers, "evaluators": self._evaluators}
         return {name: ray.get([a.__ray_call__.remote(_pid) for a in actors]) for name, actors in groups.items()}
 
-    def rollouts(self, jobs: Sequence[RolloutJob], dynamics: Dynamics) -> list[RolloutResult]:
-        """The results of the jobs, in their order.
+    def rollouts(self, jobs: Sequence[Job], model: Any) -> list[RolloutResult]:
+        """The results of the jobs, in their order; waits for them."""
+        return self.start_rollouts(jobs, model)()
+
+    def start_rollouts(self, jobs: Sequence[Job], model: Any) -> Callable[[], list[RolloutResult]]:
+        """Begin some jobs.
 
         Jobs of a learner on a GPU are run here: the GPU is faster than any number of workers, and what it draws is not
-        what they would draw.
+        what they would draw. Here nothing happens before the call of what is returned. A worker that has died is asked
+        again when its answer is wanted.
+
+        Returns:
+            A function that waits for the results of the jobs, in their order.
         """
-        if not self._rollout_workers or not jobs or jobs[0].starts.device.type != "cpu":
-            return [job.run(dynamics) for job in jobs]
-        shipped = self._ship(dynamics)
+        if not jobs or not self.rolls_out_elsewhere(jobs[0].device):
+            return lambda: [run_job(job, model) for job in jobs]
+        shipped = self._ship(model)
         workers = len(self._rollout_workers)
         shares = [list(jobs[i::workers]) for i in range(workers)]
         calls = [partial(w.run.remote, shipped, share) for w, share in zip(self._rollout_workers, shares, strict=True)]
-        answers = _call_all(calls)
-        results: list[RolloutResult | None] = [None] * len(jobs)
-        for i, answer in enumerate(answers):
-            for job_index, (rows, tags, statistics) in zip(range(i, len(jobs), workers), answer, strict=True):
-                received_rows, received_tags = (tuple(map(torch.tensor, arrays)) for arrays in (rows, tags))
-                results[job_index] = RolloutResult(jobs[job_index].members, received_rows, received_tags, statistics)
-        return [r for r in results if r is not None]
+        answers = _start_all(calls)
+
+        def collect() -> list[RolloutResult]:
+            results: list[RolloutResult | None] = [None] * len(jobs)
+            for i, answer in enumerate(answers()):
+                for place, (rows, tags, statistics, seconds) in zip(range(i, len(jobs), workers), answer, strict=True):
+                    received_rows, received_tags = (tuple(map(torch.tensor, arrays)) for arrays in (rows, tags))
+                    members = jobs[place].members
+                    results[place] = RolloutResult(members, received_rows, received_tags, statistics, seconds)
+            return [r for r in results if r is not None]
+
+        return collect
+
+    def rolls_out_elsewhere(self, device: torch.device) -> bool:
+        """Whether the rollouts of a learner on a device run beside it."""
+        return bool(self._rollout_workers) and device.type == "cpu"
 
     @property
     def evaluates_elsewhere(self) -> bool:
@@ -172,14 +197,14 @@ class Workers:
 
         return collect
 
-    def _ship(self, dynamics: Dynamics) -> Shipped:
-        """Put the dynamics into the object store, once."""
+    def _ship(self, model: Any) -> Shipped:
+        """Put the model into the object store, once."""
         import ray
 
-        if self._shipped is None or self._shipped[0] is not dynamics:
-            reference = ray.put(dynamics)
-            # the dynamics themselves, not their id: a later pack's may lie at the same address
-            self._shipped = (dynamics, Shipped(reference.hex(), reference))
+        if self._shipped is None or self._shipped[0] is not model:
+            reference = ray.put(model)
+            # the model itself, not its id: a later pack's may lie at the same address
+            self._shipped = (model, Shipped(reference.hex(), reference))
         return self._shipped[1]
 
 
@@ -193,11 +218,6 @@ def _actor(cls: type, threads: int) -> Any:
     import ray
 
     return ray.remote(cls).options(num_cpus=1, max_restarts=-1, max_task_retries=0).remote(threads)
-
-
-def _call_all(calls: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Make all calls at once; repeat the ones whose actor died."""
-    return _start_all(calls)()
 
 
 def _start_all(calls: Sequence[Callable[[], Any]]) -> Callable[[], list[Any]]:

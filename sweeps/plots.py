@@ -36,7 +36,7 @@ class RunCourse:
 
     name: str
     updates: Sequence[int]  # of the measurements
-    metrics: Sequence[Mapping[str, float]]  # reach/* and model/* of each of them; some may lack some
+    metrics: Sequence[Mapping[str, float]]  # reach/*, model/*, synthetic/* of each of them; some may lack some
     values: Sequence[tuple[int, float]]  # (updates, score or mean return)
     expert_value: float | None  # roughly an expert's Q, for comparison
     value_name: str  # score or mean return
@@ -45,15 +45,21 @@ class RunCourse:
 
 
 def diagnostics_figure(course: RunCourse) -> Figure:
-    """Five panels: mean Q, Q by step of the last rollouts, share of edge-of-reach targets, effective penalty, score;
-    a sixth of the model's errors where they are known, and a seventh of the dynamics reward of a filter.
+    """Panels of what was measured: of reach/* mean Q, Q by step of the last rollouts, share of edge-of-reach targets
+    and effective penalty; the score; of model/* its errors; of synthetic/* log-likelihoods, dynamics errors by update
+    and by step; and the dynamics reward of a filter.
 
     Args:
         course: with at least one measurement.
     """
-    panels = [_mean_q, _q_by_step, _share, _penalty, _value]
+    panels = [_mean_q, _q_by_step, _share, _penalty] if _has(course, "reach/") else []
+    panels.append(_value)
     if any(name.startswith("model/rmse_step_") for name in course.metrics[-1]):
         panels.append(_model_error)
+    if _has(course, "synthetic/"):
+        panels.append(_likelihood)
+    if _has(course, "synthetic/dynamics_error"):
+        panels += [_synthetic_error, _synthetic_error_by_step]
     if course.samples:
         panels.append(_reward_by_error)
     columns = math.ceil(len(panels) / 2)
@@ -132,12 +138,36 @@ def _model_error(axes: Axes, course: RunCourse) -> None:
         "one_step_error_filtered": ("one step, filtered", _WITHIN, ":"),
     }  # fmt: skip
     for name, (label, color, style) in shown.items():
-        points = [p for p in _by_step(course.metrics[-1], f"model/{name}_step_") if p[1] > 0]
-        if points:
-            errors = [math.log10(x) for _, x in points]
-            axes.plot([s for s, _ in points], errors, style, marker=".", color=color, label=label)
+        _log_line(axes, _by_step(course.metrics[-1], f"model/{name}_step_"), label, color, style)
     title = f"error of the model, at {course.updates[-1]} updates"
     _describe(axes, title, "step of the rollout", "log10 of the error, in std")
+
+
+def _likelihood(axes: Axes, course: RunCourse) -> None:
+    _lines(axes, course, {
+        "log_likelihood": ("synthetic actions", _WITHIN), "log_likelihood_dataset": ("the dataset's actions", _PLAIN),
+        "log_likelihood_policy": ("the policy's own, same states", _REFERENCE),
+    }, "synthetic/")  # fmt: skip
+    _describe(axes, "log-likelihood under the current policy", "updates", "mean log pi(a|s)")
+
+
+_ERROR_KINDS = {"": ("mean", _EDGE, "-"), "_median": ("median", _WITHIN, "-")}
+
+
+def _synthetic_error(axes: Axes, course: RunCourse) -> None:
+    for kind, (label, color, _) in _ERROR_KINDS.items():
+        name = f"dynamics_error{kind}"
+        for shown, of, style in ((name, "", "-"), (f"{name}_dataset", ", dataset", ":")):
+            _log_line(axes, _series(course, shown, "synthetic/"), f"{label}{of}", color, style)
+    _describe(axes, "squared dynamics error of synthetic data", "updates", "log10 of the error, in variances")
+
+
+def _synthetic_error_by_step(axes: Axes, course: RunCourse) -> None:
+    for kind, (label, color, style) in _ERROR_KINDS.items():
+        points = _by_step(course.metrics[-1], f"synthetic/dynamics_error{kind}_step_")
+        _log_line(axes, points, label, color, style)
+    title = f"by step of the trajectory, at {course.updates[-1]} updates"
+    _describe(axes, title, "step of the trajectory", "log10 of the error, in variances")
 
 
 def _reward_by_error(axes: Axes, course: RunCourse) -> None:
@@ -156,15 +186,29 @@ def _by_step(metrics: Mapping[str, float], prefix: str) -> list[tuple[int, float
     return sorted((int(step), x) for step, x in known if step.isdigit())
 
 
-def _lines(axes: Axes, course: RunCourse, shown: Mapping[str, tuple[str, str]]) -> None:
+def _has(course: RunCourse, prefix: str) -> bool:
+    return any(name.startswith(prefix) for metrics in course.metrics for name in metrics)
+
+
+def _log_line(axes: Axes, points: Sequence[tuple[int, float]], label: str, color: str, style: str) -> None:
+    """The logarithms of what is positive; nothing where nothing is."""
+    points = [p for p in points if p[1] > 0]
+    if points:
+        values = [math.log10(y) for _, y in points]
+        axes.plot([x for x, _ in points], values, style, marker=".", color=color, label=label)
+
+
+def _lines(
+    axes: Axes, course: RunCourse, shown: Mapping[str, tuple[str, str]], prefix: str = "reach/"
+) -> None:  # fmt: skip
     for name, (label, color) in shown.items():
-        points = _series(course, name)
+        points = _series(course, name, prefix)
         if points:
             axes.plot([u for u, _ in points], [x for _, x in points], marker=".", color=color, label=label)
 
 
-def _series(course: RunCourse, name: str) -> list[tuple[int, float]]:
-    key = f"reach/{name}"
+def _series(course: RunCourse, name: str, prefix: str = "reach/") -> list[tuple[int, float]]:
+    key = f"{prefix}{name}"
     return [(u, m[key]) for u, m in zip(course.updates, course.metrics, strict=True) if key in m]
 
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from agents.networks import StackedMLP
+from agents.networks import StackedLayerNormMLP, StackedMLP
 
 Array = NDArray[np.float32]
 Layers = list[Array]  # weight (..., in, out), bias (..., 1, out), weight, bias, ...
@@ -32,7 +32,11 @@ def fill(network: StackedMLP, layers: Layers) -> None:
 
 
 def parameter_blocks(network: StackedMLP) -> list[Tensor]:
-    return [block for pair in zip(network.weights, network.biases, strict=True) for block in pair]
+    """Weight, bias, weight, ..., then scale, shift, scale, ... of normalised layers; views."""
+    blocks = [block for pair in zip(network.weights, network.biases, strict=True) for block in pair]
+    if isinstance(network, StackedLayerNormMLP):
+        blocks += [block for pair in zip(network.scales, network.shifts, strict=True) for block in pair]
+    return blocks
 
 
 def close(mine: Tensor, theirs: Array, tolerance: float, what: str) -> None:
@@ -40,3 +44,16 @@ def close(mine: Tensor, theirs: Array, tolerance: float, what: str) -> None:
     expected = torch.from_numpy(theirs).reshape(-1).double()
     error = (mine.reshape(-1).double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
     assert float(error) <= tolerance, f"{what}: {float(error):.2e} of the largest entry"
+
+
+def assert_moved_alike(network: StackedMLP, before: Layers, theirs: Sequence[Array], what: str) -> None:
+    """Every tensor's change to 1e-4 of its largest, beside the rounding of the parameters."""
+    for i, (mine, start, end) in enumerate(zip(parameter_blocks(network), before, theirs, strict=True)):
+        assert_change(mine, start, end, f"{what}.{i}")
+
+
+def assert_change(mine: Tensor, start: Array, end: Array, what: str) -> None:
+    now, then = mine.reshape(-1).double().numpy(), end.reshape(-1).astype(np.float64)
+    rounding, change = 5e-7 * np.abs(then).max(), np.abs(then - start.reshape(-1)).max()
+    error = np.abs(now - then).max()
+    assert error <= 1e-4 * change + rounding, f"{what}: {error:.1e} after a change of {change:.1e}"

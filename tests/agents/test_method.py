@@ -130,7 +130,7 @@ MOPO_MOREC = {
     "neorl/Walker2d-v3-high-1000": (2.0, "argmax", 0.05, None),
 }
 # expectile, beta, observations standardised, rewards scaled, deterministic, tau
-IQL_CODE = {  # ikostrikov/implicit_q_learning 09d7002, configs and train_offline.py
+IQL_ORIGINAL = {  # ikostrikov/implicit_q_learning 09d7002, configs and train_offline.py
     "halfcheetah-medium-v2": (0.7, 3.0, False, "return-range", False, 0.005),
     "hopper-medium-expert-v2": (0.7, 3.0, False, "return-range", False, 0.005),
     "walker2d-random-v2": (0.7, 3.0, False, "return-range", False, 0.005),
@@ -291,7 +291,7 @@ def test_settings_of_the_model_free_methods_per_dataset() -> None:
     for dataset, critics in SAC_N_CORL.items():
         sac_n = config("sac_n", dataset)
         assert (sac_n.num_critics, sac_n.eta) == (critics, 0.0), dataset
-    for variant, table in (("code", IQL_CODE), ("corl", IQL_CORL)):
+    for variant, table in (("original", IQL_ORIGINAL), ("corl", IQL_CORL)):
         for dataset, iql in table.items():
             c = config("iql", dataset, variant)
             mine = (c.expectile, c.beta, c.normalize_observations, c.reward_scale, c.deterministic, c.tau)
@@ -305,6 +305,10 @@ def test_common_settings_of_the_model_free_methods() -> None:
     assert td3.normalize_observations
     assert dataclasses.asdict(load_method("td3_bc").Config()) == dataclasses.asdict(td3)
     assert dataclasses.asdict(load_method("iql").Config()) == dataclasses.asdict(config("iql", "other-v0"))
+    for method in ("td3_bc", "iql"):  # EmptyJackson/policy-guided-diffusion 9da606c
+        c = config(method, "hopper-medium-v2", "pgd-code")
+        assert (c.adam_eps, c.initialisation, c.normalize_observations) == (1e-5, "lecun", False)
+        assert (c.actor_lr, c.critic_lr, c.gamma, c.tau, c.batch_size) == (3e-4, 3e-4, 0.99, 0.005, 256)
     for method in ("sac_n", "edac"):
         c = config(method, "halfcheetah-medium-v2")  # CORL 6afec90
         assert (c.hidden, c.gamma, c.tau, c.num_updates) == ([256, 256, 256], 0.99, 0.005, 3_000_000)

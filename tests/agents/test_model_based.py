@@ -291,7 +291,7 @@ def test_jobs_cover_every_member_in_shards() -> None:
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, members: int, rows: int) -> None:
     """Let jobs be of several members and take the form for a GPU."""
-    monkeypatch.setattr("agents.model_based.shard_size", lambda *_: (members, rows))
+    monkeypatch.setattr("agents.synthetic.shard_size", lambda *_: (members, rows))
     monkeypatch.setattr(Rollout, "__call__", torch.inference_mode()(Rollout.masked))
 
 

@@ -32,7 +32,7 @@ SEEDS = [5, 6, 7, 8]
 SMALL: dict[str, Any] = {"hidden": [16, 16], "batch_size": BATCH, "updates_per_epoch": 15, "num_updates": 60}
 
 
-def td3_bc_configs() -> list[TD3BCConfig]:
+def td3_bc_configs(**changes: Any) -> list[TD3BCConfig]:
     own = [
         (2.5, 0.2, 0.5, 1e-3, 1e-3),
         (0.0, 0.5, 0.3, 1e-3, 2e-3),
@@ -40,9 +40,13 @@ def td3_bc_configs() -> list[TD3BCConfig]:
         (1.0, 1.0, 0.2, 1e-3, 1e-3),
     ]
     return [
-        TD3BCConfig(alpha=a, policy_noise=n, noise_clip=c, actor_lr=al, critic_lr=cl, **SMALL)
+        TD3BCConfig(alpha=a, policy_noise=n, noise_clip=c, actor_lr=al, critic_lr=cl, **{**SMALL, **changes})
         for a, n, c, al, cl in own
     ]
+
+
+PGD_TD3_BC = {"policy_freq": 1, "critic_updates": 2, "update_order": "actor-first", "lambda_eps": 0.1, "adam_eps": 1e-5}
+PGD_IQL = {"update_order": "simultaneous", "critic_loss": "mean", "log_std_min": -20.0, "adam_eps": 1e-5}
 
 
 def iql_configs(**changes: Any) -> list[IQLConfig]:
@@ -68,7 +72,9 @@ def edac_configs() -> list[EDACConfig]:
 
 METHODS: dict[str, tuple[type[ModelFree], list[Any]]] = {
     "td3_bc": (TD3BC, td3_bc_configs()),
+    "td3_bc pgd-code": (TD3BC, td3_bc_configs(initialisation="lecun", **PGD_TD3_BC)),
     "iql": (IQL, iql_configs()),
+    "iql pgd-code": (IQL, iql_configs(initialisation="lecun", actor_lr_schedule="constant", **PGD_IQL)),
     "sac_n": (SACN, sac_n_configs()),
     "edac": (EDAC, edac_configs()),
 }
@@ -129,8 +135,8 @@ class Network:
             torch.testing.assert_close(b.detach(), bias[index, 0], rtol=1e-4, atol=1e-5)
 
 
-def adam(learning_rate: float, *networks: Network) -> torch.optim.Adam:
-    return torch.optim.Adam([p for network in networks for p in network.parameters()], lr=learning_rate)
+def adam(learning_rate: float, *networks: Network, eps: float = 1e-8) -> torch.optim.Adam:
+    return torch.optim.Adam([p for network in networks for p in network.parameters()], lr=learning_rate, eps=eps)
 
 
 def step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -144,33 +150,44 @@ def columns(row_BW: Tensor) -> tuple[Tensor, ...]:
     return obs, action, reward.squeeze(-1), done.squeeze(-1), next_obs
 
 
+@pytest.mark.parametrize("changes", [{}, PGD_TD3_BC, {"update_order": "actor-first", "critic_updates": 3}])
 @pytest.mark.parametrize("member", range(4))
-def test_td3_bc_is_the_papers_update(member: int) -> None:
-    """Seven updates of one member written with autograd and torch's Adam, in the order of sfujim/TD3_BC."""
-    c = td3_bc_configs()[member]
+def test_td3_bc_is_the_papers_update(member: int, changes: dict[str, Any]) -> None:
+    """Seven updates of one member written with autograd and torch's Adam, in the order of sfujim/TD3_BC and in that of
+    policy-guided diffusion's code."""
+    c = td3_bc_configs(**changes)[member]
     updater = TD3BCUpdater([c], [SEEDS[member]], OBS, ACT)
     actor, target_actor = Network(updater.actor, 0), Network(updater.actor, 0)
     critics, targets = ([Network(updater.critic, i) for i in range(2)] for _ in range(2))
-    actor_optim, critic_optim = adam(c.actor_lr, actor), adam(c.critic_lr, *critics)
+    actor_optim = adam(c.actor_lr, actor, eps=c.adam_eps)
+    critic_optim = adam(c.critic_lr, *critics, eps=c.adam_eps)
     start = updater.actor.flat.clone()
     for i in range(7):
-        rows, noise = minibatch(i, 1, [member])
-        metrics = updater.update(rows, noise, i % 2, with_metrics=True)
+        rows, noise = minibatch(i, c.critic_updates, [member])
+        turn = i % c.policy_freq
+        metrics = updater.update(rows, noise, turn, with_metrics=True)
         obs, action, reward, done, next_obs = columns(rows[0])
-        with torch.no_grad():
-            smoothing = (noise[0, 0] * c.policy_noise).clamp(-c.noise_clip, c.noise_clip)
-            next_action = (torch.tanh(target_actor(next_obs)) + smoothing).clamp(-1, 1)
-            next_q = torch.minimum(*(q(torch.cat((next_obs, next_action), -1)) for q in targets)).squeeze(-1)
-            y = reward + 0.99 * (1 - done) * next_q
-        values = [q(torch.cat((obs, action), -1)).squeeze(-1) for q in critics]
-        critic_loss = torch.stack([(q - y).square().mean() for q in values]).sum()
-        step(critic_optim, critic_loss)
-        pi = torch.tanh(actor(obs))
-        q_pi = critics[0](torch.cat((obs, pi), -1))
-        weight = c.alpha / q_pi.abs().mean().detach()
-        actor_loss = -weight * q_pi.mean() + torch.nn.functional.mse_loss(pi, action)
-        if i % 2 == 1:
-            step(actor_optim, actor_loss)
+
+        parts = ["critics", "policy"] if c.update_order == "critics-first" else ["policy", "critics"]
+        for part in parts:
+            if part == "policy":
+                pi = torch.tanh(actor(obs))
+                q_pi = critics[0](torch.cat((obs, pi), -1))
+                weight = c.alpha / (q_pi.abs().mean().detach() + c.lambda_eps)
+                actor_loss = -weight * q_pi.mean() + torch.nn.functional.mse_loss(pi, action)
+                if turn == c.policy_freq - 1:
+                    step(actor_optim, actor_loss)
+                continue
+            for eps in noise[:, 0]:
+                with torch.no_grad():
+                    smoothing = (eps * c.policy_noise).clamp(-c.noise_clip, c.noise_clip)
+                    next_action = (torch.tanh(target_actor(next_obs)) + smoothing).clamp(-1, 1)
+                    next_q = torch.minimum(*(q(torch.cat((next_obs, next_action), -1)) for q in targets)).squeeze(-1)
+                    y = reward + 0.99 * (1 - done) * next_q
+                values = [q(torch.cat((obs, action), -1)).squeeze(-1) for q in critics]
+                critic_loss = torch.stack([(q - y).square().mean() for q in values]).sum()
+                step(critic_optim, critic_loss)
+        if turn == c.policy_freq - 1:
             for target, source in zip([*targets, target_actor], [*critics, actor], strict=True):
                 target.follow(source, c.tau)
         assert metrics is not None
@@ -185,20 +202,22 @@ def test_td3_bc_is_the_papers_update(member: int) -> None:
     assert (updater.actor.flat - start).abs().max() > 1e-3  # far beyond the tolerance
 
 
+@pytest.mark.parametrize("changes", [{}, PGD_IQL])
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("member", range(4))
-def test_iql_is_the_papers_update(member: int, deterministic: bool) -> None:
+def test_iql_is_the_papers_update(member: int, deterministic: bool, changes: dict[str, Any]) -> None:
     """Six updates of one member written with autograd, torch's distributions and Adam, in the order of
-    ikostrikov/implicit_q_learning; one log standard deviation lies beyond its bound, where it has no gradient."""
+    ikostrikov/implicit_q_learning and in that of policy-guided diffusion's code; one log standard deviation lies beyond
+    its bound, where it has no gradient."""
     schedule = "constant" if member == 3 else "cosine"
-    c = iql_configs(deterministic=deterministic, actor_lr_schedule=schedule)[member]
+    c = iql_configs(deterministic=deterministic, actor_lr_schedule=schedule, **changes)[member]
     updater = IQLUpdater([c], [SEEDS[member]], OBS, ACT)
     updater.log_std.flat.copy_(torch.tensor([-0.5, 2.5]))
     actor, value = Network(updater.actor, 0), Network(updater.value, 0)
     critics, targets = ([Network(updater.critic, i) for i in range(2)] for _ in range(2))
     log_std = updater.log_std.flat.clone().requires_grad_()
-    actor_optim = torch.optim.Adam([*actor.parameters(), log_std], lr=c.actor_lr)
-    value_optim, critic_optim = adam(c.value_lr, value), adam(c.critic_lr, *critics)
+    actor_optim = torch.optim.Adam([*actor.parameters(), log_std], lr=c.actor_lr, eps=c.adam_eps)
+    value_optim, critic_optim = adam(c.value_lr, value, eps=c.adam_eps), adam(c.critic_lr, *critics, eps=c.adam_eps)
     for i in range(6):
         rows, noise = minibatch(i, 0, [member])
         metrics = updater.update(rows, noise, 0, with_metrics=True)
@@ -208,21 +227,25 @@ def test_iql_is_the_papers_update(member: int, deterministic: bool) -> None:
             q_data = torch.minimum(*(q(state_action) for q in targets)).squeeze(-1)
         u = q_data - value(obs).squeeze(-1)
         value_loss = (torch.where(u > 0, c.expectile, 1 - c.expectile) * u.square()).mean()
+        next_v = value(next_obs).squeeze(-1).detach()
         step(value_optim, value_loss)
         with torch.no_grad():
-            weight = torch.exp(c.beta * (q_data - value(obs).squeeze(-1))).clamp(max=100.0)
-            y = reward + 0.99 * (1 - done) * value(next_obs).squeeze(-1)
+            if c.update_order == "sequential":
+                u, next_v = q_data - value(obs).squeeze(-1), value(next_obs).squeeze(-1)
+            weight = torch.exp(c.beta * u.detach()).clamp(max=100.0)
+            y = reward + 0.99 * (1 - done) * next_v
         mean = torch.tanh(actor(obs))
         if deterministic:
             loss = (weight * (mean - action).square().sum(-1)).mean()
         else:
-            log_prob = torch.distributions.Normal(mean, log_std.clamp(-5, 2).exp()).log_prob(action).sum(-1)
+            log_prob = torch.distributions.Normal(mean, log_std.clamp(c.log_std_min, 2).exp()).log_prob(action).sum(-1)
             loss = -(weight * log_prob).mean()
         if schedule == "cosine":
             actor_optim.param_groups[0]["lr"] = c.actor_lr * 0.5 * (1 + math.cos(math.pi * i / c.num_updates))
         step(actor_optim, loss)
         values = [q(state_action).squeeze(-1) for q in critics]
-        critic_loss = torch.stack([(q - y).square().mean() for q in values]).sum()
+        errors = torch.stack([(q - y).square().mean() for q in values])
+        critic_loss = errors.mean() if c.critic_loss == "mean" else errors.sum()
         step(critic_optim, critic_loss)
         for target, source in zip(targets, critics, strict=True):
             target.follow(source, c.tau)
@@ -329,8 +352,8 @@ def test_nothing_is_built_or_rolled_out(name: str) -> None:
     method = learner(name)
     assert METHODS[name][0].stages(METHODS[name][1][0]) == {}
     assert (method.rollout_jobs(0), method.add_rollouts([])) == ([], [{}] * 4)
-    with pytest.raises(ValueError, match="no dynamics"):
-        method.dynamics  # noqa: B018
+    with pytest.raises(ValueError, match="nothing is generated"):
+        method.rollout_model  # noqa: B018
 
 
 # ---- CUDA graphs ----------------------------------------------------------------------------------------------------
@@ -358,7 +381,7 @@ def fake_copy(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor
 
 
-@pytest.mark.parametrize("name", ["td3_bc", "iql", "iql deterministic"])
+@pytest.mark.parametrize("name", ["td3_bc", "td3_bc pgd-code", "iql", "iql deterministic", "iql pgd-code"])
 def test_an_update_could_be_captured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under fake tensors of a GPU whatever needs a value on the host, or mixes devices, raises; and no state of an
     update is a tensor that the next one would find at another address."""
@@ -370,10 +393,11 @@ def test_an_update_could_be_captured(name: str, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(module, "initialise", lambda *_args, **_kwargs: None)
     with FakeTensorMode():
         updater: PackUpdater
-        if name == "td3_bc":
-            updater = TD3BCUpdater(td3_bc_configs(), SEEDS, OBS, ACT, "cuda")
+        if name == "iql deterministic":
+            updater = IQLUpdater(iql_configs(deterministic=True), SEEDS, OBS, ACT, "cuda")
         else:
-            updater = IQLUpdater(iql_configs(deterministic=name != "iql"), SEEDS, OBS, ACT, "cuda")
+            kind: Any = TD3BCUpdater if name.startswith("td3_bc") else IQLUpdater
+            updater = kind(METHODS[name][1], SEEDS, OBS, ACT, "cuda")
         rows = torch.empty(4, BATCH, W, device="cuda")
         noise = torch.empty(updater.num_noises, 4, BATCH, ACT, device="cuda")
         for turn in range(updater.period):
@@ -438,7 +462,15 @@ def test_a_sac_policy_is_squashed(name: str) -> None:
         (IQLConfig, {"expectile": 1.0}, r"method\.expectile=1\.0 must lie between 0 and 1"),
         (IQLConfig, {"beta": -1.0}, r"method\.beta=-1\.0 must be 0 or greater"),
         (IQLConfig, {"reward_scale": "range"}, r"method\.reward_scale='range' must be none or return-range"),
-        (IQLConfig, {"initialisation": "edac"}, r"method\.initialisation='edac' must be orthogonal or torch"),
+        (
+            IQLConfig,
+            {"initialisation": "edac"},
+            r"method\.initialisation='edac' must be one of orthogonal, torch, lecun",
+        ),
+        (IQLConfig, {"update_order": "x"}, r"method\.update_order='x' must be sequential or simultaneous"),
+        (IQLConfig, {"log_std_min": 2.0}, r"method\.log_std_min=2\.0 must be finite and less than 2\.0"),
+        (TD3BCConfig, {"update_order": "x"}, r"method\.update_order='x' must be actor-first or critics-first"),
+        (TD3BCConfig, {"critic_updates": 0}, r"method\.critic_updates=0 must be greater than 0"),
         (IQLConfig, {"actor_lr_schedule": "x"}, r"method\.actor_lr_schedule='x' must be constant or cosine"),
         (SACNConfig, {"num_critics": 0}, r"method\.num_critics=0 must be greater than 0"),
         (EDACConfig, {"num_critics": 1}, r"method\.eta=1\.0 must be 0, or greater with method\.num_critics"),

@@ -19,7 +19,7 @@ from orchestrator.cli import main
 from orchestrator.config import load_config, pack_key
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding_a_method.md"
-FILES = ("agents/bc.py", "agents/bc.yaml", "tests/agents/test_bc.py")
+FILES = ("agents/cloning.py", "agents/cloning.yaml", "tests/agents/test_cloning.py")
 SHORT = ["method.num_updates=40", "method.updates_per_epoch=20", "evaluation.episodes=1", "compute.num_learners=0"]
 
 
@@ -41,19 +41,30 @@ def in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     importlib.invalidate_caches()
     settings_file.cache_clear()
     yield folder
-    sys.modules.pop("agents.bc", None)
-    vars(agents).pop("bc", None)
+    sys.modules.pop("agents.cloning", None)
+    vars(agents).pop("cloning", None)
     settings_file.cache_clear()
 
 
 @pytest.mark.usefixtures("in_place")
 def test_the_method_is_trained_from_the_command_line(workdir: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["methods"]) == 0
-    assert "bc       BC: behaviour cloning.\n         variants: plain (default), fast\n" in capsys.readouterr().out
-    words = ["train", "method=bc", "dataset=tiny", "num_seeds=2", "study.name=bc", *SHORT, "method.hidden=[16]"]
+    assert (
+        "cloning  Behaviour cloning, as small as a method gets.\n         variants: plain (default), fast\n"
+        in capsys.readouterr().out
+    )
+    words = [
+        "train",
+        "method=cloning",
+        "dataset=tiny",
+        "num_seeds=2",
+        "study.name=cloning",
+        *SHORT,
+        "method.hidden=[16]",
+    ]
     assert main([*words, "--workdir", str(workdir)]) == 0
     for seed in (0, 1):
-        run = workdir / "studies" / "bc" / "runs" / f"t0000-s{seed}"
+        run = workdir / "studies" / "cloning" / "runs" / f"t0000-s{seed}"
         (evaluation,) = json.loads((run / "evaluations.json").read_text())[-1:]
         assert evaluation["updates"] == 40
         assert load_policy(run / "policy.npz").observation_dim == 3
@@ -62,7 +73,7 @@ def test_the_method_is_trained_from_the_command_line(workdir: Path, capsys: pyte
 @pytest.mark.usefixtures("in_place")
 def test_its_settings_and_packs_are_those_of_its_dataclass(workdir: Path):
     def resolved(*words: str, dataset: str = "embedded/pendulum-medium-v0"):
-        return load_config([], ["method=bc", f"dataset={dataset}", *words])
+        return load_config([], ["method=cloning", f"dataset={dataset}", *words])
 
     assert resolved().method.hidden == [64, 64]
     assert resolved("method.variant=fast", dataset="hopper-medium-v2").method.actor_lr == 1e-3
@@ -74,7 +85,7 @@ def test_its_settings_and_packs_are_those_of_its_dataclass(workdir: Path):
 
 @pytest.mark.usefixtures("in_place")
 def test_its_tests_pass():
-    module = ModuleType("test_bc")
+    module = ModuleType("test_cloning")
     exec(compile(block(FILES[2]), FILES[2], "exec"), vars(module))
     tests = [function for name, function in vars(module).items() if name.startswith("test_")]
     assert len(tests) == 3

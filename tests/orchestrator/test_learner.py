@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from agents.dynamics import DynamicsConfig
+from agents.dynamics_stage import ensemble_stage
 from agents.method import load_method
-from agents.model_based import ModelBasedSAC, ensemble_stage
+from agents.model_based import ModelBasedSAC
 from benchmarks.kill_tests import DATASET, policy_digest
 from envs.errors import UserError
 from envs.policies import load_policy

@@ -18,7 +18,7 @@ import torch
 
 from agents.dynamics import Ensemble
 from agents.dynamics_reward import DynamicsReward
-from agents.method import RolloutJob, RolloutResult
+from agents.method import Job, RolloutJob, RolloutResult
 from agents.rollout import Dynamics
 from agents.transition_filter import FilterConfig, FilteredDynamics
 from orchestrator.learner import Learner
@@ -83,17 +83,18 @@ evaluators = pytest.mark.parametrize("pool", ["evaluators"], indirect=True)
 def test_one_and_two_actors_give_the_rollouts_of_the_parent_process(learner: Learner, pool: Workers):
     jobs = learner.method.rollout_jobs(0)
     assert len(jobs) == 3
-    here = Workers().rollouts(jobs, learner.method.dynamics)
+    here = Workers().rollouts(jobs, learner.method.rollout_model)
     assert len({tuple(r.rows[0][0].tolist()) for r in here}) == 3
-    assert same_rollouts(here, pool.rollouts(jobs, learner.method.dynamics))
-    assert same_rollouts(here, first_of(pool).rollouts(jobs, learner.method.dynamics))
+    assert same_rollouts(here, pool.rollouts(jobs, learner.method.rollout_model))
+    assert same_rollouts(here, first_of(pool).rollouts(jobs, learner.method.rollout_model))
 
 
 @rollout_workers
 def test_filtered_rollouts_are_those_of_the_parent_process(learner: Learner, pool: Workers):
-    learned = learner.method.dynamics
+    learned = learner.method.rollout_model
     assert isinstance(learned, Ensemble)
-    jobs = [dataclasses.replace(job, cut="drop") for job in learner.method.rollout_jobs(0)]
+    plain = [job for job in learner.method.rollout_jobs(0) if isinstance(job, RolloutJob)]
+    jobs = [dataclasses.replace(job, cut="drop") for job in plain]
     state = random_reward(8, learned.observation_dim, jobs[0].actor.action_dim)
     reward = DynamicsReward.from_state_dict(state, num_discriminators=3)
     dynamics = FilteredDynamics(learned, reward, FilterConfig(threshold=0.75))
@@ -111,19 +112,19 @@ def test_jobs_on_a_gpu_do_not_go_to_workers(learner: Learner, pool: Workers):
         pass
 
     class GPUJob(RolloutJob):
-        def run(self, dynamics: Dynamics) -> RolloutResult:
+        def run(self, model: Dynamics) -> RolloutResult:
             raise Stay
 
     fields = vars(learner.method.rollout_jobs(0)[0]) | {"starts": torch.empty((1, 5, 3), device="meta")}
     with pytest.raises(Stay):
-        pool.rollouts([GPUJob(**fields)], learner.method.dynamics)
+        pool.rollouts([GPUJob(**fields)], learner.method.rollout_model)
 
 
 @rollout_workers
 def test_a_worker_never_uses_the_ensemble_of_an_earlier_pack(learner: Learner, pool: Workers):
     """Ensembles come and go with their packs; a new one may lie where an old one lay."""
     jobs, workers = learner.method.rollout_jobs(0), first_of(pool)
-    learned = learner.method.dynamics
+    learned = learner.method.rollout_model
     assert isinstance(learned, Ensemble)
     elites, width = learned.elites, learned.observation_dim
     weights = [{k: v * factor for k, v in learned.tensors.items()} for factor in (0.9, 1.1)]
@@ -156,15 +157,15 @@ def killed_in_mid_work(work: Callable[[], Any], pid: int, after: float = 0.1) ->
 
 @rollout_workers
 def test_a_killed_rollout_worker_is_asked_again(learner: Learner, pool: Workers):
-    jobs: list[RolloutJob] = [job for epoch in range(120) for job in learner.method.rollout_jobs(epoch)]
+    jobs: list[Job] = [job for epoch in range(120) for job in learner.method.rollout_jobs(epoch)]
     pids = pool.pids()["rollout_workers"]
-    here = Workers().rollouts(jobs, learner.method.dynamics)
-    there = killed_in_mid_work(lambda: pool.rollouts(jobs, learner.method.dynamics), pids[0])
+    here = Workers().rollouts(jobs, learner.method.rollout_model)
+    there = killed_in_mid_work(lambda: pool.rollouts(jobs, learner.method.rollout_model), pids[0])
     assert same_rollouts(here, there)
     after = pool.pids()["rollout_workers"]
     assert (after[0] != pids[0], after[1]) == (True, pids[1])
     # and the restarted one goes on
-    assert same_rollouts(here[:3], pool.rollouts(jobs[:3], learner.method.dynamics))
+    assert same_rollouts(here[:3], pool.rollouts(jobs[:3], learner.method.rollout_model))
 
 
 @evaluators
@@ -211,4 +212,4 @@ def test_returns_of_a_policy_that_overflows_are_not_numbers(learner: Learner):
 
 
 def test_no_jobs_are_no_work(learner: Learner):
-    assert Workers().rollouts([], learner.method.dynamics) == []
+    assert Workers().rollouts([], learner.method.rollout_model) == []

@@ -78,6 +78,27 @@ def test_candidates_have_a_panel():
     assert panel.get_title() == "candidates, at 3000 updates: rank correlation -0.46"
 
 
+def test_a_run_on_synthetic_data_has_panels_of_its_own():
+    early = {"synthetic/log_likelihood": -5.0, "synthetic/dynamics_error": 1.0}
+    late = {
+        "synthetic/log_likelihood": -3.0, "synthetic/log_likelihood_dataset": -6.0, "synthetic/dynamics_error": 0.1,
+        "synthetic/dynamics_error_median": 0.01, "synthetic/dynamics_error_median_dataset": 0.0,
+        "synthetic/dynamics_error_step_1": 0.01, "synthetic/dynamics_error_step_31": 0.1,
+        "synthetic/dynamics_error_median_step_31": 0.001,
+    }  # fmt: skip
+    figure = diagnostics_figure(course(metrics=[early, late, late], expert_value=None))
+    score, likelihood, error, by_step = figure.axes
+    assert list(lines(score).values()) == [[(1000, 5.0), (2000, 60.0)]]
+    assert lines(likelihood) == {
+        "synthetic actions": [(1000, -5.0), (2000, -3.0), (3000, -3.0)],
+        "the dataset's actions": [(2000, -6.0), (3000, -6.0)],
+    }
+    assert lines(error) == {"mean": [(1000, 0.0), (2000, -1.0), (3000, -1.0)], "median": [(2000, -2.0), (3000, -2.0)]}
+    assert lines(by_step) == {"mean": [(1, -2.0), (31, -1.0)], "median": [(31, -3.0)]}
+    # where nothing steps the true dynamics there is no error to show
+    assert len(diagnostics_figure(course(metrics=[{"synthetic/log_likelihood": -5.0}] * 3)).axes) == 2
+
+
 @pytest.mark.parametrize(
     "changes", [{}, {"expert_value": None}, {"metrics": [{"reach/q_mean": -1.0}] * 3, "values": []}]
 )
