@@ -27,19 +27,20 @@ import torch
 from torch import Tensor
 
 from agents.chunk import PRECISIONS
-from agents.edm import Denoiser
+from agents.edm import Denoiser, TrainedDenoiser
 from agents.graphs import WARM_UP, CaptureError, default_capture, side_stream, warn_eager
 from agents.method import Stage, TrainingData
 from agents.optim import Adam, half_cosine
 from agents.randomness import generator
 from agents.trajectories import RULES, TERMINAL_SCALES, EpisodeRows, TrajectoryScaling, Windows
 from agents.unet import NORMS, UNet
+from agents.unet_inference import InferenceUNet
 from envs.errors import UserError
 
 KIND = "trajectory_diffusion"
 HELD_SIGMAS = (0.01, 0.1, 1.0, 10.0)  # noise levels at which the held-out loss is told
 MIN_COVERAGE = 0.1  # share of the transitions that windows have to hold
-_MAX_HELD = 512  # windows
+_MAX_HELD = 128  # windows
 _CHUNK = 100  # updates that are drawn at once
 _REPORTS = 50  # of a training
 
@@ -103,10 +104,17 @@ class TrajectoryModel:
         length: H; it is for no other.
     """
 
-    def __init__(
-        self, denoiser: Denoiser, scaling: TrajectoryScaling, length: int, settings: Mapping[str, Any]
-    ) -> None:
-        self.denoiser, self.scaling, self.length, self._settings = denoiser, scaling, length, dict(settings)
+    def __init__(self, parameters: Tensor, scaling: TrajectoryScaling, settings: Mapping[str, Any]) -> None:
+        self.scaling, self.length = scaling, int(settings["length"])
+        self._settings = dict(settings)
+        network = UNet(
+            scaling.num_channels, settings["features"], settings["num_blocks"], settings["norm"],
+            settings["precision"], parameters.device,
+        )  # fmt: skip
+        network.stack.flat.copy_(parameters)
+        self._parameters = network.stack.flat
+        evaluated = InferenceUNet(network) if settings["norm"] == "step" else network
+        self.denoiser = Denoiser(evaluated, settings["sigma_data"])
 
     @property
     def observation_dim(self) -> int:
@@ -119,18 +127,12 @@ class TrajectoryModel:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> TrajectoryModel:
         """From what the stage holds."""
-        settings, scaling = state["settings"], TrajectoryScaling.from_state_dict(state["scaling"])
-        network = UNet(
-            scaling.num_channels, settings["features"], settings["num_blocks"], settings["norm"],
-            settings["precision"], state["parameters"].device,
-        )  # fmt: skip
-        network.stack.flat.copy_(state["parameters"])
-        return cls(Denoiser(network, settings["sigma_data"]), scaling, settings["length"], settings)
+        return cls(state["parameters"], TrajectoryScaling.from_state_dict(state["scaling"]), state["settings"])
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "settings": dict(self._settings), "scaling": self.scaling.state_dict(),
-            "parameters": self.denoiser.network.stack.flat,
+            "parameters": self._parameters,
         }  # fmt: skip
 
     def to(self, device: torch.device | str) -> TrajectoryModel:
@@ -192,7 +194,8 @@ class DiffusionTrainer:
             self.scaling.num_channels, config.features, config.num_blocks, config.norm, config.precision, self.device
         )
         network.initialise(self._draw("init", device="cpu"))
-        self.denoiser = Denoiser(network, config.sigma_data)
+        self.network = network
+        self.denoiser = TrainedDenoiser(network, config.sigma_data)
         self._optimiser = Adam(network.stack, [config.learning_rate])
         self._rate_scale = torch.zeros((), device=self.device)
         if self.device.type != "cpu":
@@ -280,7 +283,7 @@ class DiffusionTrainer:
             self._rate_scale.fill_(self._schedule(update))
         self._learn()
         if (update + 1) % self.config.ema_every == 0:
-            self.averaged.lerp_(self.denoiser.network.stack.flat, 1 - self.config.ema_decay)
+            self.averaged.lerp_(self.network.stack.flat, 1 - self.config.ema_decay)
 
     def _learn(self) -> None:
         """The update of what lies in the buffers: on CUDA as a graph."""
@@ -308,13 +311,7 @@ class DiffusionTrainer:
 
     def model(self) -> TrajectoryModel:
         """The model with the running means as they are."""
-        network = self.denoiser.network
-        averaged = UNet(
-            network.channels, network.features, network.num_blocks, network.norm, network.precision, self.device
-        )
-        averaged.stack.flat.copy_(self.averaged)
-        denoiser = Denoiser(averaged, self.config.sigma_data)
-        return TrajectoryModel(denoiser, self.scaling, self.config.length, dataclasses.asdict(self.config))
+        return TrajectoryModel(self.averaged, self.scaling, dataclasses.asdict(self.config))
 
     def holdout_losses(self) -> dict[str, float]:
         """Of the running means, on the same windows with the same noise every time; nothing if none are held out."""

@@ -1,0 +1,37 @@
+"""A trained U-Net for sampling computes what the network does."""
+
+import pytest
+import torch
+
+from agents.unet import UNet
+from agents.unet_inference import InferenceUNet
+
+
+def made(precision: str = "float32") -> UNet:
+    network = UNet(7, 64, 3, precision=precision)
+    draw = torch.Generator().manual_seed(0)
+    network.initialise(draw)
+    network.stack.flat.add_(torch.randn(network.stack.flat.shape, generator=draw), alpha=0.05)
+    return network
+
+
+@pytest.mark.parametrize("num", [3, 100])  # in one part, in several
+@pytest.mark.parametrize("levels", ["one", "each"])
+def test_it_computes_what_the_network_does(num, levels):
+    network, draw = made(), torch.Generator().manual_seed(1)
+    x = torch.randn(num, 31, 7, generator=draw)
+    c_noise = torch.randn((), generator=draw) if levels == "one" else torch.randn(num, generator=draw)
+    assert torch.allclose(InferenceUNet(network)(x, c_noise), network(x, c_noise), atol=1e-4)
+
+
+def test_mixed_precision_stays_near():
+    draw = torch.Generator().manual_seed(1)
+    x, c_noise = torch.randn(40, 32, 7, generator=draw), torch.tensor(-0.5)
+    exact, mixed = made()(x, c_noise), InferenceUNet(made("mixed"))(x, c_noise)
+    assert mixed.dtype == torch.float32
+    assert 0 < (exact - mixed).std() < 0.05 * exact.std()
+
+
+def test_a_norm_over_time_is_refused():
+    with pytest.raises(ValueError, match="over time"):
+        InferenceUNet(UNet(7, 64, 3, "trajectory"))
