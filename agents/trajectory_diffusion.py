@@ -52,7 +52,7 @@ class DiffusionConfig:
     length: int = 32  # H, rows of a sub-trajectory; H - 1 transitions
     stride: int = 8  # of the windows inside episodes
     windows: str = "whole"  # whole | release: whether the transition that ends an episode is there to be learned
-    terminal_scale: str = "bounded"  # standardised (released code) | raw: 0, 1 (SynthER) | bounded: -1, 1
+    terminal_scale: str = "standardised"  # standardised (released code) | raw: 0, 1 (SynthER) | bounded: -1, 1
     features: int = 256  # of the U-Net's first block, a multiple of 16; released: 1024
     num_blocks: int = 3
     norm: str = "step"  # step: as the released code computes it | trajectory: the usual group norm
@@ -96,10 +96,11 @@ class DiffusionConfig:
 
 
 class TrajectoryModel:
-    """A trained model.
+    """A trained model, with the running means of the parameters.
 
     Attributes:
-        denoiser: D(x; sigma) (`agents.edm.Denoiser`), with the running means of the parameters.
+        denoiser: D(x; sigma) (`agents.edm.Denoiser`), in the precision that is set where it is called
+            (`agents.chunk.matrix_precision`).
         scaling: between its channels and the data.
         length: H; it is for no other.
     """
@@ -108,13 +109,17 @@ class TrajectoryModel:
         self.scaling, self.length = scaling, int(settings["length"])
         self._settings = dict(settings)
         network = UNet(
-            scaling.num_channels, settings["features"], settings["num_blocks"], settings["norm"],
-            settings["precision"], parameters.device,
+            scaling.num_channels, settings["features"], settings["num_blocks"], settings["norm"], None,
+            parameters.device,
         )  # fmt: skip
         network.stack.flat.copy_(parameters)
         self._parameters = network.stack.flat
         evaluated = InferenceUNet(network) if settings["norm"] == "step" else network
         self.denoiser = Denoiser(evaluated, settings["sigma_data"])
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # what is computed from the parameters need not travel
+        return TrajectoryModel, (self._parameters, self.scaling, self._settings)
 
     @property
     def observation_dim(self) -> int:
