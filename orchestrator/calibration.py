@@ -66,7 +66,7 @@ class PackMeasurement:
 class StageMeasurement:
     """A stage that runs need."""
 
-    epoch_seconds: float  # with all rows
+    epoch_seconds: float  # with all rows; of one update, where it is these that the stage's settings count
 
 
 @dataclass(frozen=True)
@@ -290,17 +290,20 @@ def _artifacts(
     store = ArtifactStore(Path(config.workdir) / "artifacts")
     method = load_method(config.method_name)
     artifacts, measured = {}, {}
-    quick = method.stages(_shortened(config.method, max_epochs=2, min_epochs=0))
+    quick = method.stages(_shortened(config.method, max_epochs=2, min_epochs=0, num_updates=4))
     rows = min(STAND_IN_ROWS, len(data.observations))
     few = {item.name: getattr(data, item.name) for item in dataclasses.fields(data)}
     few = {name: v[:rows] if name in _ROW_COLUMNS and v is not None else v for name, v in few.items()}
+    if data.episode_starts is not None:
+        few["episode_starts"] = data.episode_starts[data.episode_starts < rows]
     for name, stage in method.stages(config.method).items():
         key = stage_key(stage, dataset.content_hash)
         if store.exists(stage.kind, key):
             artifacts[name] = store.load(stage.kind, key)
             continue
         artifacts[name], seconds = _stand_in(quick[name], TrainingData(**few), now)
-        measured[name] = StageMeasurement(seconds * len(data.observations) / rows)
+        of_rows = 1.0 if "num_updates" in stage.settings else len(data.observations) / rows
+        measured[name] = StageMeasurement(seconds * of_rows)
     return artifacts, measured
 
 
@@ -308,11 +311,11 @@ _ROW_COLUMNS = ("observations", "actions", "rewards", "next_observations", "term
 
 
 def _shortened(config: Any, **values: int) -> Any:
-    """A method's configuration whose stages take few epochs."""
+    """A method's configuration whose stages take few epochs, or updates if they count these."""
     changes = {}
     for item in dataclasses.fields(config):
         part = getattr(config, item.name)
-        if dataclasses.is_dataclass(part) and hasattr(part, "max_epochs"):
+        if dataclasses.is_dataclass(part) and any(hasattr(part, name) for name in values):
             known = {name: value for name, value in values.items() if hasattr(part, name)}
             changes[item.name] = dataclasses.replace(part, **known)  # type: ignore[type-var]
     return dataclasses.replace(config, **changes)
@@ -320,9 +323,17 @@ def _shortened(config: Any, **values: int) -> Any:
 
 def _stand_in(stage: Stage, data: TrainingData, now: Now) -> tuple[dict[str, Any], float]:
     """Build a stage in a hurry; returns it and the seconds of an epoch (the second: the first also allocates, and what
-    is told after the second may be of other work)."""
-    times = [now()]
-    content = stage.build(data, lambda step, metrics: times.append(now()))
+    is told after the second may be of other work), or of an update where the stage tells it."""
+    times, of_update = [now()], [0.0]
+
+    def report(step: int, metrics: Mapping[str, float]) -> None:
+        times.append(now())
+        if "seconds_per_update" in metrics:
+            of_update.append(metrics["seconds_per_update"])
+
+    content = stage.build(data, report)
+    if len(of_update) > 1:
+        return content, of_update[-1]
     seconds = [end - start for start, end in pairwise(times)]
     return content, seconds[:2][-1] if seconds else 0.0
 

@@ -438,6 +438,8 @@ def expected_epochs(stage: Stage, store: ArtifactStore, dataset_hash: str) -> tu
     def without_seed(settings: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in settings.items() if key != "seed"}
 
+    if "num_updates" in stage.settings:
+        return int(stage.settings["num_updates"]), "its updates"
     built: dict[bool, list[int]] = {}
     for path in sorted(store.root.glob(f"{stage.kind}/*/{DESCRIPTION}")):
         description = json.loads(path.read_text())

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from agents.method import Job, RolloutResult
+from agents.method import Job, RolloutResult, load_method
 from benchmarks.kill_tests import DATASET
-from orchestrator.calibration import episode_facts as facts_of
-from orchestrator.calibration import measure, pack_model, ring_bytes
+from orchestrator.artifacts import ArtifactStore
+from orchestrator.calibration import episode_facts, measure, pack_model, ring_bytes
 from orchestrator.config import ComputeConfig, load_config, run_config, to_dict
 from orchestrator.learner import LearnerProcess, PackSpec, RunSpec
+from orchestrator.plan import expected_epochs
 from orchestrator.workers import Workers
 from tests.orchestrator.studies import IN_PROCESS, copied, dataset_of, make_learner, points, records, same, train
 from tests.orchestrator.test_learner import Stop, advance_to_the_end, assert_same_end, stop_in_epoch
@@ -154,7 +155,16 @@ def test_a_calibration_counts_refreshes_and_pools(prepared: Path) -> None:
     measured = measure(config, dataset, ComputeConfig(device="cpu"), Workers(), [1], 1.0, 1e12, 0)
     (pack,) = measured.packs
     assert pack.rollout_seconds > 0
-    facts = facts_of(config, dataset)
+    facts = episode_facts(config, dataset)
     often = load_config([SETTINGS, {"workdir": str(prepared)}], ["method.synthetic.refresh_every=20"])
     costs = [pack_model(c, dataset, measured, facts).seconds(1) for c in (config, often)]
     assert costs[1] - costs[0] == pytest.approx(3 * pack.rollout_seconds, rel=0.05)  # six instead of three
+
+
+def test_a_plan_counts_the_updates_of_a_diffusion_model_that_is_not_there_yet(base: Path) -> None:
+    config = load_config([SETTINGS, {"workdir": str(base)}], ["method.diffusion.num_updates=123456"])
+    measured = measure(config, dataset_of(config), ComputeConfig(device="cpu"), Workers(), [1], 0.1, 1e12, 0)
+    of_update = measured.stages["trajectories"].epoch_seconds
+    assert 0 < of_update < 1
+    (stage,) = load_method("td3_bc").stages(config.method).values()
+    assert expected_epochs(stage, ArtifactStore(base / "artifacts"), "hash") == (123_456, "its updates")
