@@ -233,17 +233,17 @@ class DiffusionTrainer:
         """All updates; now and then how many are done, and metrics."""
         config, started = self.config, time.perf_counter()
         every = config.updates_per_report
-        batches = self._batches()
+        batches = self.batches()
         since, reported = started, 0
         for update in range(config.num_updates):
-            self._step(update, *next(batches))
+            self.step(update, *next(batches))
             done = update + 1
             if done % every == 0 or done == config.num_updates:
                 metrics = {"loss": float(self._loss) / (done - reported)}  # waits for the device, before the clock
                 now = time.perf_counter()
                 metrics |= {
                     "seconds_per_update": (now - since) / (done - reported),
-                    "learning_rate": config.learning_rate * self._schedule(update),
+                    "learning_rate": config.learning_rate * self.schedule(update),
                     **self.holdout_losses(), "minutes": (time.perf_counter() - started) / 60,
                 }  # fmt: skip
                 if not reported:
@@ -257,14 +257,14 @@ class DiffusionTrainer:
                 self._loss.zero_()
                 since, reported = time.perf_counter(), done
 
-    def _schedule(self, update: int) -> float:
+    def schedule(self, update: int) -> float:
         """What the learning rate is multiplied with."""
         rising = int(self.config.warm_up * self.config.num_updates)
         if update < rising:
             return 0.1 + 0.9 * update / rising
         return half_cosine((update - rising) / (self.config.num_updates - rising))
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Minibatches, ln(sigma) less its mean over its deviation, and noise: `(B, H, C)`, `(B,)`, `(B, H, C)`."""
         numbers = self._window_numbers()
         shape, chunk = self._x_BHC.shape, 0
@@ -286,15 +286,15 @@ class DiffusionTrainer:
             yield from order.split(self._batch_size)[: len(order) // self._batch_size]
             passes += 1
 
-    def _step(self, update: int, x_BHC: Tensor, level_B: Tensor, noise_BHC: Tensor) -> None:
+    def step(self, update: int, x_BHC: Tensor, level_B: Tensor, noise_BHC: Tensor) -> None:
         """One update of the network, and of the running means if they are due."""
         self._x_BHC.copy_(x_BHC)
         self._noise_BHC.copy_(noise_BHC)
         torch.exp(level_B * self.config.p_std + self.config.p_mean, out=self._sigma_B)
         if self._capture is None:
-            self._optimiser.scale_rates(self._schedule(update))
+            self._optimiser.scale_rates(self.schedule(update))
         else:
-            self._rate_scale.fill_(self._schedule(update))
+            self._rate_scale.fill_(self.schedule(update))
         self._learn()
         if (update + 1) % self.config.ema_every == 0:
             self.averaged.lerp_(self.network.stack.flat, 1 - self.config.ema_decay)

@@ -83,8 +83,8 @@ def test_it_tells_its_course():
 
 def test_the_learning_rate_rises_and_falls():
     trainer = DiffusionTrainer(walk(), DiffusionConfig(**QUICK | {"num_updates": 100}))
-    assert [trainer._schedule(u) for u in (0, 5, 10, 55)] == pytest.approx([0.1, 0.55, 1.0, 0.5])
-    assert trainer._schedule(99) < 1e-3
+    assert [trainer.schedule(u) for u in (0, 5, 10, 55)] == pytest.approx([0.1, 0.55, 1.0, 0.5])
+    assert trainer.schedule(99) < 1e-3
 
 
 def test_what_is_stored_comes_back():
