@@ -114,7 +114,7 @@ def test_held_out_episodes_are_not_learned_from():
 
 
 def test_short_episodes_name_the_longest_length_that_works():
-    with pytest.raises(UserError, match=r"median of 9 transitions only 0 windows.*method\.diffusion\.length=10$"):
+    with pytest.raises(UserError, match=r"median of 9 transitions give 0 windows.*method\.diffusion\.length=10$"):
         split_windows(walk(), DiffusionConfig(**QUICK | {"length": 32}))
     with pytest.raises(UserError, match="use a dataset with longer episodes"):
         split_windows(walk(num_episodes=3, length=2), DiffusionConfig(**QUICK))
