@@ -32,7 +32,7 @@ from torch import Tensor
 
 from agents.chunk import PRECISIONS
 from agents.edm import Denoiser, TrainedDenoiser
-from agents.graphs import WARM_UP, CaptureError, default_capture, side_stream, warn_eager
+from agents.graphs import WARM_UP, Capture, CaptureError, default_capture, side_stream, warn_eager
 from agents.method import Stage, TrainingData
 from agents.optim import Adam, half_cosine
 from agents.randomness import generator
@@ -192,9 +192,13 @@ class DiffusionTrainer:
     `windows`, `windows_strided`, `windows_start`, `windows_terminal_end`, `windows_held_out`; `coverage`, the share of
     the transitions that some window holds; `terminal_share_data` of the transitions and `terminal_share_windows` of
     those in windows.
+
+    Args:
+        data: on the device to train on.
+        capture: how an update becomes a graph; None: as a CUDA graph, on CUDA.
     """
 
-    def __init__(self, data: TrainingData, config: DiffusionConfig) -> None:
+    def __init__(self, data: TrainingData, config: DiffusionConfig, capture: Capture | None = None) -> None:
         self.config, self.device = config, data.observations.device
         self.windows, self._held = split_windows(data, config)
         self.scaling = TrajectoryScaling.fit(self.windows, config.terminal_scale)
@@ -207,14 +211,13 @@ class DiffusionTrainer:
         self.denoiser = TrainedDenoiser(network, config.sigma_data)
         self._optimiser = Adam(network.stack, [config.learning_rate])
         self._rate_scale = torch.zeros((), device=self.device)
-        if self.device.type != "cpu":
-            self._optimiser.follow(self._rate_scale)
+        self._optimiser.follow(self._rate_scale)
         self.averaged = network.stack.flat.clone()
         self._loss = torch.zeros((), device=self.device)
         batch = (config.batch_size, config.length, self.scaling.num_channels)
         self._x_BHC, self._noise_BHC = (torch.empty(batch, device=self.device) for _ in range(2))
         self._sigma_B = torch.empty(self.config.batch_size, device=self.device)
-        self._capture, self._to_warm_up = default_capture(self.device), WARM_UP
+        self._capture, self._to_warm_up = capture or default_capture(self.device), WARM_UP
         self._replay: Callable[[], None] | None = None
 
     def _draw(self, purpose: str, *counters: int, device: torch.device | str | None = None) -> torch.Generator:
@@ -285,10 +288,7 @@ class DiffusionTrainer:
         self._x_BHC.copy_(x_BHC)
         self._noise_BHC.copy_(noise_BHC)
         torch.exp(level_B * self.config.p_std + self.config.p_mean, out=self._sigma_B)
-        if self._capture is None:
-            self._optimiser.scale_rates(self.schedule(update))
-        else:
-            self._rate_scale.fill_(self.schedule(update))
+        self._rate_scale.fill_(self.schedule(update))
         self._learn()
         if (update + 1) % self.config.ema_every == 0:
             self.averaged.lerp_(self.network.stack.flat, 1 - self.config.ema_decay)

@@ -20,6 +20,7 @@ from agents.trajectory_diffusion import (
     train_trajectory_diffusion,
 )
 from envs.errors import UserError
+from tests.agents.devices import recorded_graph
 
 QUICK: dict[str, Any] = {
     "length": 4, "stride": 1, "features": 16, "num_blocks": 2, "num_updates": 30, "batch_size": 16, "ema_decay": 0.9,
@@ -79,6 +80,18 @@ def test_it_tells_its_course():
     assert first["learning_rate"] == pytest.approx(2e-4)
     assert last["learning_rate"] < 2e-3 * 0.02
     assert 0 < last["holdout_loss"] < first["holdout_loss"]
+
+
+def test_updates_replayed_from_a_graph_are_those_executed_as_written():
+    data, config = walk(), DiffusionConfig(**QUICK)
+    written, replayed = DiffusionTrainer(data, config), DiffusionTrainer(data, config, recorded_graph)
+    with torch.inference_mode():
+        for trainer in (written, replayed):
+            for update, batch in zip(range(12), trainer.batches(), strict=False):
+                trainer.step(update, *batch)
+    assert torch.allclose(written.network.stack.flat, replayed.network.stack.flat, atol=1e-6)
+    assert torch.allclose(written.averaged, replayed.averaged, atol=1e-6)
+    assert not torch.equal(written.network.stack.flat, written.averaged)
 
 
 def test_the_learning_rate_rises_and_falls():
