@@ -12,11 +12,9 @@ Shapes: M member, B batch, S observation, A action, N rows, E episodes.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from agents.config import check_positive
 from agents.method import TrainingData, per_member
-from agents.model_free import ModelFree, ModelFreeConfig, load_networks, split_rows
+from agents.model_free import ModelFree, ModelFreeConfig, NetworkUpdater, split_rows
 from agents.networks import StackedMLP, initialise
 from agents.optim import Adam
 from agents.policies import tanh_arrays
@@ -75,7 +73,7 @@ def best_episodes(data: TrainingData, fraction: float, discount: float) -> Train
     )  # fmt: skip
 
 
-class BCUpdater:
+class BCUpdater(NetworkUpdater):
     """The policies of a pack and their update.
 
     Args:
@@ -87,6 +85,8 @@ class BCUpdater:
 
     num_noises = 0
     period = 1
+    stacks = ("actor",)
+    optimisers = ("actor_optim",)
 
     def __init__(
         self,
@@ -96,6 +96,7 @@ class BCUpdater:
         action_dim: int,
         device: torch.device | str = "cpu",
     ) -> None:
+        self.configs = list(configs)
         self.observation_dim, self.action_dim = observation_dim, action_dim
         self.actor = StackedMLP((len(configs),), (observation_dim, *configs[0].hidden, action_dim), device)
         initialise(self.actor, [generator(seed, "init actor") for seed in seeds], scheme="torch", last_bound=0.0)
@@ -115,18 +116,6 @@ class BCUpdater:
         self.actor.write_gradients(inputs, self.actor.hidden_gradients(inputs, grad_out), grad_out)
         self.actor_optim.step()
         return {"actor_loss": error.square_().mean((1, 2))} if with_metrics else None
-
-    def select(self, members: Sequence[int]) -> BCUpdater:
-        other = copy.copy(self)
-        other.actor = self.actor.select(members)
-        other.actor_optim = self.actor_optim.select(other.actor, members)
-        return other
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"actor": self.actor.flat, "actor_optim": self.actor_optim.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_networks(self, state, ("actor",), ("actor_optim",))
 
 
 class BC(ModelFree):

@@ -35,11 +35,10 @@ A action, Z numbers of an update's own noise.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +48,14 @@ from torch.nn.functional import softplus
 from agents.config import check_choice, check_not_negative, check_positive
 from agents.critics import min_value_and_gradient
 from agents.method import TrainingData, per_member
-from agents.model_free import ModelFree, ModelFreeConfig, bellman_target, load_networks, member_values, split_rows
+from agents.model_free import (
+    ModelFree,
+    ModelFreeConfig,
+    NetworkUpdater,
+    bellman_target,
+    member_values,
+    split_rows,
+)
 from agents.networks import StackedMLP, StackedScalar, initialise
 from agents.optim import Adam
 from agents.policies import squashed_arrays
@@ -132,7 +138,7 @@ class _Sample(NamedTuple):
     scaled_noise: Tensor
 
 
-class CQLUpdater:
+class CQLUpdater(NetworkUpdater):
     """Policies, critics, targets and temperatures of a pack, and their update.
 
     Args:
@@ -146,8 +152,8 @@ class CQLUpdater:
     """
 
     period = 1
-    _stacks = ("actor", "log_std_scale", "log_std_offset", "critic", "target_critic", "log_alpha", "log_alpha_prime")
-    _optims = tuple(f"{name}_optim" for name in _stacks if name != "target_critic")
+    stacks = ("actor", "log_std_scale", "log_std_offset", "critic", "target_critic", "log_alpha", "log_alpha_prime")
+    optimisers = tuple(f"{name}_optim" for name in stacks if name != "target_critic")
 
     def __init__(
         self,
@@ -180,9 +186,9 @@ class CQLUpdater:
         self.log_std_offset_optim = Adam(self.log_std_offset, actor_lrs)
         self.log_alpha_optim = Adam(self.log_alpha, [c.alpha_lr for c in configs])
         self.log_alpha_prime_optim = Adam(self.log_alpha_prime, critic_lrs)
-        self._bind()
+        self.bind()
 
-    def _bind(self) -> None:
+    def bind(self) -> None:
         """Constants of the update that follow from the configs, and views."""
         device, shared = self.actor.flat.device, self.configs[0]
         self._weight_M1 = member_values([c.cql_alpha for c in self.configs], device).squeeze(-1)
@@ -193,10 +199,6 @@ class CQLUpdater:
         self._scale_M11, self._offset_M11 = (
             stack.flat.view(-1, 1, 1) for stack in (self.log_std_scale, self.log_std_offset)
         )
-
-    @property
-    def num_members(self) -> int:
-        return len(self.configs)
 
     # ---- policy ---------------------------------------------------------------------------------------------
 
@@ -338,25 +340,6 @@ class CQLUpdater:
             torch.mul(excess_M, (weight_M1.squeeze(1) * -0.5) * inside, out=self.log_alpha_prime.grad)
             metrics["alpha_prime"] = alpha_prime_M1
         return metrics
-
-    # ---- members and checkpoints ----------------------------------------------------------------------------
-
-    def select(self, members: Sequence[int]) -> CQLUpdater:
-        other = copy.copy(self)
-        other.configs = [self.configs[m] for m in members]
-        for name in self._stacks:
-            setattr(other, name, getattr(self, name).select(members))
-        for name in self._optims:
-            setattr(other, name, getattr(self, name).select(getattr(other, name.removesuffix("_optim")), members))
-        other._bind()
-        return other
-
-    def state_dict(self) -> dict[str, Any]:
-        stacks = {name: getattr(self, name).flat for name in self._stacks}
-        return {**stacks, **{name: getattr(self, name).state_dict() for name in self._optims}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_networks(self, state, self._stacks, self._optims)
 
 
 def _shrink_last_layer(network: StackedMLP, scheme: str) -> None:

@@ -30,11 +30,10 @@ Shapes: M member, G = 2M critics, B batch, S observation, A action.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -45,8 +44,8 @@ from agents.method import TrainingData, per_member
 from agents.model_free import (
     ModelFree,
     ModelFreeConfig,
+    NetworkUpdater,
     bellman_target,
-    load_networks,
     member_values,
     regress_twins,
     split_rows,
@@ -98,7 +97,7 @@ class IQLConfig(ModelFreeConfig):
         check_choice(self, "reward_scale", ("none", "return-range"))
 
 
-class IQLUpdater:
+class IQLUpdater(NetworkUpdater):
     """Policies, values, critics and targets of a pack, and their update.
 
     Args:
@@ -110,8 +109,8 @@ class IQLUpdater:
 
     num_noises = 0
     period = 1
-    _stacks = ("actor", "log_std", "value", "critic", "target_critic")
-    _optims = ("actor_optim", "log_std_optim", "value_optim", "critic_optim")
+    stacks = ("actor", "log_std", "value", "critic", "target_critic")
+    optimisers = ("actor_optim", "log_std_optim", "value_optim", "critic_optim")
 
     def __init__(
         self,
@@ -138,9 +137,9 @@ class IQLUpdater:
         self.value_optim = Adam(self.value, [c.value_lr for c in configs], shared.adam_eps)
         self.critic_optim = Adam(self.critic, [c.critic_lr for c in configs], shared.adam_eps)
         self._done_updates = torch.zeros((), device=device)
-        self._bind()
+        self.bind()
 
-    def _bind(self) -> None:
+    def bind(self) -> None:
         """Constants of the update that follow from the configs, and views."""
         device, shared = self.actor.flat.device, self.configs[0]
         self._beta_M1 = member_values([c.beta for c in self.configs], device).squeeze(-1)
@@ -154,10 +153,6 @@ class IQLUpdater:
             self._lr_scale = torch.ones((), device=device)
             self.actor_optim.follow(self._lr_scale)
             self.log_std_optim.follow(self._lr_scale)
-
-    @property
-    def num_members(self) -> int:
-        return len(self.configs)
 
     @torch.inference_mode()
     def update(
@@ -235,25 +230,16 @@ class IQLUpdater:
 
     # ---- members and checkpoints ----------------------------------------------------------------------------
 
-    def select(self, members: Sequence[int]) -> IQLUpdater:
-        other = copy.copy(self)
-        other.configs = [self.configs[m] for m in members]
-        for name in self._stacks:
-            setattr(other, name, getattr(self, name).select(members))
-        for name in self._optims:
-            network = getattr(other, name.removesuffix("_optim"))
-            setattr(other, name, getattr(self, name).select(network, members))
+    def select(self, members: Sequence[int]) -> Self:
+        other = super().select(members)
         other._done_updates = self._done_updates.clone()
-        other._bind()
         return other
 
     def state_dict(self) -> dict[str, Any]:
-        stacks = {name: getattr(self, name).flat for name in self._stacks}
-        optims = {name: getattr(self, name).state_dict() for name in self._optims}
-        return {**stacks, **optims, "done_updates": self._done_updates}
+        return {**super().state_dict(), "done_updates": self._done_updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_networks(self, state, self._stacks, self._optims)
+        super().load_state_dict(state)
         self._done_updates.copy_(state["done_updates"])
 
 

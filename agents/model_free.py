@@ -12,7 +12,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -288,6 +288,49 @@ class ModelFree(ABC):
 # ---- what updaters are made of --------------------------------------------------------------------------------------
 
 
+class NetworkUpdater:
+    """Networks of a pack and their optimisers, of which members can be dropped and whose state can be kept.
+
+    Attributes:
+        stacks: names of the networks, each with a leading member axis.
+        optimisers: names of the optimisers, `<network>_optim`.
+        configs: one per member.
+    """
+
+    stacks: ClassVar[tuple[str, ...]]
+    optimisers: ClassVar[tuple[str, ...]]
+    configs: list[Any]
+
+    @property
+    def num_members(self) -> int:
+        return len(self.configs)
+
+    def bind(self) -> None:
+        """Make the constants of the update that follow from the configs, and views of the networks."""
+
+    def select(self, members: Sequence[int]) -> Self:
+        other = copy.copy(self)
+        other.configs = [self.configs[m] for m in members]
+        for name in self.stacks:
+            setattr(other, name, getattr(self, name).select(members))
+        for name in self.optimisers:
+            network = getattr(other, name.removesuffix("_optim"))
+            setattr(other, name, getattr(self, name).select(network, members))
+        other.bind()
+        return other
+
+    def state_dict(self) -> dict[str, Any]:
+        stacks = {name: getattr(self, name).flat for name in self.stacks}
+        return {**stacks, **{name: getattr(self, name).state_dict() for name in self.optimisers}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load in place."""
+        for name in self.stacks:
+            getattr(self, name).flat.copy_(state[name])
+        for name in self.optimisers:
+            getattr(self, name).load_state_dict(state[name])
+
+
 def split_rows(rows_MBW: Tensor, observation_dim: int, action_dim: int) -> tuple[Tensor, ...]:
     """Views s `(M, B, S)`, a `(M, B, A)`, [s, a], r `(M, B)`, d `(M, B)` and s' of a minibatch."""
     s, a = observation_dim, action_dim
@@ -318,11 +361,3 @@ def regress_twins(critic: StackedMLP, x_MBX: Tensor, target_MB: Tensor) -> Tenso
 def member_values(values: Sequence[float], device: torch.device | str) -> Tensor:
     """One hyperparameter of every member, `(M, 1, 1)`."""
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
-
-
-def load_networks(updater: Any, state: Mapping[str, Any], stacks: Sequence[str], optims: Sequence[str]) -> None:
-    """Copy a `state_dict` into an updater's stacks and optimisers, in place."""
-    for name in stacks:
-        getattr(updater, name).flat.copy_(state[name])
-    for name in optims:
-        getattr(updater, name).load_state_dict(state[name])

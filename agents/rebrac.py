@@ -21,7 +21,6 @@ Shapes: M member, G = 2M critics, B batch, S observation, A action, N rows, W co
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +32,14 @@ from torch import Tensor
 from agents.config import check_not_negative, check_positive
 from agents.critics import min_value_and_gradient
 from agents.method import TrainingData, per_member
-from agents.model_free import ModelFree, ModelFreeConfig, bellman_target, load_networks, member_values, regress_twins
+from agents.model_free import (
+    ModelFree,
+    ModelFreeConfig,
+    NetworkUpdater,
+    bellman_target,
+    member_values,
+    regress_twins,
+)
 from agents.networks import StackedLayerNormMLP, StackedMLP, initialise
 from agents.optim import Adam
 from agents.policies import tanh_arrays
@@ -88,7 +94,7 @@ def rows_with_next_actions(data: TrainingData) -> Tensor:
     return torch.cat((rows, next_action), dim=1)[~last | (data.terminals > 0)]
 
 
-class ReBRACUpdater:
+class ReBRACUpdater(NetworkUpdater):
     """Policies, critics and targets of a pack, and their update.
 
     Args:
@@ -99,8 +105,8 @@ class ReBRACUpdater:
     """
 
     num_noises = 1
-    _stacks = ("actor", "critic", "target_actor", "target_critic")
-    _optims = ("actor_optim", "critic_optim")
+    stacks = ("actor", "critic", "target_actor", "target_critic")
+    optimisers = ("actor_optim", "critic_optim")
 
     def __init__(
         self,
@@ -124,9 +130,9 @@ class ReBRACUpdater:
         self.target_actor, self.target_critic = self.actor.clone(), self.critic.clone()
         self.actor_optim = Adam(self.actor, [c.actor_lr for c in configs])
         self.critic_optim = Adam(self.critic, [c.critic_lr for c in configs])
-        self._bind()
+        self.bind()
 
-    def _bind(self) -> None:
+    def bind(self) -> None:
         """Constants of the update that follow from the configs."""
         device = self.actor.flat.device
         self._actor_coef_M11 = member_values([c.actor_bc_coef for c in self.configs], device)
@@ -134,10 +140,6 @@ class ReBRACUpdater:
         self._sigma_M11 = member_values([c.policy_noise for c in self.configs], device)
         self._clip_M11 = member_values([c.noise_clip for c in self.configs], device)
         self._minus_clip_M11 = -self._clip_M11
-
-    @property
-    def num_members(self) -> int:
-        return len(self.configs)
 
     @torch.inference_mode()
     def update(
@@ -189,25 +191,6 @@ class ReBRACUpdater:
         penalty = (next_action - data_action).square_().sum(-1)
         value = torch.addcmul(value, self._critic_coef_M1, penalty, value=-1.0)
         return bellman_target(reward, done, value, self.gamma), penalty
-
-    # ---- members and checkpoints ----------------------------------------------------------------------------
-
-    def select(self, members: Sequence[int]) -> ReBRACUpdater:
-        other = copy.copy(self)
-        other.configs = [self.configs[m] for m in members]
-        for name in self._stacks:
-            setattr(other, name, getattr(self, name).select(members))
-        other.actor_optim = self.actor_optim.select(other.actor, members)
-        other.critic_optim = self.critic_optim.select(other.critic, members)
-        other._bind()
-        return other
-
-    def state_dict(self) -> dict[str, Any]:
-        stacks = {name: getattr(self, name).flat for name in self._stacks}
-        return {**stacks, **{name: getattr(self, name).state_dict() for name in self._optims}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_networks(self, state, self._stacks, self._optims)
 
 
 class ReBRAC(ModelFree):

@@ -25,10 +25,8 @@ Shapes: M member, G = 2M critics, B batch, S observation, A action.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,8 +37,8 @@ from agents.method import TrainingData, per_member
 from agents.model_free import (
     ModelFree,
     ModelFreeConfig,
+    NetworkUpdater,
     bellman_target,
-    load_networks,
     member_values,
     regress_twins,
     split_rows,
@@ -78,7 +76,7 @@ class TD3BCConfig(ModelFreeConfig):
         check_choice(self, "initialisation", ("torch", "lecun"))
 
 
-class TD3BCUpdater:
+class TD3BCUpdater(NetworkUpdater):
     """Policies, critics and targets of a pack, and their update.
 
     Args:
@@ -88,8 +86,8 @@ class TD3BCUpdater:
         device: where everything lives.
     """
 
-    _stacks = ("actor", "critic", "target_actor", "target_critic")
-    _optims = ("actor_optim", "critic_optim")
+    stacks = ("actor", "critic", "target_actor", "target_critic")
+    optimisers = ("actor_optim", "critic_optim")
 
     def __init__(
         self,
@@ -113,9 +111,9 @@ class TD3BCUpdater:
         self.target_actor, self.target_critic = self.actor.clone(), self.critic.clone()
         self.actor_optim = Adam(self.actor, [c.actor_lr for c in configs], shared.adam_eps)
         self.critic_optim = Adam(self.critic, [c.critic_lr for c in configs], shared.adam_eps)
-        self._bind()
+        self.bind()
 
-    def _bind(self) -> None:
+    def bind(self) -> None:
         """Constants of the update that follow from the configs, and views."""
         device = self.actor.flat.device
         self._alpha_M11 = member_values([c.alpha for c in self.configs], device)
@@ -123,10 +121,6 @@ class TD3BCUpdater:
         self._clip_M11 = member_values([c.noise_clip for c in self.configs], device)
         self._minus_clip_M11 = -self._clip_M11
         self._first_critic = self.critic.of_each_member(0)
-
-    @property
-    def num_members(self) -> int:
-        return len(self.configs)
 
     @torch.inference_mode()
     def update(
@@ -205,25 +199,6 @@ class TD3BCUpdater:
         grad_pi.add_(pi - action, alpha=2.0 / (batch * a))
         grad_out = torch.addcmul(grad_pi, grad_pi * pi, pi, value=-1.0)  # through tanh: times 1 - pi^2
         self.actor.write_gradients(pi_inputs, self.actor.hidden_gradients(pi_inputs, grad_out), grad_out)
-
-    # ---- members and checkpoints ----------------------------------------------------------------------------
-
-    def select(self, members: Sequence[int]) -> TD3BCUpdater:
-        other = copy.copy(self)
-        other.configs = [self.configs[m] for m in members]
-        for name in self._stacks:
-            setattr(other, name, getattr(self, name).select(members))
-        other.actor_optim = self.actor_optim.select(other.actor, members)
-        other.critic_optim = self.critic_optim.select(other.critic, members)
-        other._bind()
-        return other
-
-    def state_dict(self) -> dict[str, Any]:
-        stacks = {name: getattr(self, name).flat for name in self._stacks}
-        return {**stacks, **{name: getattr(self, name).state_dict() for name in self._optims}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_networks(self, state, self._stacks, self._optims)
 
 
 class TD3BC(ModelFree):
