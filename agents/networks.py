@@ -329,6 +329,13 @@ INITIALISATIONS = ("edac", "edac-fan-in", "torch", "orthogonal", "lecun")
 _CUT_NORMAL_STD = 0.87962566103423978  # of a standard normal distribution cut at two standard deviations
 
 
+def lecun_normal(shape: Sequence[int], num_inputs: int, generator: torch.Generator) -> Tensor:
+    """Weights of variance 1/inputs from a normal distribution cut at two of its standard deviations (LeCun et al. 1998),
+    flax's default; on the CPU."""
+    std = 1.0 / (_CUT_NORMAL_STD * math.sqrt(num_inputs))
+    return torch.nn.init.trunc_normal_(torch.empty(*shape), 0.0, std, -2.0 * std, 2.0 * std, generator)
+
+
 def initialise(network: StackedMLP, generators: Sequence[torch.Generator], *, scheme: str, last_bound: float) -> None:
     """Draw a network's parameters, one generator per member: a member starts the same in every pack.
 
@@ -338,8 +345,7 @@ def initialise(network: StackedMLP, generators: Sequence[torch.Generator], *, sc
             "edac": the same but +-1/sqrt(out) for the hidden weights, as the critics of the released RAVL and of CORL's
             EDAC have it (their `(in, out)` weights go to an initialiser that expects `(out, in)`; actors are as above).
             "orthogonal": orthogonal weights times sqrt(2) in every layer, no biases, as jaxrl and IQL have it.
-            "lecun": weights of variance 1/in from a normal distribution cut at two of its standard deviations (LeCun et
-            al. 1998), no biases: flax's default.
+            "lecun": `lecun_normal`, no biases.
     """
     if scheme not in INITIALISATIONS:
         raise ValueError(f"unknown initialisation {scheme!r}; one of {', '.join(INITIALISATIONS)}")
@@ -358,10 +364,8 @@ def initialise(network: StackedMLP, generators: Sequence[torch.Generator], *, sc
             bias.zero_()
             continue
         if scheme == "lecun":
-            std = 1.0 / (_CUT_NORMAL_STD * math.sqrt(n_in))
             for m, generator in enumerate(generators):
-                drawn = torch.empty(per_member, n_in, n_out)
-                torch.nn.init.trunc_normal_(drawn, 0.0, std, -2.0 * std, 2.0 * std, generator)
+                drawn = lecun_normal((per_member, n_in, n_out), n_in, generator)
                 weight[m * per_member : (m + 1) * per_member] = drawn
             bias.zero_()
             continue

@@ -35,12 +35,11 @@ import torch
 from torch import Tensor
 
 from agents.chunk import matrix_precision
-from agents.networks import StackedVector, relu_gradient_
+from agents.networks import StackedVector, lecun_normal, relu_gradient_
 
 NUM_GROUPS = 8
 NORMS = ("step", "trajectory")
 NORM_EPS = 1e-6  # flax's, not torch's 1e-5
-_TRUNCATED_STD = 0.87962566103423978  # of a standard normal that is cut at -2 and 2
 
 
 @dataclass(frozen=True)
@@ -118,12 +117,10 @@ class UNet:
         return views
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Weights from a normal distribution of variance 1 / inputs that is cut at two deviations, as flax has them."""
+        """Weights by `agents.networks.lecun_normal`, as flax has them, no biases."""
         for name, parameter in self.parameters.items():
             if name.endswith("weight"):
-                drawn = torch.empty(parameter.shape)
-                std = 1 / math.sqrt(len(drawn)) / _TRUNCATED_STD
-                parameter.copy_(torch.nn.init.trunc_normal_(drawn, 0.0, std, -2 * std, 2 * std, generator=generator))
+                parameter.copy_(lecun_normal(parameter.shape, len(parameter), generator))
             else:
                 parameter.fill_(1.0 if name.endswith("gain") else 0.0)
 
