@@ -330,8 +330,8 @@ _CUT_NORMAL_STD = 0.87962566103423978  # of a standard normal distribution cut a
 
 
 def lecun_normal(shape: Sequence[int], num_inputs: int, generator: torch.Generator) -> Tensor:
-    """Weights of variance 1/inputs from a normal distribution cut at two of its standard deviations (LeCun et al. 1998),
-    flax's default; on the CPU."""
+    """Weights of variance 1/inputs from a normal distribution cut at two of its standard deviations (LeCun et al.
+    1998), flax's default; on the CPU."""
     std = 1.0 / (_CUT_NORMAL_STD * math.sqrt(num_inputs))
     return torch.nn.init.trunc_normal_(torch.empty(*shape), 0.0, std, -2.0 * std, 2.0 * std, generator)
 
