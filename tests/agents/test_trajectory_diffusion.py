@@ -1,6 +1,7 @@
 """The stage that learns a diffusion model of sub-trajectories."""
 
 import dataclasses
+import math
 import pickle
 from itertools import pairwise
 from typing import Any
