@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -73,7 +74,8 @@ class UNet:
         features: F, a multiple of 16.
         num_blocks: of the encoder; an input needs at least 2^(num_blocks - 1) rows.
         norm: one of `NORMS`.
-        precision: of the convolutions' products, see `agents.chunk.matrix_precision`.
+        precision: of the convolutions' products, see `agents.chunk.matrix_precision`; None: what is set where it is
+            called.
 
     Attributes:
         stack: the parameters and their gradients, for `agents.optim.Adam`.
@@ -81,7 +83,8 @@ class UNet:
     """
 
     def __init__(
-        self, channels: int, features: int, num_blocks: int, norm: str = "step", precision: str = "float32",
+        self, channels: int, features: int, num_blocks: int, norm: str = "step",
+        precision: str | None = "float32",
         device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
         self.channels, self.features, self.num_blocks, self.norm = channels, features, num_blocks, norm
@@ -124,6 +127,9 @@ class UNet:
             else:
                 parameter.fill_(1.0 if name.endswith("gain") else 0.0)
 
+    def _products(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.precision is None else matrix_precision(self.precision)
+
     # ---- forward --------------------------------------------------------------------------------------------------
 
     def __call__(self, x_BHC: Tensor, c_noise: Tensor) -> Tensor:
@@ -149,7 +155,7 @@ class UNet:
         rows_NF = x.view(-1, self.features)
         if tape is not None:
             tape.skips, tape.rows_NF = skips, rows_NF
-        with matrix_precision(self.precision):
+        with self._products():
             return torch.addmm(p["head.bias"], rows_NF, p["head.weight"]).view(x_BHC.shape)
 
     def _time(self, c_noise_B: Tensor, tape: Tape | None) -> Tensor:
@@ -179,7 +185,7 @@ class UNet:
         conv, p = self._by_name[name], self.parameters
         b, h = parts[0].shape[:2]
         rows = columns(parts)
-        with matrix_precision(self.precision):
+        with self._products():
             y_NC = torch.addmm(p[f"{name}.bias"], rows, p[f"{name}.weight"])
         if conv.time is not None:
             y_NC.view(b, h, -1).add_(time_BT[:, conv.time].unsqueeze(1))
@@ -191,7 +197,7 @@ class UNet:
         b, before = x_BhC.shape[:2]
         rows = x_BhC.reshape(-1, conv.inputs)
         weight = p[f"{name}.weight"]
-        with matrix_precision(self.precision):
+        with self._products():
             own, following = (torch.mm(rows, w).view(b, before, -1) for w in weight.split(conv.inputs))
         nearest = nearest_rows(before, length, str(self.device))
         # the row itself and the one behind it; behind the last there is nothing
@@ -228,7 +234,7 @@ class UNet:
         p, g, last = self.parameters, self.gradients, self.num_blocks - 1
         b, grad_NC = len(grad_BHC), grad_BHC.reshape(-1, self.channels)
         grad_time_BT = grad_BHC.new_empty((b, self.num_time))
-        with matrix_precision(self.precision):
+        with self._products():
             torch.mm(tape.rows_NF.t(), grad_NC, out=g["head.weight"])
             grad_x = torch.mm(grad_NC, p["head.weight"].t())
         torch.sum(grad_NC, 0, out=g["head.bias"])
@@ -253,7 +259,7 @@ class UNet:
         """Write a convolution's gradients; returns that of its input, `(N, inputs)`, if it is needed."""
         conv = self._by_name[name]
         grad_NC, columns = self._normed_gradient(name, tape, grad_out, length, grad_time_BT)
-        with matrix_precision(self.precision):
+        with self._products():
             torch.mm(columns.t(), grad_NC, out=self.gradients[f"{name}.weight"])
             if not needed:
                 return grad_NC
@@ -276,7 +282,7 @@ class UNet:
             (own_hH, following_hH), strict=True,
         ):  # fmt: skip
             grad_rows = torch.matmul(gather_hH, grad_BHC).view(-1, conv.outputs)
-            with matrix_precision(self.precision):
+            with self._products():
                 torch.mm(rows.t(), grad_rows, out=g)
                 grad_x = torch.mm(grad_rows, w.t()) if grad_x is None else grad_x.addmm_(grad_rows, w.t())
         assert grad_x is not None
