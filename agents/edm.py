@@ -60,9 +60,9 @@ def noise_levels(
 
 
 class Denoiser:
-    """D of a network."""
+    """D of a network, F(x; c_noise) of inputs `(B, H, C)` and noise levels `()` or `(B,)`."""
 
-    def __init__(self, network: UNet, sigma_data: float = 1.0) -> None:
+    def __init__(self, network: Callable[[Tensor, Tensor], Tensor], sigma_data: float = 1.0) -> None:
         self.network, self.sigma_data = network, sigma_data
 
     def __call__(self, x_BHC: Tensor, sigma: Tensor) -> Tensor:
@@ -77,15 +77,23 @@ class Denoiser:
         weight_B = 1 / Preconditioning.at(sigma_B, self.sigma_data).out ** 2
         return (self(noisy, sigma_B) - x_BHC).square_().mul_(_column(weight_B))
 
+
+class TrainedDenoiser(Denoiser):
+    """D of a network that is being trained."""
+
+    def __init__(self, network: UNet, sigma_data: float = 1.0) -> None:
+        super().__init__(network, sigma_data)
+        self._unet = network
+
     def write_gradient(self, x_BHC: Tensor, sigma_B: Tensor, noise_BHC: Tensor) -> Tensor:
         """The mean loss `()`; its gradient goes to the network's."""
         factors, tape = Preconditioning.at(sigma_B, self.sigma_data), Tape()
         noisy = torch.addcmul(x_BHC, _column(sigma_B), noise_BHC)
-        out = self.network.forward(noisy * _column(factors.input), factors.noise, tape)
+        out = self._unet.forward(noisy * _column(factors.input), factors.noise, tape)
         # the loss's weight is 1 / c_out^2, so its root times D - x is F less what F should have been
         error = out.sub_((x_BHC - _column(factors.skip) * noisy) / _column(factors.out))
         loss = error.square().mean()
-        self.network.backward(tape, error.mul_(2 / error.numel()))
+        self._unet.backward(tape, error.mul_(2 / error.numel()))
         return loss
 
 

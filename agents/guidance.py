@@ -4,7 +4,8 @@ A denoiser of sub-trajectories samples p_b, what the behaviour policy b does. Gu
 p_lambda ~ p_b(tau) prod_t pi(a_t | s_t)^lambda. What it needs of a policy pi is the *score* g: the gradient of
 sum_t log pi(tanh(std a_t + mean) | s_t) with respect to the actions as the sampler has them, before the tanh and
 standardised; through tanh and affine map by the chain rule, without a log-determinant, states un-standardised. States
-get no gradient of their own.
+get no slope of their own: they follow their actions as the data have it. Deterministic policies count as N(pi(s), 1);
+a standard deviation d instead would be lambda / d^2.
 
 `rule="code"` is what the authors' release does (EmptyJackson/policy-guided-diffusion 9da606c, diffusion/edm.py, lines
 149-214). Before step i of n
@@ -12,15 +13,21 @@ get no gradient of their own.
     a <- a + lambda_i g(y),  lambda_i = lambda (1 - i/n + cosine_coef sin(pi (i + 1) / n)),  none before the last step,
 
 where y is D(x; sigma_i) (`denoised`) or x itself, and g is divided by its norm over all H x A numbers of a trajectory
-(`normalise`). So lambda is a dial and not the exponent above: a normalised step moves an action by lambda_i / sqrt(H A)
-standard deviations or so, and there are n of them. The same lambda is stronger with a smaller H x A (the toy of
-benchmarks/pgd_toy.py: 1.58 standard deviations with 192 numbers, 0.80 with 768) and with more steps (0.31 with 32 of
-them, 1.58 with 256). `coef_steps` undoes the latter: lambda is multiplied by what it takes for all steps together to
-move a mean as far as they do when there are `coef_steps` of them, to first order and for Gaussian data, which can be
-said exactly (`response`): 5.3 with 32 steps for 256. In the toy that gives the same mean within 2 % from 16 steps on.
-g / (norm + 1e-8) here, g / norm + 1e-8 in the release: that is not a number where the norm is 0 and otherwise differs
-by 1e-8. g as it is (`normalise=false`) collapses onto the mode of pi for any lambda that does much, since it is added n
-times at a length that no noise level scales.
+(`normalise`). lambda is a dial then, and not the exponent above:
+
+- A step moves an action by about lambda_i / sqrt(H A) standard deviations, so the same lambda is stronger where H x A
+  is smaller (the toy of benchmarks/pgd_toy.py: 1.58 with 192 numbers, 0.80 with 768). Steps much longer than one
+  standard deviation overshoot.
+- There are n steps, so it is stronger with more of them: 0.31 with 32, 1.58 with 256. `coef_steps` undoes that: lambda
+  is multiplied by what it takes for all steps together to move a mean as far as they do when there are `coef_steps`
+  of them, to first order and for Gaussian data, for which that is known (`response`): by 5.3 with 32 steps for 256. In
+  the toy the mean is then the same within 2 % from 16 steps on.
+- g as it is (`normalise=false`) collapses onto the mode of pi for any lambda that does much, since it is added n times
+  at a length that no noise level scales.
+- g / (norm + 1e-8) here is g / norm + 1e-8 in the release: not a number where the norm is 0, else different by 1e-8.
+
+`reuse` takes for D(x; sigma_i) what the denoiser has made of Heun's point at this level in the step before, so that
+guidance costs one call of the denoiser in all. In the toy means are the same within 1 % with 32 steps.
 
 `rule="score"` samples p_lambda itself. Behind a point x lies a posterior of noiseless trajectories, whose mean is
 D(x; sigma); with exp(w a) as a factor its mean is D(x + sigma^2 w; sigma), whatever the data's distribution (the square
@@ -28,19 +35,12 @@ is completed). So the guided denoiser is
 
     D'(x; sigma) = D(x + sigma^2 w; sigma),  w = lambda g(D) / (1 + lambda V h(D)),
 
-w added to actions. To first order that is D + sigma^2 J^T w with the Jacobian J of D (which is symmetric where D is
-exact), and needs no pass back through the network. With h = 0 (`smoothing=false`) w is the slope of log pi^lambda at
-the posterior's mean. With `smoothing` h is its curvature -dg/da, by a difference of g along the actions, and V the
-posterior's variance: that is exact for Gaussians. V is taken to be that of data of unit variance, which standardised
-channels have, sigma^2 / (1 + sigma^2). Without smoothing, policies that are sharper than the posterior make samples
-diverge. lambda is the exponent of the target here, whatever the steps, H and A. States get no slope of their own: of
-log pi(a_t | s_t) only a_t is moved, and states follow as the data have it.
-
-With `reuse`, either rule looks at what the denoiser has made last: in Heun's step to this noise level (code), or in
-the last call (score; its D' less the V w of then stands for D). So guidance costs no call of the denoiser but the
-first. In the toys that changes means by less than 1 % (code, 32 steps) and by up to 13 % with 32, 8 % with 64 (score).
-
-Deterministic policies count as N(pi(s), 1). A standard deviation d instead would be lambda / d^2.
+w added to actions, at twice the calls of the denoiser. To first order that is D + sigma^2 J^T w with the Jacobian J of
+D (which is symmetric where D is exact), and needs no pass back through the network. With h = 0 (`smoothing=false`) w
+is the slope of log pi^lambda at the posterior's mean. With `smoothing` h is its curvature -dg/da, by a difference of g
+along the actions, and V the posterior's variance: that is exact for Gaussians. V is taken to be that of data of unit
+variance, which standardised channels have, sigma^2 / (1 + sigma^2). Without smoothing, policies that are sharper than
+the posterior make samples diverge. lambda is the exponent of the target, whatever the steps, H and A.
 
 Shapes: M member, B trajectory of a member, N = M x B, H row of a trajectory, C channel, S observation, A action.
 """
@@ -76,12 +76,12 @@ class GuidanceConfig:
 
     rule: str = "code"  # code: as released | score: D' of the target p_b pi^lambda
     coef: float = per_member(1.0, off_at_zero=True)  # lambda; 0: unguided
-    reuse: bool = True  # direction at what the denoiser has made last: no further call; released: false
     # rule=code
     cosine_coef: float = 0.3
     delay: int = 0  # steps that pass before the first guided one
     normalise: bool = True  # over the H x A numbers of a trajectory; released default: false, which collapses
     denoised: bool = True  # direction at D(x; sigma), not at x; released default: false
+    reuse: bool = True  # the D of Heun's last step for it: no further call of the denoiser; released: false
     coef_steps: int | None = 256  # sampling steps with which coef means what it says; null: with any, as released
     allow_collapse: bool = False  # raw gradients of a strength that is known to collapse
     # rule=score
@@ -119,8 +119,9 @@ def check_guidance(guidance: GuidanceConfig, sampler: SamplerConfig) -> None:
         )
     if guidance.normalise or guidance.allow_collapse:
         return
-    strength = guidance.coef * _response(guidance, sampler, guidance.coef_steps) / _response(guidance, sampler, 256)
-    if strength >= COLLAPSE:
+    # in terms of 256 steps, with which it was measured
+    strength = guidance.coef * _scale(guidance, sampler, guidance.coef_steps) / _scale(guidance, sampler, 256)
+    if strength > 0.999 * COLLAPSE:  # equal but for rounding
         raise UserError(
             f"method.guidance.coef={guidance.coef} with normalise=false: raw gradients of that size collapse onto the "
             "policy's mode; set method.guidance.normalise=true or rule=score, or allow_collapse=true to see it"
@@ -155,22 +156,24 @@ def response(schedule: Schedule, order: int, coefficients: Sequence[float]) -> f
     return mean
 
 
-def _response(guidance: GuidanceConfig, sampler: SamplerConfig, num_steps: int | None = None) -> float:
-    """Of `rule="code"` with the sampler's settings, or with another number of steps."""
-    if num_steps is not None:
-        sampler = replace(sampler, num_steps=num_steps)
-    steps = range(sampler.num_steps)
-    coefficients = [step_coefficient(i, sampler.num_steps, guidance.cosine_coef, guidance.delay) for i in steps]
-    return response(Schedule.of(sampler), sampler.order, coefficients)
+def _response(guidance: GuidanceConfig, sampler: SamplerConfig, num_steps: int) -> float:
+    """Of `rule="code"` with the sampler's settings but for the number of steps; a delay left out."""
+    schedule = Schedule.of(replace(sampler, num_steps=num_steps))
+    coefficients = [step_coefficient(i, num_steps, guidance.cosine_coef) for i in range(num_steps)]
+    return response(schedule, sampler.order, coefficients)
+
+
+def _scale(guidance: GuidanceConfig, sampler: SamplerConfig, num_steps: int | None) -> float:
+    """What lambda is multiplied by for the sampler's steps to move a mean as far as another number of them."""
+    if num_steps is None or num_steps == sampler.num_steps:
+        return 1.0
+    return _response(guidance, sampler, num_steps) / _response(guidance, sampler, sampler.num_steps)
 
 
 def step_coefficients(guidance: GuidanceConfig, sampler: SamplerConfig) -> tuple[float, ...]:
     """What `rule="code"` multiplies lambda by before each step, `coef_steps` included."""
-    scale = 1.0
-    if guidance.coef_steps not in (None, sampler.num_steps):
-        scale = _response(guidance, sampler, guidance.coef_steps) / _response(guidance, sampler)
-    steps = range(sampler.num_steps)
-    return tuple(scale * step_coefficient(i, sampler.num_steps, guidance.cosine_coef, guidance.delay) for i in steps)
+    n, scale = sampler.num_steps, _scale(guidance, sampler, guidance.coef_steps)
+    return tuple(scale * step_coefficient(i, n, guidance.cosine_coef, guidance.delay) for i in range(n))
 
 
 @dataclass(frozen=True)
@@ -232,8 +235,9 @@ class StepGuidance:
         x_NHC[..., self.actions] = torch.where(coef != 0, moved, action)
 
 
+@dataclass(frozen=True)
 class ScoreGuidedDenoiser:
-    """`rule="score"`: the denoiser D' of the guided trajectories, for one sampling: it remembers its last call.
+    """`rule="score"`: the denoiser D' of the guided trajectories.
 
     Args:
         denoise: D.
@@ -242,29 +246,25 @@ class ScoreGuidedDenoiser:
         actions: columns of the actions in x.
     """
 
-    def __init__(self, denoise: Denoise, score: Score, coef_N: Tensor, actions: slice, config: GuidanceConfig) -> None:
-        self._denoise, self._score, self._actions, self._config = denoise, score, actions, config
-        self._coef_N11 = coef_N.view(-1, 1, 1)
-        self._last: tuple[Tensor, Tensor] | None = None  # D', and V w of it
+    denoise: Denoise
+    score: Score
+    coef_N: Tensor
+    actions: slice
+    config: GuidanceConfig
 
     def __call__(self, x_NHC: Tensor, sigma: Tensor) -> Tensor:
-        variance = sigma.square() / (1.0 + sigma.square())
-        if self._last is None or not self._config.reuse:
-            self._last = self._denoise(x_NHC, sigma), torch.zeros_like(x_NHC[..., self._actions])
-        point, moved = self._last
-        pull = self._pull(point, moved, variance)
+        pull = self._pull(self.denoise(x_NHC, sigma), sigma)
         shifted = x_NHC.clone()
-        shifted[..., self._actions] += sigma.square() * pull
-        self._last = self._denoise(shifted, sigma), variance * pull
-        return self._last[0]
+        shifted[..., self.actions] += sigma.square() * pull
+        return self.denoise(shifted, sigma)
 
-    def _pull(self, point_NHC: Tensor, moved_NHA: Tensor, variance: Tensor) -> Tensor:
-        """w, by the slope at a point that is V w away from D; 0 where lambda is."""
-        slope = self._coef_N11 * self._score(point_NHC)
-        if self._config.smoothing:
-            shifted = point_NHC.clone()
-            shifted[..., self._actions] += _DIFFERENCE
-            difference = slope - self._coef_N11 * self._score(shifted)
-            curvature = (difference / _DIFFERENCE).clamp_min(0.0)
-            slope = torch.addcmul(slope, curvature, moved_NHA) / (1.0 + variance * curvature)
-        return torch.where(self._coef_N11 != 0, slope, 0.0)
+    def _pull(self, denoised_NHC: Tensor, sigma: Tensor) -> Tensor:
+        """w; 0 where lambda is."""
+        coef = self.coef_N.view(-1, 1, 1)
+        slope = coef * self.score(denoised_NHC)
+        if self.config.smoothing:
+            shifted = denoised_NHC.clone()
+            shifted[..., self.actions] += _DIFFERENCE
+            curvature = ((slope - coef * self.score(shifted)) / _DIFFERENCE).clamp_min(0.0)
+            slope = slope / (1.0 + sigma.square() / (1.0 + sigma.square()) * curvature)
+        return torch.where(coef != 0, slope, 0.0)

@@ -27,19 +27,20 @@ import torch
 from torch import Tensor
 
 from agents.chunk import PRECISIONS
-from agents.edm import Denoiser
+from agents.edm import Denoiser, TrainedDenoiser
 from agents.graphs import WARM_UP, CaptureError, default_capture, side_stream, warn_eager
 from agents.method import Stage, TrainingData
 from agents.optim import Adam, half_cosine
 from agents.randomness import generator
 from agents.trajectories import RULES, TERMINAL_SCALES, EpisodeRows, TrajectoryScaling, Windows
 from agents.unet import NORMS, UNet
+from agents.unet_inference import InferenceUNet
 from envs.errors import UserError
 
 KIND = "trajectory_diffusion"
 HELD_SIGMAS = (0.01, 0.1, 1.0, 10.0)  # noise levels at which the held-out loss is told
 MIN_COVERAGE = 0.1  # share of the transitions that windows have to hold
-_MAX_HELD = 512  # windows
+_MAX_HELD = 128  # windows
 _CHUNK = 100  # updates that are drawn at once
 _REPORTS = 50  # of a training
 
@@ -51,7 +52,7 @@ class DiffusionConfig:
     length: int = 32  # H, rows of a sub-trajectory; H - 1 transitions
     stride: int = 8  # of the windows inside episodes
     windows: str = "whole"  # whole | release: whether the transition that ends an episode is there to be learned
-    terminal_scale: str = "bounded"  # standardised (released code) | raw: 0, 1 (SynthER) | bounded: -1, 1
+    terminal_scale: str = "standardised"  # standardised (released code) | raw: 0, 1 (SynthER) | bounded: -1, 1
     features: int = 256  # of the U-Net's first block, a multiple of 16; released: 1024
     num_blocks: int = 3
     norm: str = "step"  # step: as the released code computes it | trajectory: the usual group norm
@@ -95,18 +96,30 @@ class DiffusionConfig:
 
 
 class TrajectoryModel:
-    """A trained model.
+    """A trained model, with the running means of the parameters.
 
     Attributes:
-        denoiser: D(x; sigma) (`agents.edm.Denoiser`), with the running means of the parameters.
+        denoiser: D(x; sigma) (`agents.edm.Denoiser`), in the precision that is set where it is called
+            (`agents.chunk.matrix_precision`).
         scaling: between its channels and the data.
         length: H; it is for no other.
     """
 
-    def __init__(
-        self, denoiser: Denoiser, scaling: TrajectoryScaling, length: int, settings: Mapping[str, Any]
-    ) -> None:
-        self.denoiser, self.scaling, self.length, self._settings = denoiser, scaling, length, dict(settings)
+    def __init__(self, parameters: Tensor, scaling: TrajectoryScaling, settings: Mapping[str, Any]) -> None:
+        self.scaling, self.length = scaling, int(settings["length"])
+        self._settings = dict(settings)
+        network = UNet(
+            scaling.num_channels, settings["features"], settings["num_blocks"], settings["norm"], None,
+            parameters.device,
+        )  # fmt: skip
+        network.stack.flat.copy_(parameters)
+        self._parameters = network.stack.flat
+        evaluated = InferenceUNet(network) if settings["norm"] == "step" else network
+        self.denoiser = Denoiser(evaluated, settings["sigma_data"])
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # what is computed from the parameters need not travel
+        return TrajectoryModel, (self._parameters, self.scaling, self._settings)
 
     @property
     def observation_dim(self) -> int:
@@ -119,18 +132,12 @@ class TrajectoryModel:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> TrajectoryModel:
         """From what the stage holds."""
-        settings, scaling = state["settings"], TrajectoryScaling.from_state_dict(state["scaling"])
-        network = UNet(
-            scaling.num_channels, settings["features"], settings["num_blocks"], settings["norm"],
-            settings["precision"], state["parameters"].device,
-        )  # fmt: skip
-        network.stack.flat.copy_(state["parameters"])
-        return cls(Denoiser(network, settings["sigma_data"]), scaling, settings["length"], settings)
+        return cls(state["parameters"], TrajectoryScaling.from_state_dict(state["scaling"]), state["settings"])
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "settings": dict(self._settings), "scaling": self.scaling.state_dict(),
-            "parameters": self.denoiser.network.stack.flat,
+            "parameters": self._parameters,
         }  # fmt: skip
 
     def to(self, device: torch.device | str) -> TrajectoryModel:
@@ -192,7 +199,8 @@ class DiffusionTrainer:
             self.scaling.num_channels, config.features, config.num_blocks, config.norm, config.precision, self.device
         )
         network.initialise(self._draw("init", device="cpu"))
-        self.denoiser = Denoiser(network, config.sigma_data)
+        self.network = network
+        self.denoiser = TrainedDenoiser(network, config.sigma_data)
         self._optimiser = Adam(network.stack, [config.learning_rate])
         self._rate_scale = torch.zeros((), device=self.device)
         if self.device.type != "cpu":
@@ -216,17 +224,17 @@ class DiffusionTrainer:
         """All updates; now and then how many are done, and metrics."""
         config, started = self.config, time.perf_counter()
         every = max(1, config.num_updates // _REPORTS)
-        batches = self._batches()
+        batches = self.batches()
         since, reported = started, 0
         for update in range(config.num_updates):
-            self._step(update, *next(batches))
+            self.step(update, *next(batches))
             done = update + 1
             if done % every == 0 or done == config.num_updates:
                 metrics = {"loss": float(self._loss) / (done - reported)}  # waits for the device, before the clock
                 now = time.perf_counter()
                 metrics |= {
                     "seconds_per_update": (now - since) / (done - reported),
-                    "learning_rate": config.learning_rate * self._schedule(update),
+                    "learning_rate": config.learning_rate * self.schedule(update),
                     **self.holdout_losses(), "minutes": (time.perf_counter() - started) / 60,
                 }  # fmt: skip
                 if not reported:
@@ -240,14 +248,14 @@ class DiffusionTrainer:
                 self._loss.zero_()
                 since, reported = time.perf_counter(), done
 
-    def _schedule(self, update: int) -> float:
+    def schedule(self, update: int) -> float:
         """What the learning rate is multiplied with."""
         rising = int(self.config.warm_up * self.config.num_updates)
         if update < rising:
             return 0.1 + 0.9 * update / rising
         return half_cosine((update - rising) / (self.config.num_updates - rising))
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Minibatches, ln(sigma) less its mean over its deviation, and noise: `(B, H, C)`, `(B,)`, `(B, H, C)`."""
         numbers = self._window_numbers()
         shape, chunk = self._x_BHC.shape, 0
@@ -269,18 +277,18 @@ class DiffusionTrainer:
             yield from order.split(self._batch_size)[: len(order) // self._batch_size]
             passes += 1
 
-    def _step(self, update: int, x_BHC: Tensor, level_B: Tensor, noise_BHC: Tensor) -> None:
+    def step(self, update: int, x_BHC: Tensor, level_B: Tensor, noise_BHC: Tensor) -> None:
         """One update of the network, and of the running means if they are due."""
         self._x_BHC.copy_(x_BHC)
         self._noise_BHC.copy_(noise_BHC)
         torch.exp(level_B * self.config.p_std + self.config.p_mean, out=self._sigma_B)
         if self._capture is None:
-            self._optimiser.scale_rates(self._schedule(update))
+            self._optimiser.scale_rates(self.schedule(update))
         else:
-            self._rate_scale.fill_(self._schedule(update))
+            self._rate_scale.fill_(self.schedule(update))
         self._learn()
         if (update + 1) % self.config.ema_every == 0:
-            self.averaged.lerp_(self.denoiser.network.stack.flat, 1 - self.config.ema_decay)
+            self.averaged.lerp_(self.network.stack.flat, 1 - self.config.ema_decay)
 
     def _learn(self) -> None:
         """The update of what lies in the buffers: on CUDA as a graph."""
@@ -308,13 +316,7 @@ class DiffusionTrainer:
 
     def model(self) -> TrajectoryModel:
         """The model with the running means as they are."""
-        network = self.denoiser.network
-        averaged = UNet(
-            network.channels, network.features, network.num_blocks, network.norm, network.precision, self.device
-        )
-        averaged.stack.flat.copy_(self.averaged)
-        denoiser = Denoiser(averaged, self.config.sigma_data)
-        return TrajectoryModel(denoiser, self.scaling, self.config.length, dataclasses.asdict(self.config))
+        return TrajectoryModel(self.averaged, self.scaling, dataclasses.asdict(self.config))
 
     def holdout_losses(self) -> dict[str, float]:
         """Of the running means, on the same windows with the same noise every time; nothing if none are held out."""

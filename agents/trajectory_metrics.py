@@ -17,7 +17,8 @@ public: the protocol is ours.
 
 A transition is left out of the errors, and counted, if the simulator cannot be put into s_t, since a velocity is at the
 limit that observations are clipped to, or would not be there, since its rule has ended the episode in s_t.
-Errors have long tails (a foot that touches the ground a step too early): medians stand beside the means.
+Errors have long tails (a foot that touches the ground a step too early): medians stand beside the means. Beside the
+one-step error, which starts anew from every state, `DynamicsError.open_loop` lets the simulator go on by itself.
 
 Everything is drawn by a generator of its own and nothing is changed, so that a run trains the same with and without.
 
@@ -131,6 +132,48 @@ class DynamicsError:
         )
         standardised, raw, of_reward = (x.where(known, math.nan).squeeze(0).cpu() for x in squares)
         return RowErrors(standardised, raw, of_reward, clipped.squeeze(0).cpu(), unhealthy.squeeze(0).cpu())
+
+    def open_loop(self, rows_RW: Tensor, steps_R: Tensor, trajectory_R: Tensor) -> Tensor:
+        """Squared differences from where the simulator is after as many steps with the same actions from the first
+        state: the errors of all steps so far together. In variances of the data's observations, mean over columns,
+        `(R,)` float64 on the CPU.
+
+        Not a number behind the step at which the environment's rule ends a trajectory, in the rows or in the simulator,
+        nor where the simulator cannot be put into the first state.
+
+        Args:
+            rows_RW: of whole trajectories.
+            steps_R: of the rows, 1 for first ones.
+            trajectory_R: numbers of the trajectories from 0 on.
+        """
+        s, width = self._dims
+        errors_R = torch.full(steps_R.shape, math.nan, dtype=torch.float64)
+        (first,) = torch.where(steps_R == 1)
+        obs = rows_RW[first, :s].unsqueeze(0)
+        going_on_N = torch.zeros(int(trajectory_R.max()) + 1, dtype=torch.bool, device=rows_RW.device)
+        going_on_N[trajectory_R[first]] = ~(self._clipped(obs) | self._termination(obs)).squeeze(0)
+        carried = self._true.begin(obs, None)
+        assert carried is not None
+        states_NX = carried.new_zeros((len(going_on_N), carried.shape[-1]))
+        states_NX[trajectory_R[first].cpu()] = carried.squeeze(0)
+        for t in range(1, int(steps_R.max()) + 1):
+            (here,) = torch.where((steps_R == t) & going_on_N[trajectory_R])
+            number = trajectory_R[here]
+            going_on_N[:] = False
+            if not len(here):
+                break
+            state_action, predicted = rows_RW[here, :width].unsqueeze(0), rows_RW[here, width + 2 :].unsqueeze(0)
+            true_next, none = torch.empty_like(predicted), torch.zeros_like(predicted[..., 0], dtype=torch.int64)
+            carried = states_NX[number.cpu()].unsqueeze(0)
+            step = self._true.step(carried, state_action, predicted[..., :0], none, None, true_next)
+            assert step.carried_MBX is not None
+            states_NX[number.cpu()] = step.carried_MBX.squeeze(0)
+            error = (self._standardised(predicted) - self._standardised(true_next)).double().square().mean(-1)
+            finite = true_next.isfinite().all(-1)
+            errors_R[here.cpu()] = error.where(finite, math.nan).squeeze(0).cpu()
+            ended = self._termination(true_next) | self._termination(predicted)
+            going_on_N[number] = (finite & ~ended).squeeze(0)
+        return errors_R
 
     def _clipped(self, obs_1RS: Tensor) -> Tensor:
         """Which states have a velocity at the limit of what is shown, or beyond, `(1, R)`."""

@@ -73,7 +73,7 @@ class TrajectoryJob:
         shape = (self.num_trajectories, model.length, model.observation_dim + model.action_dim + 2)
         denoise, steering = self._guided(model)
         noise = MemberNoise(self.seeds, (self.epoch, self.shard), shape, self.device)
-        with matrix_precision(self.sampler.precision):
+        with matrix_precision(self.sampler.precision):  # which the model's network follows
             x = sample(denoise, noise, self.sampler, steering)
         trajectories = model.scaling.decode(x.view(len(self.seeds), *shape))
         return trajectories._replace(terminals=self._terminals(trajectories))
@@ -115,13 +115,19 @@ def _gather(trajectories: Trajectories) -> list[tuple[Tensor, Tensor, RolloutSta
     reward_M, terminals_M = reward_done.sum((1, 2), dtype=torch.float64).unbind(1)
     survivors_MK = kept_MBK.sum(1)
     totals = torch.cat((torch.stack((terminals_M, dropped_M, reward_M), 1), survivors_MK), 1)
-    statistics = [_statistics(line) for line in totals.tolist()]  # the only point that waits for the device
+    statistics = [_statistics(line) for line in _read(totals)]
     counts = [s.transitions for s in statistics]
     places = kept_places(kept_MBK.flatten(), sum(counts))
     rows = rows_MBKW.reshape(-1, width).index_select(0, places)
     step, trajectory = places % length + 1, places.div(length, rounding_mode="floor") % num_trajectories
     tags = step.to(torch.int16) * half_of(trajectory)
     return list(zip(rows.split(counts), tags.split(counts), statistics, strict=True))
+
+
+def _read(totals_MX: Tensor) -> list[list[float]]:
+    """The only point at which a job waits for its device."""
+    lines: list[list[float]] = totals_MX.tolist()
+    return lines
 
 
 def _statistics(totals: Sequence[float]) -> RolloutStatistics:

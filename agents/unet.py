@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -38,7 +39,7 @@ from agents.networks import StackedVector, relu_gradient_
 
 NUM_GROUPS = 8
 NORMS = ("step", "trajectory")
-_EPS = 1e-6  # flax's, not torch's 1e-5
+NORM_EPS = 1e-6  # flax's, not torch's 1e-5
 _TRUNCATED_STD = 0.87962566103423978  # of a standard normal that is cut at -2 and 2
 
 
@@ -73,14 +74,17 @@ class UNet:
         features: F, a multiple of 16.
         num_blocks: of the encoder; an input needs at least 2^(num_blocks - 1) rows.
         norm: one of `NORMS`.
-        precision: of the convolutions' products, see `agents.chunk.matrix_precision`.
+        precision: of the convolutions' products, see `agents.chunk.matrix_precision`; None: what is set where it is
+            called.
 
     Attributes:
         stack: the parameters and their gradients, for `agents.optim.Adam`.
+        parameters, gradients: of the stack, by name (`shapes`).
     """
 
     def __init__(
-        self, channels: int, features: int, num_blocks: int, norm: str = "step", precision: str = "float32",
+        self, channels: int, features: int, num_blocks: int, norm: str = "step",
+        precision: str | None = "float32",
         device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
         self.channels, self.features, self.num_blocks, self.norm = channels, features, num_blocks, norm
@@ -90,7 +94,7 @@ class UNet:
         self.num_time = sum(conv.outputs for conv in self.convs if conv.time is not None)
         size = sum(math.prod(shape) for shape in self.shapes().values())
         self.stack = StackedVector(1, size, 0.0, device)
-        self.parameters, self._grads = (self._views(v) for v in (self.stack.flat, self.stack.grad))
+        self.parameters, self.gradients = (self._views(v) for v in (self.stack.flat, self.stack.grad))
         half = features // 8
         self._frequencies = torch.exp(torch.arange(half) * (-math.log(10_000) / (half - 1))).to(device)
 
@@ -123,6 +127,9 @@ class UNet:
             else:
                 parameter.fill_(1.0 if name.endswith("gain") else 0.0)
 
+    def _products(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.precision is None else matrix_precision(self.precision)
+
     # ---- forward --------------------------------------------------------------------------------------------------
 
     def __call__(self, x_BHC: Tensor, c_noise: Tensor) -> Tensor:
@@ -137,7 +144,7 @@ class UNet:
         x = x_BHC
         for i in range(self.num_blocks):
             if i:
-                x = _pool(skips[-1])
+                x = pool(skips[-1])
             x = self._conv(f"down{i}.0", (x,), time_BT, tape)
             skips.append(self._conv(f"down{i}.1", (x,), time_BT, tape))
         x = skips[last]
@@ -148,11 +155,16 @@ class UNet:
         rows_NF = x.view(-1, self.features)
         if tape is not None:
             tape.skips, tape.rows_NF = skips, rows_NF
-        with matrix_precision(self.precision):
+        with self._products():
             return torch.addmm(p["head.bias"], rows_NF, p["head.weight"]).view(x_BHC.shape)
 
     def _time(self, c_noise_B: Tensor, tape: Tape | None) -> Tensor:
         """What is added to the convolutions, all of them side by side, `(B, T)`."""
+        embedding = self.time_embedding(c_noise_B, tape)
+        return torch.addmm(self.parameters["time.bias"], embedding, self.parameters["time.weight"])
+
+    def time_embedding(self, c_noise_B: Tensor, tape: Tape | None = None) -> Tensor:
+        """Of noise levels, `(B, F)`."""
         p = self.parameters
         angles = c_noise_B.unsqueeze(1) * self._frequencies
         waves = torch.cat((angles.sin(), angles.cos()), 1)
@@ -162,18 +174,22 @@ class UNet:
         embedding = torch.nn.functional.silu(second)
         if tape is not None:
             tape.time = (waves, first, hidden, second, embedding)
-        return torch.addmm(p["time.bias"], embedding, p["time.weight"])
+        return embedding
+
+    def time_of(self, name: str) -> slice | None:
+        """Which of the columns T are added to a convolution."""
+        return self._by_name[name].time
 
     def _conv(self, name: str, parts: tuple[Tensor, ...], time_BT: Tensor, tape: Tape | None) -> Tensor:
         """A convolution of width 3 over inputs that lie side by side, norm and ReLU: `(B, H, outputs)`."""
         conv, p = self._by_name[name], self.parameters
         b, h = parts[0].shape[:2]
-        columns = _columns(parts)
-        with matrix_precision(self.precision):
-            y_NC = torch.addmm(p[f"{name}.bias"], columns, p[f"{name}.weight"])
+        rows = columns(parts)
+        with self._products():
+            y_NC = torch.addmm(p[f"{name}.bias"], rows, p[f"{name}.weight"])
         if conv.time is not None:
             y_NC.view(b, h, -1).add_(time_BT[:, conv.time].unsqueeze(1))
-        return self._normed(name, columns, y_NC, h, tape).view(b, h, -1)
+        return self._normed(name, rows, y_NC, h, tape).view(b, h, -1)
 
     def _upsampled(self, name: str, x_BhC: Tensor, length: int, time_BT: Tensor, tape: Tape | None) -> Tensor:
         """A convolution of width 2 of the nearest rows for `length` rows, norm and ReLU: `(B, H, outputs)`."""
@@ -181,9 +197,9 @@ class UNet:
         b, before = x_BhC.shape[:2]
         rows = x_BhC.reshape(-1, conv.inputs)
         weight = p[f"{name}.weight"]
-        with matrix_precision(self.precision):
+        with self._products():
             own, following = (torch.mm(rows, w).view(b, before, -1) for w in weight.split(conv.inputs))
-        nearest = _nearest(before, length, str(self.device))
+        nearest = nearest_rows(before, length, str(self.device))
         # the row itself and the one behind it; behind the last there is nothing
         y = own.index_select(1, nearest)
         y[:, :-1].add_(following.index_select(1, nearest[1:]))
@@ -193,10 +209,10 @@ class UNet:
     def _normed(self, name: str, columns: Tensor, y_NC: Tensor, length: int, tape: Tape | None) -> Tensor:
         """Group norm and ReLU of what a convolution has made."""
         gain, shift = self.parameters[f"{name}.gain"], self.parameters[f"{name}.shift"]
-        to_groups, to_channels = _groups(y_NC.shape[1], str(self.device))
+        to_groups, to_channels = groups(y_NC.shape[1], str(self.device))
         mean_NG = self._over_steps(torch.mm(y_NC, to_groups), length)
         square_NG = self._over_steps(torch.mm(y_NC * y_NC, to_groups), length)
-        rate_NG = (square_NG - mean_NG * mean_NG).clamp_min_(0.0).add_(_EPS).rsqrt_()
+        rate_NG = (square_NG - mean_NG * mean_NG).clamp_min_(0.0).add_(NORM_EPS).rsqrt_()
         spread_GC = to_channels * gain
         scale_NC = torch.mm(rate_NG, spread_GC)
         offset_NC = torch.addmm(shift, mean_NG * rate_NG, spread_GC, alpha=-1)
@@ -215,10 +231,10 @@ class UNet:
 
     def backward(self, tape: Tape, grad_BHC: Tensor) -> None:
         """Fill `stack.grad` from the gradient of the output `(B, H, C)` of the `forward` that wrote the tape."""
-        p, g, last = self.parameters, self._grads, self.num_blocks - 1
+        p, g, last = self.parameters, self.gradients, self.num_blocks - 1
         b, grad_NC = len(grad_BHC), grad_BHC.reshape(-1, self.channels)
         grad_time_BT = grad_BHC.new_empty((b, self.num_time))
-        with matrix_precision(self.precision):
+        with self._products():
             torch.mm(tape.rows_NF.t(), grad_NC, out=g["head.weight"])
             grad_x = torch.mm(grad_NC, p["head.weight"].t())
         torch.sum(grad_NC, 0, out=g["head.bias"])
@@ -243,8 +259,8 @@ class UNet:
         """Write a convolution's gradients; returns that of its input, `(N, inputs)`, if it is needed."""
         conv = self._by_name[name]
         grad_NC, columns = self._normed_gradient(name, tape, grad_out, length, grad_time_BT)
-        with matrix_precision(self.precision):
-            torch.mm(columns.t(), grad_NC, out=self._grads[f"{name}.weight"])
+        with self._products():
+            torch.mm(columns.t(), grad_NC, out=self.gradients[f"{name}.weight"])
             if not needed:
                 return grad_NC
             grad_columns = torch.mm(grad_NC, self.parameters[f"{name}.weight"].t())
@@ -262,11 +278,11 @@ class UNet:
         own_hH, following_hH = _gathers(before, length, str(self.device))
         grad_x = None
         for w, g, gather_hH in zip(
-            self.parameters[f"{name}.weight"].split(conv.inputs), self._grads[f"{name}.weight"].split(conv.inputs),
+            self.parameters[f"{name}.weight"].split(conv.inputs), self.gradients[f"{name}.weight"].split(conv.inputs),
             (own_hH, following_hH), strict=True,
         ):  # fmt: skip
             grad_rows = torch.matmul(gather_hH, grad_BHC).view(-1, conv.outputs)
-            with matrix_precision(self.precision):
+            with self._products():
                 torch.mm(rows.t(), grad_rows, out=g)
                 grad_x = torch.mm(grad_rows, w.t()) if grad_x is None else grad_x.addmm_(grad_rows, w.t())
         assert grad_x is not None
@@ -276,9 +292,9 @@ class UNet:
         self, name: str, tape: Tape, grad_out: Tensor, length: int, grad_time_BT: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Write the gradients of norm, bias and time; returns that of the product `(N, C)`, and what was multiplied."""
-        conv, taped, g = self._by_name[name], tape.convs.pop(name), self._grads
+        conv, taped, g = self._by_name[name], tape.convs.pop(name), self.gradients
         y_NC, mean_NG, rate_NG = taped.y_NC, taped.mean_NG, taped.rate_NG
-        to_groups, to_channels = _groups(conv.outputs, str(self.device))
+        to_groups, to_channels = groups(conv.outputs, str(self.device))
         gain = self.parameters[f"{name}.gain"]
         grad_NC = relu_gradient_(grad_out.reshape(-1, conv.outputs), taped.out_NC)
         torch.sum(grad_NC, 0, out=g[f"{name}.shift"])
@@ -303,7 +319,7 @@ class UNet:
         return grad, taped.columns
 
     def _time_gradient(self, tape: Tape, grad_BT: Tensor) -> None:
-        p, g = self.parameters, self._grads
+        p, g = self.parameters, self.gradients
         waves, first, hidden, second, embedding = tape.time
         torch.mm(embedding.t(), grad_BT, out=g["time.weight"])
         torch.sum(grad_BT, 0, out=g["time.bias"])
@@ -346,7 +362,7 @@ def _convolutions(channels: int, features: int, num_blocks: int) -> Iterator[_Co
         yield _Conv(f"up{i}.2", 3, width, width)
 
 
-def _columns(parts: tuple[Tensor, ...]) -> Tensor:
+def columns(parts: tuple[Tensor, ...]) -> Tensor:
     """Each row between its neighbours, `(N, 3 C)`, of inputs `(B, H, .)` side by side, with zeros beyond the ends."""
     b, h = parts[0].shape[:2]
     c = sum(part.shape[2] for part in parts)
@@ -355,14 +371,14 @@ def _columns(parts: tuple[Tensor, ...]) -> Tensor:
     return padded.as_strided((b, h, 3 * c), ((h + 2) * c, c, 1)).reshape(b * h, 3 * c)
 
 
-def _pool(x_BHC: Tensor) -> Tensor:
+def pool(x_BHC: Tensor) -> Tensor:
     """The greater of each two rows; of an odd number the last is left out."""
     half = x_BHC.shape[1] // 2
     return torch.maximum(x_BHC[:, 0 : 2 * half : 2], x_BHC[:, 1 : 2 * half : 2])
 
 
 def _pool_gradient(x_BHC: Tensor, grad_BhC: Tensor, onto_BHC: Tensor) -> Tensor:
-    """The gradient of `_pool` with respect to its input, added to another."""
+    """The gradient of `pool` with respect to its input, added to another."""
     grad, half = onto_BHC.contiguous(), grad_BhC.shape[1]
     even, odd = (slice(first, 2 * half, 2) for first in (0, 1))
     is_even = x_BHC[:, even] >= x_BHC[:, odd]
@@ -373,7 +389,7 @@ def _pool_gradient(x_BHC: Tensor, grad_BhC: Tensor, onto_BHC: Tensor) -> Tensor:
 
 
 @cache
-def _groups(channels: int, device: str) -> tuple[Tensor, Tensor]:
+def groups(channels: int, device: str) -> tuple[Tensor, Tensor]:
     """What takes channels to the means of their groups, `(C, G)`, and groups to channels, `(G, C)`."""
     size = channels // NUM_GROUPS
     to_channels = torch.eye(NUM_GROUPS).repeat_interleave(size, 1)
@@ -381,7 +397,7 @@ def _groups(channels: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _nearest(before: int, after: int, device: str) -> Tensor:
+def nearest_rows(before: int, after: int, device: str) -> Tensor:
     """For each of `after` rows the number of the nearest of `before` rows, by their middles (jax.image.resize)."""
     rows = torch.arange(after, dtype=torch.float64)
     return ((rows + 0.5) * before / after).floor().long().to(device)
@@ -391,7 +407,7 @@ def _nearest(before: int, after: int, device: str) -> Tensor:
 def _gathers(before: int, after: int, device: str) -> tuple[Tensor, Tensor]:
     """What adds up, for each of `before` rows, the `after` rows that it is the nearest of, and those that come before
     one of these; both `(before, after)`."""
-    own = torch.nn.functional.one_hot(_nearest(before, after, "cpu"), before).t().float()
+    own = torch.nn.functional.one_hot(nearest_rows(before, after, "cpu"), before).t().float()
     following = torch.zeros_like(own)
     following[:, :-1] = own[:, 1:]
     return own.to(device), following.to(device)

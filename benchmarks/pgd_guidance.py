@@ -9,13 +9,14 @@ three qualities, deterministic ones, whose density is N(pi(s), 1) as in the auth
     expert    one trained to the end, whose episodes the data do not have
 
 What is generated goes through `agents.trajectory_metrics`: log-likelihood of the actions under the policy, and squared
-errors of next states against one step of the simulator, in variances of the data's observations. Cases are
+errors of next states against the simulator, in variances of the data's observations: of single steps from the generated
+states (`dynamics_error`) and of all steps so far from the first one (`open_loop_error`). Cases are
 `<task>/<what>`:
 
     guided/<policy>/<rule>/<lambda>     lambda 0 is unguided
     ensemble/<policy>                   the policy rolled out in the ensemble from states of the data for as many steps
                                         (PETS-style: a random elite every step): the reference of all others
-    windows                             windows of the data themselves: what the pipe gives for true transitions
+    windows/<policy>                    windows of the data themselves: what the pipe gives for true transitions
     steps/<lambda>/<steps>              sampling with fewer or more steps, policy medium, rule code
     terminals/<kind>/<lambda>           sampler.terminals of either kind, policy medium, rule code; hopper only
 
@@ -33,7 +34,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agents.actors import TanhActor, actor_from_arrays
+from agents.chunk import matrix_precision
 from agents.cpu import configure_cpu
 from agents.dynamics import DynamicsConfig, Ensemble
 from agents.edm_sampler import TERMINALS, SamplerConfig
@@ -71,8 +73,8 @@ from sweeps.plots_guidance import draw_guidance
 BENCHMARK = "pgd_guidance"
 TASKS = ("hopper", "halfcheetah")
 POLICIES = {"early": "snapshot-0", "medium": "medium", "expert": "expert"}  # names of the embedded actors
-COEFS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)  # lambda, rule code
-SCORE_COEFS = (1.0, 4.0, 16.0)  # an exponent of the policy's density, which has a standard deviation of 1
+COEFS = (0.0, 0.1, 0.3, 1.0, 4.0)  # lambda, rule code
+SCORE_COEFS = (2.0, 16.0)  # an exponent of the policy's density, which has a standard deviation of 1
 STEPS = (16, 32, 64, 128, 256)
 STEP_COEFS = (0.0, 1.0)  # lambda where something else is compared
 RISES = {"likelihood_R": "log_likelihood", "error_R": "dynamics_error"}
@@ -167,7 +169,9 @@ class Task:
                     (0,), (seed,), 0, 0, count, self.policies[policy], torch.tensor([guidance.coef]), sampler, guidance,
                     self.data.termination, torch.device("cpu"),
                 )  # fmt: skip
-                parts.append(Part.of_trajectories(Trajectories(*(x.squeeze(0) for x in job.trajectories(model)))))
+                with matrix_precision("mixed"):  # half the time of float32, with errors that differ by a hundredth
+                    trajectories = job.trajectories(model)
+                parts.append(Part.of_trajectories(Trajectories(*(x.squeeze(0) for x in trajectories))))
         return Arm.of_parts(parts, count, time.process_time() - started)
 
     def rolled_out(self, policy: str) -> Arm:
@@ -200,8 +204,11 @@ class Task:
 
 
 def diffusion_config(args: argparse.Namespace, seed: int) -> DiffusionConfig:
-    # running means over the last 200 updates instead of 2,000: those are a quarter of so short a training
-    return DiffusionConfig(length=args.length, features=args.features, num_updates=args.updates, ema_every=1, seed=seed)
+    # running means over the last 500 updates: the default's 2,000 are a quarter of so short a training
+    return DiffusionConfig(
+        length=args.length, features=args.features, num_updates=args.updates, ema_decay=0.98,
+        terminal_scale="standardised", precision="mixed", seed=seed,
+    )  # fmt: skip
 
 
 def frozen_policy(actor: str) -> TanhActor:
@@ -322,13 +329,15 @@ class Measured:
 
     arm: Arm
     likelihood_R: NDArray[np.float64]
-    error_R: NDArray[np.float64]  # squared, standardised
+    error_R: NDArray[np.float64]  # squared, standardised, of single steps
+    open_loop_R: NDArray[np.float64]  # of all steps so far
 
     @classmethod
     def of(cls, task: Task, policy: str, arm: Arm) -> Measured:
         assert task.diagnostics.error is not None
-        likelihood = log_likelihood(task.policies[policy], arm.rows_RW)
-        return cls(arm, likelihood.double().numpy(), task.diagnostics.error(arm.rows_RW).standardised_R.numpy())
+        likelihood, error = log_likelihood(task.policies[policy], arm.rows_RW), task.diagnostics.error
+        open_loop = error.open_loop(arm.rows_RW, arm.steps_R, torch.from_numpy(arm.trajectory_R))
+        return cls(arm, likelihood.double().numpy(), error(arm.rows_RW).standardised_R.numpy(), open_loop.numpy())
 
     def fields(self, task: Task, policy: str, visited_RW: Tensor | None = None) -> dict[str, Any]:
         """What a line says.
@@ -341,8 +350,8 @@ class Measured:
             task.policies[policy], self.arm.rows_RW, self.arm.steps_R, task.args.length - 1, source
         )
         steps = range(1, task.args.length)
-        of_steps = [self.error_R[self.arm.steps_R.numpy() == step] for step in steps]
-        alive = [len(values) / len(self.arm.seed_N) for values in of_steps]
+        at_steps = [self.arm.steps_R.numpy() == step for step in steps]
+        alive = [int(at.sum()) / len(self.arm.seed_N) for at in at_steps]
         kept = ("dynamics_error_raw", "dynamics_error_raw_median", "reward_error", "reward_error_median",
                 "log_likelihood_dataset", "log_likelihood_policy", "clipped_share", "unhealthy_share")  # fmt: skip
         own = {} if visited_RW is None else task.diagnostics.support(self.arm.rows_RW, visited_RW)
@@ -350,14 +359,23 @@ class Measured:
             "policy": policy, **mean_of(self.likelihood_R, self.arm).fields("log_likelihood"),
             **mean_of(self.error_R, self.arm).fields("dynamics_error"),
             **median_of(self.error_R, self.arm).fields("dynamics_error_median"),
+            **mean_of(self.open_loop_R, self.arm).fields("open_loop_error"),
+            **median_of(self.open_loop_R, self.arm).fields("open_loop_error_median"),
             **{name: plain[name] for name in kept},
             **{name: value for name, value in plain.items() if name.startswith(("terminal_", "support_"))},
             **{f"support_policy_{name}": value for name, value in own.items()},
-            "error_by_step": [float(np.nanmean(x)) if np.isfinite(x).any() else None for x in of_steps],
-            "error_median_by_step": [float(np.nanmedian(x)) if np.isfinite(x).any() else None for x in of_steps],
+            "error_by_step": [middle(self.error_R[at], np.mean) for at in at_steps],
+            "error_median_by_step": [middle(self.error_R[at], np.median) for at in at_steps],
+            "open_loop_median_by_step": [middle(self.open_loop_R[at], np.median) for at in at_steps],
             "share_by_step": alive, "transitions": len(self.error_R), "trajectories": len(self.arm.seed_N),
             "seconds": self.arm.seconds, "H": task.args.length,
         }  # fmt: skip
+
+
+def middle(values: NDArray[np.float64], of: Callable[[Any], Any]) -> float | None:
+    """A mean or median of the values that are numbers; None where none is."""
+    known = values[np.isfinite(values)]
+    return float(of(known)) if len(known) else None
 
 
 def marginal_distance(made_RW: Tensor, real_RW: Tensor, columns: int) -> float:
@@ -459,11 +477,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
     parser.add_argument("--length", type=int, default=32, help="H, rows of a trajectory (default: %(default)s)")
     parser.add_argument("--features", type=int, default=64, help="of the U-Net (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=6_000, help="of a diffusion model (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=8_000, help="of a diffusion model (default: %(default)s)")
     parser.add_argument("--ensemble-epochs", type=int, default=50, help="at most (default: %(default)s)")
     parser.add_argument("--model-seeds", type=int, default=1, help="diffusion models (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="samplings of each model (default: %(default)s)")
-    parser.add_argument("--trajectories", type=int, default=80, help="of a sampling (default: %(default)s)")
+    parser.add_argument("--trajectories", type=int, default=64, help="of a sampling (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=64, help="of the sampler (default: %(default)s)")
     parser.add_argument("--step-counts", type=int, nargs="+", default=list(STEPS), help="compared with each other")
     parser.add_argument("--coefs", type=float, nargs="+", default=list(COEFS), help="lambda, rule code; 0 comes first")

@@ -140,14 +140,13 @@ def _cases() -> list[Case]:
         (False, 64, 80.0, (1.186, 0.683)), (False, 256, 0.0, (1.433, 0.608)),
     ):  # fmt: skip
         name = f"score rule, {'smoothed' if smoothing else 'at a point'}, {steps} steps, churn {churn:g}, lambda 1"
-        guidance = {"rule": "score", "coef": 1.0, "smoothing": smoothing, "reuse": False}
+        guidance = {"rule": "score", "coef": 1.0, "smoothing": smoothing}
         cases.append(Case(name, reference, sampler={"num_steps": steps, "churn": churn}, guidance=guidance))
     for steps in (16, 32, 64, 128, 256):
         mean, std = product(0.8, 0.2, 1.0)
         ways: dict[str, dict[str, Any]] = {
-            "": {"reuse": False},
-            ", reuse": {},
-            ", at a point": {"smoothing": False, "reuse": False},
+            "": {},
+            ", at a point": {"smoothing": False},
         }
         for name, guidance in ways.items():
             cases.append(Case(

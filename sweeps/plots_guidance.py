@@ -37,7 +37,12 @@ def draw_guidance(lines: Sequence[Line]) -> Figure:
         error.set_yscale("log")
         _describe(error, f"{task}: dynamics error (shaded: ensemble)", "lambda", _ERROR)
         _by_step(by_step, mine)
-        _describe(by_step, f"{task}: median error by step, policy {_SHOWN_POLICY}", "step of the trajectory", _ERROR)
+        _describe(
+            by_step,
+            f"{task}: median error by step (thin: open loop), {_SHOWN_POLICY}",
+            "step of the trajectory",
+            _ERROR,
+        )
         _by_sampler_steps(by_steps, mine)
         _describe(by_steps, f"{task}: median error by steps of the sampler", "steps", _ERROR)
     return figure
@@ -91,8 +96,10 @@ def _by_step(axes: Axes, lines: Sequence[Line]) -> None:
     shown["windows of the data"] = (_of(lines, "windows", _SHOWN_POLICY), "#2e7d32", ":")
     for label, (found, color, style) in shown.items():
         for line in found:
-            points = [(t, x) for t, x in enumerate(line["error_median_by_step"], 1) if x]
-            axes.plot(*zip(*points, strict=True), linestyle=style, color=color, label=label)
+            for name, width in (("error_median_by_step", 1.8), ("open_loop_median_by_step", 0.8)):
+                points = [(t, x) for t, x in enumerate(line[name], 1) if x]
+                shown_as = label if name == "error_median_by_step" else None
+                axes.plot(*zip(*points, strict=True), linestyle=style, linewidth=width, color=color, label=shown_as)
     axes.set_yscale("log")
 
 

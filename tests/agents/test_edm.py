@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from agents.edm import Denoiser, Preconditioning, noise_levels
+from agents.edm import Preconditioning, TrainedDenoiser, noise_levels
 from agents.unet import UNet
 
 
@@ -28,19 +28,19 @@ def test_noise_levels():
     assert int(((churned >= 0.05) & (churned <= 50)).sum()) == 191  # as the released code's sampler counts them
 
 
-def made() -> Denoiser:
+def made() -> tuple[UNet, TrainedDenoiser]:
     network = UNet(4, 32, 2)
     network.initialise(torch.Generator().manual_seed(0))
-    return Denoiser(network, sigma_data=0.8)
+    return network, TrainedDenoiser(network, sigma_data=0.8)
 
 
 def test_the_written_gradient_is_that_of_the_loss():
-    denoiser, draw = made(), torch.Generator().manual_seed(1)
+    (network, denoiser), draw = made(), torch.Generator().manual_seed(1)
     x, noise = (torch.randn(5, 6, 4, generator=draw) for _ in range(2))
     sigma = (1.2 * torch.randn(5, generator=draw) - 1.2).exp()
     loss = denoiser.write_gradient(x, sigma, noise)
     assert float(loss) == pytest.approx(float(denoiser.loss(x, sigma, noise).mean()), rel=1e-5)
-    flat, grad = denoiser.network.stack.flat, denoiser.network.stack.grad
+    flat, grad = network.stack.flat, network.stack.grad
     along = torch.nn.functional.normalize(grad + 0.01 * torch.randn(flat.shape, generator=draw), dim=0)
     slope = float(grad @ along)
     before, step = flat.clone(), 1e-3
@@ -52,13 +52,13 @@ def test_the_written_gradient_is_that_of_the_loss():
 
 
 def test_the_loss_is_the_papers():
-    denoiser, draw = made(), torch.Generator().manual_seed(2)
+    (network, denoiser), draw = made(), torch.Generator().manual_seed(2)
     x, noise = (torch.randn(2, 6, 4, generator=draw) for _ in range(2))
     sigma, sd = torch.tensor([0.3, 2.0]), 0.8
     expected = []
     for b, s in enumerate(sigma.tolist()):
         noisy = x[b] + s * noise[b]
-        out = denoiser.network((noisy / math.sqrt(s * s + sd * sd)).unsqueeze(0), torch.tensor([math.log(s) / 4]))[0]
+        out = network((noisy / math.sqrt(s * s + sd * sd)).unsqueeze(0), torch.tensor([math.log(s) / 4]))[0]
         d = sd * sd / (s * s + sd * sd) * noisy + s * sd / math.sqrt(s * s + sd * sd) * out
         expected.append((s * s + sd * sd) / (s * sd) ** 2 * (d - x[b]) ** 2)
         assert torch.allclose(denoiser((x + sigma.view(-1, 1, 1) * noise), sigma)[b], d, atol=1e-5)

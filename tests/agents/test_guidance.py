@@ -120,8 +120,7 @@ def test_a_gradient_of_0_moves_nothing():
 @pytest.mark.parametrize(
     ("settings", "calls"),
     [
-        ({"denoised": False}, 31), ({"reuse": False}, 31 + 15), ({}, 32), ({"rule": "score"}, 32),
-        ({"rule": "score", "reuse": False}, 2 * 31),
+        ({"denoised": False}, 31), ({"reuse": False}, 31 + 15), ({}, 32), ({"rule": "score"}, 2 * 31),
     ],
 )  # fmt: skip
 def test_calls_of_the_denoiser(settings, calls):
@@ -146,6 +145,8 @@ def test_coefficients_are_the_releases_with_any_steps_if_asked_for_and_always_wi
     plain = [step_coefficient(i, 32, 0.3) for i in range(32)]
     assert list(step_coefficients(GuidanceConfig(coef_steps=None), SamplerConfig(num_steps=32))) == plain
     assert step_coefficients(GuidanceConfig(), SamplerConfig(num_steps=256))[100] == step_coefficient(100, 256, 0.3)
+    whole, late = (step_coefficients(GuidanceConfig(delay=d), SamplerConfig(num_steps=32)) for d in (0, 10))
+    assert late == (0.0,) * 10 + whole[10:]  # a delay leaves out and changes nothing else
 
 
 @pytest.mark.parametrize("settings", [{}, {"churn": 0.0}, {"order": 1}])
@@ -175,11 +176,10 @@ class Peaks:
         return (share * (x.unsqueeze(-1) * self.std**2 + self.centres * sigma**2) / total).sum(-1)
 
 
-@pytest.mark.parametrize("reuse", [False, True])
-def test_the_score_rule_is_exact_for_log_densities_that_are_linear_whatever_the_data(reuse):
+def test_the_score_rule_is_exact_for_log_densities_that_are_linear_whatever_the_data():
     """With exp(k a) as a factor the peaks move by k 0.3^2, and the odds of the upper one become exp(2 k)."""
     slope = 0.6
-    config = GuidanceConfig(rule="score", coef=0.5, reuse=reuse)
+    config = GuidanceConfig(rule="score", coef=0.5)
 
     def score(x: Tensor) -> Tensor:
         return torch.full_like(x, 2 * slope)
@@ -199,7 +199,7 @@ def test_a_smoothed_gradient_is_that_of_the_likelihood_behind_the_posterior():
     def score(x: Tensor) -> Tensor:
         return (2.0 - x[..., ACTIONS]) / 0.25
 
-    config = GuidanceConfig(rule="score", coef=coef, reuse=False)
+    config = GuidanceConfig(rule="score", coef=coef)
     guided = ScoreGuidedDenoiser(exact, score, torch.full((3,), coef), ACTIONS, config)(x, sigma)
     plain, variance = exact(x, sigma), 2.25 / 3.25
     expected = plain.clone()
@@ -207,19 +207,17 @@ def test_a_smoothed_gradient_is_that_of_the_likelihood_behind_the_posterior():
     torch.testing.assert_close(guided, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("reuse", [False, True])
 @pytest.mark.parametrize("coef", [0.3, 1.0, 3.0])
-def test_the_score_rule_samples_the_product_of_both_densities(coef, reuse):
-    guidance = {"rule": "score", "coef": coef, "reuse": reuse}
+def test_the_score_rule_samples_the_product_of_both_densities(coef):
+    guidance = {"rule": "score", "coef": coef}
     x = pgd_toy.Case("", None, sampler={"num_steps": 64}, guidance=guidance).samples(20_000)
     assert float(x.mean()) == pytest.approx(2 * coef / (1 + coef), rel=0.1)
     assert float(x.std()) == pytest.approx((1 + coef) ** -0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("reuse", [False, True])
-def test_states_follow_guided_actions_as_the_data_have_it(reuse):
+def test_states_follow_guided_actions_as_the_data_have_it():
     mean, std = pgd_toy.product(0.8, 0.2, 1.0)
-    guidance = {"rule": "score", "coef": 1.0, "reuse": reuse}
+    guidance = {"rule": "score", "coef": 1.0}
     case = pgd_toy.Case("", None, "", {"num_steps": 128}, guidance, correlation=0.8, policy_std=0.2)
     action, state = case.samples(10_000)
     assert float(action.mean()) == pytest.approx(float(mean[1]), rel=0.05)
@@ -231,7 +229,7 @@ def test_states_follow_guided_actions_as_the_data_have_it(reuse):
 # ---- what both rules share ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"rule": "score"}, {"rule": "score", "reuse": False}, {"denoised": False}])
+@pytest.mark.parametrize("settings", [{}, {"reuse": False}, {"rule": "score"}, {"denoised": False}])
 def test_a_coefficient_of_0_is_the_unguided_sampler_bit_for_bit_also_beside_others(settings):
     config, sampler = GuidanceConfig(**settings), SamplerConfig(num_steps=16)
     coef_N, score = torch.tensor([0.0, 0.0, 1.0, 0.3]), PolicyScore(drawn_actor("tanh", 2), MODEL.scaling)

@@ -111,6 +111,50 @@ def test_states_that_the_simulator_cannot_be_put_into_are_left_out_and_counted()
     assert plane_error(scaled)(at_limit).clipped_R.tolist() == [True]
 
 
+def test_open_loop_errors_gather_and_one_step_errors_do_not():
+    """Trajectories of EdgeOfReach with a constant bias: after t steps it is t times the bias."""
+    data, bias, count, length = plane(), torch.tensor([0.02, -0.05]), 20, 6
+    g = torch.Generator().manual_seed(2)
+    action = 2 * torch.rand(count, length, 2, generator=g) - 1
+    start = torch.rand(count, 1, 2, generator=g)
+    after = start + (action + bias).cumsum(1)
+    before = torch.cat((start, after[:, :-1]), 1)
+    zeros = torch.zeros(count, length)
+    rows = transition_rows(before, action, zeros, zeros, after).flatten(0, 1)
+    trajectory = torch.arange(count).repeat_interleave(length)
+    step = torch.arange(1, length + 1).repeat(count)
+    of_step = (bias / Standardiser(data.observations).std).square().mean().double()
+    # in any order, and without the last row of one of them
+    order = torch.randperm(len(rows), generator=g)
+    order = order[(trajectory[order] != 3) | (step[order] < length)]
+    found = plane_error(data).open_loop(rows[order], step[order], trajectory[order])
+    torch.testing.assert_close(found, step[order].double().square() * of_step, rtol=1e-3, atol=0)
+    errors = plane_error(data)(rows[order])
+    torch.testing.assert_close(errors.standardised_R, of_step.expand(len(order)), rtol=1e-3, atol=0)
+
+
+def test_open_loop_ends_where_an_episode_does_and_begins_in_known_states():
+    data = robot_data()
+    rows = rows_of(data)
+    assert data.episode_starts is not None
+    ends = torch.diff(data.episode_starts, append=torch.tensor([len(rows)]))
+    steps = torch.cat([torch.arange(1, int(n) + 1) for n in ends])
+    trajectory = torch.arange(len(ends)).repeat_interleave(ends)
+    measure = plane_error(data)
+    found = measure.open_loop(rows, steps, trajectory)
+    # recorded episodes are repeated as long as no state is hidden by the limit of velocities
+    assert float(found[steps <= 3].max()) < 1e-4
+    assert found.isfinite().double().mean() > 0.9
+    changed = rows.clone()
+    changed[0, 7] = 10.0  # not known
+    longer = steps[trajectory == 1]
+    at = torch.where(trajectory == 1)[0][0]
+    changed[at, -11:] = 0.3  # fallen
+    found = measure.open_loop(changed, steps, trajectory)
+    assert found[trajectory == 0].isnan().all()
+    assert found[trajectory == 1].isnan().tolist() == [False] + [True] * (len(longer) - 1)
+
+
 def test_likelihood_of_a_deterministic_policy_is_that_of_a_normal_around_it():
     actor, rows = make_actor(), plane_rows()
     chosen = actor.sample(rows[:, :2].unsqueeze(0), torch.zeros(1, 200, 2))[0]

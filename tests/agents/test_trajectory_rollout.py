@@ -14,8 +14,11 @@ from torch import Tensor
 from agents.edm_sampler import SamplerConfig
 from agents.guidance import GuidanceConfig
 from agents.method import RolloutResult, Termination
+from agents.randomness import generator
 from agents.rollout import tag_steps
+from agents.trajectory_diffusion import DiffusionConfig, TrajectoryModel
 from agents.trajectory_rollout import TrajectoryJob
+from agents.unet import UNet
 from tests.agents.trajectory_models import ACT, OBS, GaussianModel, drawn_actor, exact
 
 LENGTH, COUNT = 5, 40
@@ -53,6 +56,20 @@ def test_a_member_gathers_the_same_alone_as_in_a_pack(kind, rule):
         torch.testing.assert_close(together.rows[m], alone.rows[0], rtol=1e-4, atol=1e-4)
         assert torch.equal(together.tags[m], alone.tags[0])
         assert together.statistics[m].survivors == alone.statistics[0].survivors
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed"])
+def test_a_network_makes_the_same_for_a_member_alone_as_in_a_pack(precision):
+    config = DiffusionConfig(length=LENGTH, features=16, num_blocks=2, precision=precision)
+    network = UNet(OBS + ACT + 2, 16, 2)
+    network.initialise(generator(0, "network"))
+    model = TrajectoryModel(network.stack.flat, GaussianModel().scaling, dataclasses.asdict(config))
+    whole = job(sampler=SamplerConfig(num_steps=16, terminals="none"))
+    together = whole.run(model)
+    for m in range(3):
+        alone = part(whole, m).run(model).rows[0]
+        tolerance = {"rtol": 1e-3, "atol": 1e-3} if precision == "float32" else {"rtol": 0.05, "atol": 0.1}
+        torch.testing.assert_close(together.rows[m], alone, **tolerance)
 
 
 def test_a_job_is_a_function_of_its_fields_and_can_be_sent():
@@ -172,3 +189,30 @@ def test_policies_of_other_spaces_are_refused():
         job().run(GaussianModel(observation_dim=4))
     with pytest.raises(ValueError, match="cannot guide a model"):
         job(actor=drawn_actor("tanh")).run(GaussianModel())
+
+
+@pytest.mark.parametrize("rule", ["code", "score"])
+@pytest.mark.parametrize("terminals", ["generated", "rule", "none"])
+def test_a_device_is_waited_for_once_at_the_end(rule, terminals, monkeypatch):
+    """On device "meta" there are no values: whatever asks for one raises."""
+    monkeypatch.setattr("agents.edm_sampler.generator", lambda *_, device: None)  # there is none for this device
+    read: list[Tensor] = []
+
+    def made_up(totals: Tensor) -> list[list[float]]:
+        read.append(totals)
+        return [[1.0, 0.0, 2.0, 9.0, 8.0, 0.0, 0.0], [0.0] * 7, [0.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0]]
+
+    monkeypatch.setattr("agents.trajectory_rollout._read", made_up)
+    device = torch.device("meta")
+    here = drawn_actor("squashed", members=3)
+    moments = (torch.empty(OBS, device=device), torch.empty(OBS, device=device))
+    whole = job(
+        guidance=GuidanceConfig(rule=rule), device=device, termination=Termination("Hopper-v4", *moments),
+        actor=dataclasses.replace(here, network=here.network.to(device)),
+        sampler=SamplerConfig(num_steps=16, terminals=terminals),
+    )  # fmt: skip
+    result = whole.run(GaussianModel(device="meta"))
+    assert [tuple(totals.shape) for totals in read] == [(3, 3 + LENGTH - 1)]
+    assert [len(rows) for rows in result.rows] == [17, 0, 4]
+    assert {x.device.type for x in (*result.rows, *result.tags)} == {"meta"}
+    assert (result.statistics[0].terminals, result.statistics[2].dropped) == (1, 3)

@@ -30,14 +30,16 @@ class GaussianModel:
     action_dim: int = ACT
     terminal_mean: float = 0.5
     terminal_std: float = 0.5
+    device: str = "cpu"
 
     @property
     def scaling(self) -> TrajectoryScaling:
-        return TrajectoryScaling(
+        scaling = TrajectoryScaling(
             torch.linspace(-1.0, 1.0, self.observation_dim), torch.linspace(0.5, 1.5, self.observation_dim),
             torch.linspace(-0.2, 0.3, self.action_dim), torch.linspace(0.6, 0.9, self.action_dim),
             torch.tensor(1.0), torch.tensor(2.0), torch.tensor(self.terminal_mean), torch.tensor(self.terminal_std),
         )  # fmt: skip
+        return scaling.to(self.device)
 
 
 def drawn_actor(kind: str, members: int = 1, seed: int = 0) -> TanhActor | GaussianActor | SquashedGaussianActor:
