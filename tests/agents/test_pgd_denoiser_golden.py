@@ -95,7 +95,7 @@ def test_four_updates_with_schedule_and_running_means():
     for update, (x, sigma, noise) in enumerate(zip(case_inputs()[2], GOLDEN["sigma"], GOLDEN["noise"], strict=True)):
         level = (torch.from_numpy(sigma).log() + 1.2) / 1.2
         before = float(trainer._loss)
-        trainer._step(update, torch.from_numpy(x), level, torch.from_numpy(noise))
+        trainer.step(update, torch.from_numpy(x), level, torch.from_numpy(noise))
         losses.append(float(trainer._loss) - before)
         if update in (0, UPDATES - 1):
             close(flat[::EVERY], GOLDEN[f"parameters{update + 1}"], 1e-4, f"parameters after update {update + 1}")

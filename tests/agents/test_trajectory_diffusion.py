@@ -20,6 +20,7 @@ from agents.trajectory_diffusion import (
     train_trajectory_diffusion,
 )
 from envs.errors import UserError
+from tests.agents.devices import recorded_graph
 
 QUICK: dict[str, Any] = {
     "length": 4, "stride": 1, "features": 16, "num_blocks": 2, "num_updates": 30, "batch_size": 16, "ema_decay": 0.9,
@@ -81,10 +82,22 @@ def test_it_tells_its_course():
     assert 0 < last["holdout_loss"] < first["holdout_loss"]
 
 
+def test_updates_replayed_from_a_graph_are_those_executed_as_written():
+    data, config = walk(), DiffusionConfig(**QUICK)
+    written, replayed = DiffusionTrainer(data, config), DiffusionTrainer(data, config, recorded_graph)
+    with torch.inference_mode():
+        for trainer in (written, replayed):
+            for update, batch in zip(range(12), trainer.batches(), strict=False):
+                trainer.step(update, *batch)
+    assert torch.allclose(written.network.stack.flat, replayed.network.stack.flat, atol=1e-6)
+    assert torch.allclose(written.averaged, replayed.averaged, atol=1e-6)
+    assert not torch.equal(written.network.stack.flat, written.averaged)
+
+
 def test_the_learning_rate_rises_and_falls():
     trainer = DiffusionTrainer(walk(), DiffusionConfig(**QUICK | {"num_updates": 100}))
-    assert [trainer._schedule(u) for u in (0, 5, 10, 55)] == pytest.approx([0.1, 0.55, 1.0, 0.5])
-    assert trainer._schedule(99) < 1e-3
+    assert [trainer.schedule(u) for u in (0, 5, 10, 55)] == pytest.approx([0.1, 0.55, 1.0, 0.5])
+    assert trainer.schedule(99) < 1e-3
 
 
 def test_what_is_stored_comes_back():
@@ -114,7 +127,7 @@ def test_held_out_episodes_are_not_learned_from():
 
 
 def test_short_episodes_name_the_longest_length_that_works():
-    with pytest.raises(UserError, match=r"median of 9 transitions only 0 windows.*method\.diffusion\.length=10$"):
+    with pytest.raises(UserError, match=r"median of 9 transitions give 0 windows.*method\.diffusion\.length=10$"):
         split_windows(walk(), DiffusionConfig(**QUICK | {"length": 32}))
     with pytest.raises(UserError, match="use a dataset with longer episodes"):
         split_windows(walk(num_episodes=3, length=2), DiffusionConfig(**QUICK))

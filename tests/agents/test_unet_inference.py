@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from agents.chunk import matrix_precision
-from agents.unet import UNet
+from agents.unet import Tape, UNet
 from agents.unet_inference import InferenceUNet
+from tests.agents.devices import no_host
 
 
 def made() -> UNet:
@@ -40,3 +41,18 @@ def test_mixed_precision_stays_near():
 def test_a_norm_over_time_is_refused():
     with pytest.raises(ValueError, match="over time"):
         InferenceUNet(UNet(7, 64, 3, "trajectory"))
+
+
+def test_nothing_is_read_from_a_device_or_taken_from_the_host(monkeypatch):
+    network = UNet(7, 64, 3, device="meta")
+    sampled, tape = InferenceUNet(network), Tape()
+    x, one, each = (torch.empty(shape, device="meta") for shape in ((5, 13, 7), (), (5,)))
+    sampled(x, one)  # what depends on the length is made at the first call
+    warm = Tape()
+    out = network.forward(x, each, warm)
+    network.backward(warm, out)
+    with no_host(monkeypatch):
+        assert sampled(x, one).shape == x.shape
+        assert sampled(x, each).shape == x.shape
+        out = network.forward(x, each, tape)
+        network.backward(tape, out)
