@@ -18,6 +18,7 @@ from benchmarks import (
     learner_speed,
     morec_scores,
     offlinerlkit_scores,
+    pgd_toy,
     run,
     true_dynamics,
     true_dynamics_speed,
@@ -112,6 +113,16 @@ def test_true_dynamics_are_measured_beside_loops_that_do_the_same(capfd):
     assert line["ratio"] == pytest.approx(line["value"] / line["set_state_per_second"], rel=1e-4)
     assert line["with_resets_ratio"] > 0
     assert line["median_difference"] < 1e-12
+
+
+def test_the_guidance_toy_is_held_against_what_its_cases_should_give(capfd):
+    assert pgd_toy.main(["--samples", "300"]) == 0
+    lines = [common.parse_line(text, "pgd_toy") for text in capfd.readouterr().out.splitlines()]
+    assert [line["case"] for line in lines] == [case.name for case in pgd_toy.CASES]
+    by_case = {line["case"]: line for line in lines}
+    with_states = by_case["correlated, score rule, 64 steps"]
+    assert with_states["reference"] == pytest.approx(2 * 25 / (25 + 1), rel=1e-4)  # the precisions are 25 and 1
+    assert with_states["reference_state_mean"] == pytest.approx(0.8 * with_states["reference"], rel=1e-4)
 
 
 def test_loading_is_measured_cold_and_warm(capfd):
