@@ -45,7 +45,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agents.actors import TanhActor, actor_from_arrays
-from agents.chunk import matrix_precision
 from agents.cpu import configure_cpu
 from agents.dynamics import DynamicsConfig, Ensemble
 from agents.edm_sampler import TERMINALS, SamplerConfig
@@ -169,9 +168,7 @@ class Task:
                     (0,), (seed,), 0, 0, count, self.policies[policy], torch.tensor([guidance.coef]), sampler, guidance,
                     self.data.termination, torch.device("cpu"),
                 )  # fmt: skip
-                with matrix_precision("mixed"):  # half the time of float32, with errors that differ by a hundredth
-                    trajectories = job.trajectories(model)
-                parts.append(Part.of_trajectories(Trajectories(*(x.squeeze(0) for x in trajectories))))
+                parts.append(Part.of_trajectories(Trajectories(*(x.squeeze(0) for x in job.trajectories(model)))))
         return Arm.of_parts(parts, count, time.process_time() - started)
 
     def rolled_out(self, policy: str) -> Arm:
@@ -399,6 +396,11 @@ def line(task: Task, case: str, fields: Mapping[str, Any], reference: float | No
     )  # fmt: skip
 
 
+def sampler_config(num_steps: int, terminals: str = "generated") -> SamplerConfig:
+    # mixed precision takes half the time of float32, and errors differ by a hundredth
+    return SamplerConfig(num_steps=num_steps, terminals=terminals, precision="mixed")
+
+
 def guided_fields(arm_fields: Mapping[str, Any], sampler: SamplerConfig, guidance: GuidanceConfig) -> dict[str, Any]:
     settings = {"rule": guidance.rule, "lambda": guidance.coef, "steps": sampler.num_steps}
     return {**settings, **arm_fields, "sampler": asdict(sampler), "guidance": asdict(guidance)}
@@ -406,7 +408,7 @@ def guided_fields(arm_fields: Mapping[str, Any], sampler: SamplerConfig, guidanc
 
 def guidance_lines(task: Task, command: str) -> Iterator[dict[str, Any]]:
     """Guidance curves of every policy beside the ensemble's rollouts."""
-    args, sampler = task.args, SamplerConfig(num_steps=task.args.steps)
+    args, sampler = task.args, sampler_config(task.args.steps)
     for policy in args.policies:
         visited = task.visited(policy)
         rollouts = Measured.of(task, policy, task.rolled_out(policy))
@@ -436,7 +438,7 @@ def step_lines(task: Task, command: str) -> Iterator[dict[str, Any]]:
     columns = task.data.observation_dim + task.data.action_dim + 1
     for coef in STEP_COEFS:
         for num_steps in task.args.step_counts:
-            sampler, guidance = SamplerConfig(num_steps=num_steps), GuidanceConfig(coef=coef)
+            sampler, guidance = sampler_config(num_steps), GuidanceConfig(coef=coef)
             made = Measured.of(task, policy, task.sampled(policy, sampler, guidance))
             fields = guided_fields(made.fields(task, policy), sampler, guidance)
             fields["marginal_distance"] = marginal_distance(made.arm.rows_RW, real, columns)
@@ -448,7 +450,7 @@ def terminal_lines(task: Task, command: str) -> Iterator[dict[str, Any]]:
     policy = "medium"
     for coef in STEP_COEFS:
         for kind in TERMINALS:
-            sampler, guidance = SamplerConfig(num_steps=task.args.steps, terminals=kind), GuidanceConfig(coef=coef)
+            sampler, guidance = sampler_config(task.args.steps, kind), GuidanceConfig(coef=coef)
             made = Measured.of(task, policy, task.sampled(policy, sampler, guidance))
             fields = guided_fields(made.fields(task, policy), sampler, guidance)
             yield line(task, f"terminals/{kind}/{coef:g}", {**fields, "terminals": kind}, None, command)
