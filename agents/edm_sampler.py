@@ -27,6 +27,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from agents.chunk import PRECISIONS
 from agents.edm import Denoise, noise_levels
 from agents.randomness import generator
 from envs.errors import UserError
@@ -51,6 +52,7 @@ class SamplerConfig:
     order: int = 2  # 2: Heun | 1: Euler, half the calls
     predictor: str = "edm"  # edm: Euler's step begins at the churned point | release: at the point before
     terminals: str = "generated"  # generated: the done channel | rule: the environment's, of s' | none, as the release
+    precision: str = "float32"  # of matrix products: float32 | mixed (bfloat16 on a CPU, TF32 on CUDA)
 
     def __post_init__(self) -> None:
         if self.num_steps < 2:
@@ -66,7 +68,7 @@ class SamplerConfig:
                 raise UserError(f"method.sampler.{name}={getattr(self, name)} must be 0 or greater, and finite")
         if self.order not in (1, 2):
             raise UserError(f"method.sampler.order={self.order} must be 1 (Euler) or 2 (Heun)")
-        for name, choices in (("predictor", PREDICTORS), ("terminals", TERMINALS)):
+        for name, choices in (("predictor", PREDICTORS), ("terminals", TERMINALS), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 *others, last = choices
                 raise UserError(f"method.sampler.{name}={getattr(self, name)!r} must be {', '.join(others)} or {last}")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from agents.actors import Actor
+from agents.chunk import matrix_precision
 from agents.edm import Denoise
 from agents.edm_sampler import MemberNoise, SamplerConfig, Steering, sample
 from agents.guidance import GuidanceConfig, PolicyScore, ScoreGuidedDenoiser, StepGuidance, step_coefficients
@@ -72,7 +73,8 @@ class TrajectoryJob:
         shape = (self.num_trajectories, model.length, model.observation_dim + model.action_dim + 2)
         denoise, steering = self._guided(model)
         noise = MemberNoise(self.seeds, (self.epoch, self.shard), shape, self.device)
-        x = sample(denoise, noise, self.sampler, steering)
+        with matrix_precision(self.sampler.precision):  # which the model's network follows
+            x = sample(denoise, noise, self.sampler, steering)
         trajectories = model.scaling.decode(x.view(len(self.seeds), *shape))
         return trajectories._replace(terminals=self._terminals(trajectories))
 

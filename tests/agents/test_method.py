@@ -146,6 +146,28 @@ IQL_CORL = {  # CORL 6afec90, configs/offline/iql
     "pen-cloned-v1": (0.8, 3.0, True, "none", False, 0.005),
 }
 
+# CORL 6afec90, configs/offline/cql: weight, learning rate of policy and temperature, lagrange, target gap, reward scale
+CQL_CORL = {
+    "halfcheetah-medium-v2": (10.0, 3e-5, False, -1.0, "none"),
+    "hopper-medium-v2": (10.0, 3e-5, False, -1.0, "return-range"),
+    "hopper-medium-replay-v2": (10.0, 3e-5, False, -1.0, "none"),
+    "maze2d-large-dense-v1": (10.0, 3e-5, True, 5.0, "none"),
+    "pen-human-v1": (1.0, 1e-4, False, -1.0, "none"),
+    "relocate-expert-v1": (1.0, 1e-4, False, -1.0, "none"),
+}
+# CORL 6afec90, configs/offline/rebrac: weights of actor and critic, learning rates, batch size
+REBRAC_CORL = {
+    "halfcheetah-medium-v2": (0.001, 0.01, 1e-3, 1024),
+    "halfcheetah-full-replay-v2": (0.001, 0.1, 1e-3, 1024),
+    "hopper-medium-replay-v2": (0.05, 0.5, 1e-3, 1024),
+    "hopper-medium-expert-v2": (0.1, 0.01, 1e-3, 1024),
+    "walker2d-random-v2": (0.01, 0.0, 1e-3, 1024),
+    "maze2d-umaze-v1": (0.003, 0.001, 3e-4, 256),
+    "pen-cloned-v1": (0.05, 0.5, 3e-4, 256),
+    "door-expert-v1": (0.05, 0.01, 3e-4, 256),
+    "hammer-human-v1": (0.01, 0.5, 3e-4, 256),
+}
+
 
 # rollout length, penalty coefficient, fixed alpha (0: tuned), real ratio, entropy in the targets
 MOBILE_KIT = {  # yihaosun1124/OfflineRL-Kit e3ce697, run_example/run_mobile.py
@@ -296,6 +318,20 @@ def test_settings_of_the_model_free_methods_per_dataset() -> None:
             c = config("iql", dataset, variant)
             mine = (c.expectile, c.beta, c.normalize_observations, c.reward_scale, c.deterministic, c.tau)
             assert mine == iql, (variant, dataset)
+
+
+def test_settings_of_cql_rebrac_and_bc() -> None:
+    for dataset, expected in CQL_CORL.items():
+        c = config("cql", dataset)
+        assert c.alpha_lr == c.actor_lr
+        assert (c.cql_alpha, c.actor_lr, c.lagrange, c.target_action_gap, c.reward_scale) == expected, dataset
+    for dataset, rebrac in REBRAC_CORL.items():
+        c = config("rebrac", dataset)
+        assert c.critic_lr == c.actor_lr
+        assert (c.actor_bc_coef, c.critic_bc_coef, c.actor_lr, c.batch_size) == rebrac, dataset
+    for method in ("cql", "rebrac"):
+        assert dataclasses.asdict(load_method(method).Config()) == dataclasses.asdict(config(method, "other-v0"))
+    assert [config("bc", "other-v0", v).top_fraction for v in ("corl", "corl-10")] == [1.0, 0.1]
 
 
 def test_common_settings_of_the_model_free_methods() -> None:

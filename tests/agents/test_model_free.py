@@ -1,7 +1,8 @@
-"""TD3+BC, IQL, SAC-N and EDAC: their updates against plain torch, packs, checkpoints, and what CUDA graphs ask for."""
+"""The model-free methods: their updates against plain torch, packs, checkpoints, and what CUDA graphs ask for."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 from collections.abc import Iterator, Sequence
@@ -14,14 +15,19 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from agents import iql, optim, td3_bc
+from agents import bc, cql, iql, optim, rebrac, td3_bc
+from agents.bc import BC, BCConfig, BCUpdater
+from agents.chunk import OwnNoiseUpdater
+from agents.cql import CQL, CQLConfig, CQLUpdater
 from agents.edac import EDAC, EDACConfig
 from agents.iql import IQL, IQLConfig, IQLUpdater
 from agents.method import TrainingData
-from agents.model_free import ModelFree, PackUpdater
+from agents.model_free import ModelFree
 from agents.networks import StackedMLP
+from agents.rebrac import ReBRAC, ReBRACConfig, ReBRACUpdater
 from agents.sac import SAC
 from agents.sac_n import SACN, SACNConfig
+from agents.synthetic import SyntheticConfig
 from agents.td3_bc import TD3BC, TD3BCConfig, TD3BCUpdater
 from envs.errors import UserError
 from envs.policies import NetworkPolicy
@@ -70,6 +76,27 @@ def edac_configs() -> list[EDACConfig]:
     return [EDACConfig(num_critics=3, eta=eta, critic_lr=1e-3, **SMALL) for eta in (1.0, 5.0, 0.5, 1.0)]
 
 
+def bc_configs() -> list[BCConfig]:
+    return [BCConfig(actor_lr=lr, top_fraction=0.5, **SMALL) for lr in (1e-3, 2e-3, 1e-3, 5e-4)]
+
+
+def cql_configs(**changes: Any) -> list[CQLConfig]:
+    own = [(10.0, 1e-3, 1.0, 5.0), (1.0, 2e-3, 2.0, 5.0), (0.0, 1e-3, 1.0, 1.0), (5.0, 1e-3, 0.5, -1.0)]
+    rest = {"num_actions": 3, "critic_lr": 1e-3, "alpha_lr": 1e-3, **SMALL, **changes}
+    return [CQLConfig(cql_alpha=w, actor_lr=lr, cql_temperature=t, target_action_gap=g, **rest) for w, lr, t, g in own]
+
+
+CQL_OPTIONS: dict[str, Any] = {
+    "lagrange": True, "max_target_backup": True, "entropy_in_target": True, "importance_sampling": False,
+    "cloning_updates": 15, "reward_scale": "return-range",
+}  # fmt: skip
+
+
+def rebrac_configs() -> list[ReBRACConfig]:
+    own = [(0.01, 0.1, 0.2), (0.1, 0.0, 0.5), (0.0, 0.01, 0.0), (1.0, 1.0, 0.2)]
+    return [ReBRACConfig(actor_bc_coef=a, critic_bc_coef=c, policy_noise=n, **SMALL) for a, c, n in own]
+
+
 METHODS: dict[str, tuple[type[ModelFree], list[Any]]] = {
     "td3_bc": (TD3BC, td3_bc_configs()),
     "td3_bc pgd-code": (TD3BC, td3_bc_configs(initialisation="lecun", **PGD_TD3_BC)),
@@ -77,6 +104,10 @@ METHODS: dict[str, tuple[type[ModelFree], list[Any]]] = {
     "iql pgd-code": (IQL, iql_configs(initialisation="lecun", actor_lr_schedule="constant", **PGD_IQL)),
     "sac_n": (SACN, sac_n_configs()),
     "edac": (EDAC, edac_configs()),
+    "bc": (BC, bc_configs()),
+    "cql": (CQL, cql_configs()),
+    "cql options": (CQL, cql_configs(**CQL_OPTIONS)),
+    "rebrac": (ReBRAC, rebrac_configs()),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 
@@ -89,7 +120,8 @@ def data() -> TrainingData:
     reward = -action.square().sum(1) + obs[:, 0]
     terminal = (torch.rand(ROWS, generator=g) < 0.1).float()
     next_obs = obs + 0.1 * torch.randn(ROWS, OBS, generator=g)
-    return TrainingData("Hopper-v4", obs, action, reward, next_obs, terminal, return_range=50.0)
+    starts = torch.arange(0, ROWS, 10)
+    return TrainingData("Hopper-v4", obs, action, reward, next_obs, terminal, None, None, 50.0, episode_starts=starts)
 
 
 def learner(name: str, members: Sequence[int] = range(4)) -> ModelFree:
@@ -296,7 +328,7 @@ def tensors(state: Any) -> Iterator[Tensor]:
 
 def assert_same(first: ModelFree, second: ModelFree, tolerance: float = 0.0) -> None:
     pairs = list(zip(tensors(first.state_dict()), tensors(second.state_dict()), strict=True))
-    assert len(pairs) > 5
+    assert len(pairs) >= 4
     for mine, other in pairs:
         torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
 
@@ -381,7 +413,14 @@ def fake_copy(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor
 
 
-@pytest.mark.parametrize("name", ["td3_bc", "td3_bc pgd-code", "iql", "iql deterministic", "iql pgd-code"])
+UPDATERS: dict[str, Any] = {
+    "td3_bc": TD3BCUpdater, "iql": IQLUpdater, "bc": BCUpdater, "cql": CQLUpdater, "rebrac": ReBRACUpdater,
+}  # fmt: skip
+CAPTURED = {name: METHODS[name][1] for name in METHODS if name.split()[0] in UPDATERS}
+CAPTURED["iql deterministic"] = iql_configs(deterministic=True)
+
+
+@pytest.mark.parametrize("name", CAPTURED)
 def test_an_update_could_be_captured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under fake tensors of a GPU whatever needs a value on the host, or mixes devices, raises; and no state of an
     update is a tensor that the next one would find at another address."""
@@ -389,20 +428,19 @@ def test_an_update_could_be_captured(name: str, monkeypatch: pytest.MonkeyPatch)
     # a torch built without CUDA has neither for a GPU's fake tensors
     monkeypatch.setattr(Tensor, "__getitem__", fake_item)
     monkeypatch.setattr(Tensor, "copy_", fake_copy)
-    for module in (td3_bc, iql):
+    for module in (bc, cql, iql, rebrac, td3_bc):
         monkeypatch.setattr(module, "initialise", lambda *_args, **_kwargs: None)
     with FakeTensorMode():
-        updater: PackUpdater
-        if name == "iql deterministic":
-            updater = IQLUpdater(iql_configs(deterministic=True), SEEDS, OBS, ACT, "cuda")
-        else:
-            kind: Any = TD3BCUpdater if name.startswith("td3_bc") else IQLUpdater
-            updater = kind(METHODS[name][1], SEEDS, OBS, ACT, "cuda")
-        rows = torch.empty(4, BATCH, W, device="cuda")
+        updater: Any = UPDATERS[name.split()[0]](CAPTURED[name], SEEDS, OBS, ACT, "cuda")
+        width = W + ACT if name == "rebrac" else W
+        rows = torch.empty(4, BATCH, width, device="cuda")
         noise = torch.empty(updater.num_noises, 4, BATCH, ACT, device="cuda")
+        own = {}
+        if isinstance(updater, OwnNoiseUpdater):
+            own["own_noise_MZ"] = torch.empty(4, updater.num_own_noises, device="cuda")
         for turn in range(updater.period):
             before = {k: id(v) for k, v in vars(updater).items()}
-            metrics = updater.update(rows, noise, turn, with_metrics=True)
+            metrics = updater.update(rows, noise, turn, with_metrics=True, **own)
             assert {k: id(v) for k, v in vars(updater).items()} == before
             assert metrics is not None
             assert all(v.device.type == "cuda" and v.shape == (4,) for v in metrics.values())
@@ -472,6 +510,17 @@ def test_a_sac_policy_is_squashed(name: str) -> None:
         (TD3BCConfig, {"update_order": "x"}, r"method\.update_order='x' must be actor-first or critics-first"),
         (TD3BCConfig, {"critic_updates": 0}, r"method\.critic_updates=0 must be greater than 0"),
         (IQLConfig, {"actor_lr_schedule": "x"}, r"method\.actor_lr_schedule='x' must be constant or cosine"),
+        (BCConfig, {"top_fraction": 0.0}, r"method\.top_fraction=0\.0 must be greater than 0 and at most 1"),
+        (CQLConfig, {"num_actions": 0}, r"method\.num_actions=0 must be greater than 0"),
+        (CQLConfig, {"min_gap": 2.0, "max_gap": 1.0}, r"method\.min_gap=2\.0 must be less than method\.max_gap=1\.0"),
+        (CQLConfig, {"cloning_updates": 500}, r"method\.cloning_updates=500 must be a multiple of method\.updates_per"),
+        (CQLConfig, {"initialisation": "edac"}, r"method\.initialisation='edac' must be orthogonal or torch"),
+        (ReBRACConfig, {"critic_bc_coef": -1.0}, r"method\.critic_bc_coef=-1\.0 must be 0 or greater"),
+        (
+            ReBRACConfig,
+            {"synthetic": SyntheticConfig(source="ensemble")},
+            r"method\.synthetic\.source=ensemble cannot be with method=rebrac",
+        ),
         (SACNConfig, {"num_critics": 0}, r"method\.num_critics=0 must be greater than 0"),
         (EDACConfig, {"num_critics": 1}, r"method\.eta=1\.0 must be 0, or greater with method\.num_critics"),
     ],
@@ -504,6 +553,7 @@ FAST: dict[str, Any] = {
     "hidden": [32, 32], "batch_size": 128, "updates_per_epoch": 500, "num_updates": 1000, "actor_lr": 2e-3,
     "critic_lr": 2e-3,
 }  # fmt: skip
+FEWER_ROWS = {"batch_size": 64, "updates_per_epoch": 250, "num_updates": 500}
 
 
 def test_td3_bc_goes_beyond_cloning_as_far_as_its_weight_lets_it() -> None:
@@ -521,3 +571,166 @@ def test_iql_prefers_the_better_actions_of_the_data() -> None:
     )
     assert cloned == pytest.approx(0.3, abs=0.06)
     assert weighed < 0.15
+
+
+def test_cql_values_what_the_data_hold() -> None:
+    """With a weight the critics' values of actions that the data do not have fall far below those of the data's; and
+    the policy goes beyond cloning all the same."""
+    gaps = []
+    for weight in (0.0, 0.05):
+        c = CQLConfig(cql_alpha=weight, num_actions=2, alpha=0.01, auto_alpha=False, **{**FAST, **FEWER_ROWS})
+        method = CQL([c], [0], bandit(), {})
+        distance = distance_to_best(method, 2)
+        obs = method.data.observations[:200]
+        values = [
+            method.updater.critic.values(torch.cat((obs, action), -1).unsqueeze(0)).mean()
+            for action in (method.data.actions[:200], torch.ones(200, 1))
+        ]
+        gaps.append(float(values[0] - values[1]))
+    assert gaps[0] < 0.5
+    assert gaps[1] > 5.0
+    assert distance < 0.15
+
+
+def test_rebrac_goes_beyond_cloning_as_far_as_its_weight_lets_it() -> None:
+    cloned, weighed = (
+        distance_to_best(
+            ReBRAC([ReBRACConfig(actor_bc_coef=w, **{**FAST, **FEWER_ROWS})], [0], every_row_an_episode(), {}), 2
+        )
+        for w in (100.0, 0.1)
+    )
+    assert cloned == pytest.approx(0.3, abs=0.06)
+    assert weighed < 0.15
+
+
+def every_row_an_episode() -> TrainingData:
+    plain = bandit()
+    return dataclasses.replace(plain, episode_starts=torch.arange(len(plain.rewards)))
+
+
+# ---- what only one of them has ---------------------------------------------------------------------------------------
+
+
+def episodes() -> TrainingData:
+    """Four episodes of 2, 3, 1 and 2 rows; a, s and s' count the rows; the second and the third end in a terminal."""
+    rows = torch.arange(8.0)
+    rewards = torch.tensor([1.0, 1.0, 0.0, 0.0, 3.0, 2.0, 2.0, 0.0])
+    terminals = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0])
+    starts = torch.tensor([0, 2, 5, 6])
+    return TrainingData(
+        "Hopper-v4", rows[:, None], rows[:, None] / 10, 2.0 * rewards - 5.0, rows[:, None] + 1, terminals,
+        reward_scale=2.0, reward_shift=-5.0, states=rows[:, None].double(), episode_starts=starts,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fraction", "discount", "rows", "starts"),
+    [
+        (0.25, 1.0, [2, 3, 4], [0]),  # returns 2, 3, 2, 2
+        (0.2, 1.0, [2, 3, 4], [0]),  # at least one
+        (0.5, 0.5, [5, 6, 7], [0, 1]),  # 1.5, 0.75, 2, 2
+        (0.75, 0.5, [0, 1, 5, 6, 7], [0, 2, 3]),
+    ],
+)
+def test_the_best_episodes_are_those_of_the_environments_returns(
+    fraction: float, discount: float, rows: list[int], starts: list[int]
+) -> None:
+    """Not of the shifted rewards, by which the longest episode has the lowest return."""
+    best = bc.best_episodes(episodes(), fraction, discount)
+    assert best.observations[:, 0].tolist() == rows
+    assert best.next_observations[:, 0].tolist() == [r + 1 for r in rows]
+    assert best.states is not None
+    assert best.episode_starts is not None
+    assert (best.states[:, 0].tolist(), best.episode_starts.tolist()) == (rows, starts)
+
+
+def test_bc_standardises_over_the_episodes_that_it_learns_from() -> None:
+    method = BC([BCConfig(top_fraction=0.25, **SMALL)], [0], episodes(), {})
+    assert method.replay.num_real == 3
+    assert method.data.observation_mean is not None
+    assert method.data.observation_mean.tolist() == [3.0]
+    assert "obs_mean" in method.policy(0)
+
+
+def test_rebracs_rows_hold_the_action_that_follows() -> None:
+    """Rows 1 and 7 end episodes without a terminal and are left out."""
+    rows = rebrac.rows_with_next_actions(episodes())
+    assert rows[:, 0].tolist() == [0, 2, 3, 4, 5, 6]
+    torch.testing.assert_close(rows[:, -1], torch.tensor([0.1, 0.3, 0.4, 0.0, 0.0, 0.7]))
+    method = ReBRAC(rebrac_configs()[:1], [0], data(), {})
+    assert method.replay.width == W + ACT
+    with pytest.raises(UserError, match="says where its episodes begin"):
+        rebrac.rows_with_next_actions(bandit())
+
+
+def test_rebracs_policy_moves_at_the_first_turn_and_its_target_follows_what_it_was() -> None:
+    updater = ReBRACUpdater([ReBRACConfig(**{**SMALL, "policy_freq": 3})], [0], OBS, ACT)
+    updater.target_actor.flat.zero_()
+    for turn in range(3):
+        actor, targets = updater.actor.flat.clone(), updater.target_critic.flat.clone()
+        rows, noise = minibatch(turn, 1, [0])
+        updater.update(torch.cat((rows, rows[..., :ACT]), -1), noise, turn)
+        assert torch.equal(actor, updater.actor.flat) == (turn > 0)
+        assert torch.equal(targets, updater.target_critic.flat) == (turn > 0)
+        if turn == 0:
+            torch.testing.assert_close(updater.target_actor.flat, 0.005 * actor)
+
+
+def test_cql_clones_at_first() -> None:
+    """The actor's gradient while it clones against autograd's, and that cloning ends with its epochs."""
+    (c,) = cql_configs(**CQL_OPTIONS)[:1]
+    updater = CQLUpdater([c], [0], OBS, ACT)
+    updater.cloning = True
+    g = torch.Generator().manual_seed(3)
+    updater.actor.weights[-1].normal_(generator=g).mul_(0.5)
+    actor, scale, offset = Network(updater.actor, 0), torch.ones(1, requires_grad=True), -torch.ones(1)
+    offset.requires_grad_()
+    rows, noise = minibatch(0, updater.num_noises, [0])
+    rows[0, 0, OBS] = 1.0  # an action at its bound has a finite density
+    updater.update(rows, noise, 0, False, torch.randn(1, updater.num_own_noises, generator=g))
+    obs, action, *_ = columns(rows[0])
+    mean, raw = actor(obs).chunk(2, -1)
+    gaussian = torch.distributions.Normal(mean, (raw * scale + offset).clamp(-20, 2).exp())
+    density = torch.distributions.TransformedDistribution(gaussian, torch.distributions.TanhTransform(cache_size=1))
+    drawn = torch.tanh(mean + gaussian.scale * noise[0, 0])
+    u = torch.atanh(action.clamp(-1 + 1e-6, 1 - 1e-6))
+    log_jacobian = 2 * (math.log(2) - u - torch.nn.functional.softplus(-2 * u))
+    of_data = gaussian.log_prob(u) - log_jacobian
+    loss = (density.log_prob(drawn).sum(-1) - of_data.sum(-1)).mean()  # the temperature is 1
+    loss.backward()
+    for mine, (weight, _) in zip(updater.actor.weight_grads, actor.layers, strict=True):
+        assert weight.grad is not None
+        torch.testing.assert_close(mine[0], weight.grad, rtol=1e-3, atol=1e-4)
+    assert scale.grad is not None
+    assert offset.grad is not None
+    torch.testing.assert_close(updater.log_std_scale.grad, scale.grad, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(updater.log_std_offset.grad, offset.grad, rtol=1e-3, atol=1e-4)
+    method = learner("cql options", [0])
+    assert isinstance(method.updater, CQLUpdater)
+    cloned = []
+    for epoch in range(2):
+        method.train_epoch(epoch)
+        cloned.append(method.updater.cloning)
+    assert cloned == [True, False]
+
+
+def test_a_cql_policy_holds_what_scales_its_standard_deviation() -> None:
+    method = learner("cql")
+    method.train_epoch(0)
+    updater = method.updater
+    assert isinstance(updater, CQLUpdater)
+    policy = NetworkPolicy(method.policy(2), "policy", "")
+    obs, noise = data().observations, np.random.default_rng(5).standard_normal((ROWS, ACT), dtype=np.float32)
+    made = updater._policy(method.data.observations.expand(4, -1, -1))
+    expected = torch.tanh(made.mean_MBA + made.log_std_MBA.exp() * torch.from_numpy(noise))[2]
+    np.testing.assert_allclose(policy.act(obs.numpy(), np.random.default_rng(5)), expected, atol=1e-4)
+    actor = method.actor()
+    torch.testing.assert_close(
+        actor.sample(obs.expand(4, -1, -1), torch.from_numpy(noise))[2], expected, atol=1e-4, rtol=0
+    )
+
+
+def test_cql_takes_the_noise_that_its_configuration_names() -> None:
+    for changes in ({}, CQL_OPTIONS):
+        c = cql_configs(**changes)[0]
+        assert c.own_noises(OBS, ACT) == CQLUpdater([c], [0], OBS, ACT).num_own_noises

@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents.networks import INITIALISATIONS, StackedMLP, StackedScalar, StackedVector, gather_members, initialise
+from agents.networks import (
+    INITIALISATIONS,
+    StackedLayerNormMLP,
+    StackedMLP,
+    StackedScalar,
+    StackedVector,
+    gather_members,
+    initialise,
+)
 from agents.randomness import generator
 
 LEAD, BATCH = (2, 3), 8
@@ -199,3 +207,59 @@ def test_a_pickled_stack_is_as_large_as_its_parameters_and_computes_the_same() -
     assert torch.equal(copy.forward(x)[0], stack.forward(x)[0])
     copy.flat.zero_()  # parameters and layers are one storage again
     assert not copy.forward(x)[0].any()
+
+
+# ---- layer normalisation -------------------------------------------------------------------------------------------
+
+
+def normalised(lead: Sequence[int] = LEAD, sizes: Sequence[int] = (5, 7, 4, 1)) -> StackedLayerNormMLP:
+    network = StackedLayerNormMLP(lead, sizes)
+    network.flat.normal_(generator=torch.Generator().manual_seed(0))
+    return network
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_gradients_of_a_normalised_network_are_autograds(outputs: int) -> None:
+    network = normalised(sizes=(5, 7, 4, outputs))
+    x, grad_out = torch.randn(G, BATCH, 5, requires_grad=True), torch.randn(G, BATCH, outputs)
+    flat = network.flat.clone().requires_grad_()
+    weights, biases = network._views(flat)
+    scales, shifts = network._norm_views(flat)
+    h = x
+    for w, b, scale, shift in zip(weights[:-1], biases[:-1], scales, shifts, strict=True):
+        h = torch.nn.functional.layer_norm(torch.relu(h @ w + b), w.shape[-1:], eps=1e-6) * scale + shift
+    out = h @ weights[-1] + biases[-1]
+    (out * grad_out).sum().backward()
+
+    with torch.no_grad():
+        mine, inputs = network.forward(x)
+        deltas = network.hidden_gradients(inputs, grad_out)
+        network.write_gradients(inputs, deltas, grad_out)
+    torch.testing.assert_close(mine, out)
+    torch.testing.assert_close(network.input_gradient(deltas[0], 2, 4), grad(x)[..., 2:4], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(network.grad, grad(flat), rtol=1e-4, atol=1e-4)
+
+
+def test_a_normalised_network_starts_with_scales_of_one_and_keeps_its_members() -> None:
+    fresh = StackedLayerNormMLP(LEAD, (5, 7, 4, 1))
+    assert all(bool((scale == 1).all()) for scale in fresh.scales)
+    assert all(bool((shift == 0).all()) for shift in fresh.shifts)
+    network, x = normalised(), torch.randn(G, BATCH, 5)
+    out = network.forward(x)[0]
+    for copied in (network.clone(), pickle.loads(pickle.dumps(network))):
+        assert isinstance(copied, StackedLayerNormMLP)
+        assert torch.equal(copied.forward(x)[0], out)
+    torch.testing.assert_close(network.select([1]).forward(x[3:])[0], out[3:])
+    torch.testing.assert_close(network.of_each_member(2).forward(x[2::3])[0], out[2::3])
+    assert len(network.blocks(network.flat)) == 10
+    assert sum(block.numel() for block in network.blocks(network.flat)) == network.flat.numel()
+
+
+def test_lecun_weights_have_the_variance_of_their_inputs_and_are_cut() -> None:
+    network = StackedMLP((1, 4), (100, 200, 50))
+    initialise(network, [generator(0, "init")], scheme="lecun", last_bound=0.0)
+    for weight, bias in zip(network.weights, network.biases, strict=True):
+        std = weight.shape[1] ** -0.5
+        assert float(weight.std()) == pytest.approx(std, rel=0.02)
+        assert float(weight.abs().max()) <= 2 * std / 0.8796 + 1e-6
+        assert not bias.any()

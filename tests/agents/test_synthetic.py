@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from agents.bc import BC, BCConfig
+from agents.cql import CQL, CQLConfig
 from agents.dynamics import DynamicsConfig, train_ensemble
 from agents.iql import IQL, IQLConfig
 from agents.method import RolloutResult, TrainingData, common_settings, effective_settings
@@ -31,6 +33,7 @@ ENSEMBLE = DynamicsConfig(2, 1, [8], weight_decay=[0.0, 0.0], max_epochs=1)
 DIFFUSION = DiffusionConfig(length=LENGTH + 1, features=16, num_blocks=2, num_updates=10, batch_size=8)
 METHODS: dict[str, tuple[type[ModelFree], type[ModelFreeConfig]]] = {
     "td3_bc": (TD3BC, TD3BCConfig), "iql": (IQL, IQLConfig), "sac_n": (SACN, SACNConfig),
+    "bc": (BC, BCConfig), "cql": (CQL, CQLConfig),
 }  # fmt: skip
 sources = pytest.mark.parametrize("source", ["ensemble", "diffusion"])
 Tree = Any
