@@ -65,6 +65,12 @@ class ModelFreeConfig(ScheduleConfig):
             )
         if one.source == "diffusion":
             check_guidance(self.guidance, self.sampler)
+            if self.diffusion.windows == "padded" and self.sampler.terminals != "generated":
+                raise UserError(
+                    f"method.sampler.terminals={self.sampler.terminals} would take the rows behind a terminal for "
+                    "transitions, which method.diffusion.windows=padded generates; set terminals=generated, or "
+                    "windows=whole"
+                )
             if one.length not in (None, self.diffusion.length - 1):
                 raise UserError(
                     f"method.synthetic.length={one.length} must be one less than method.diffusion.length="

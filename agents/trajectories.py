@@ -3,16 +3,20 @@
 A sub-trajectory has H rows (s, a, r, d), and what follows a row is the state of the next one: H rows are H - 1
 transitions. Policy-guided diffusion (Jackson et al., RLC 2024, arXiv 2404.06356; code EmptyJackson/policy-guided-
 diffusion, commit 9da606c) cuts a dataset into windows such that d = 1 stands in the last row of a window only, which is
-no transition: what its model generates never holds a terminal. The windows here are of either kind:
+no transition: what its model generates never holds a terminal. The windows here are of three kinds:
 
+    padded   as `whole`, and behind an episode that a terminal has ended its last state stays, with the mean action and
+             reward and d = 1, for so many rows that a window may begin with any of its transitions. So a terminal may
+             stand in any row, the share of transitions that are terminal is the data's, and episodes shorter than a
+             window are learned from, too
     whole    every episode is one row longer: behind its last transition comes the state in which that one ended, with
              the mean action and reward and d = 0. So d = 1 also stands in the last row but one, where a window ends
              with its episode, and the transition that ends an episode is there to be learned.
     release  as the released code makes them (environments/dataset.py): no such row, and no window ends in the last
              row of an episode that a time limit has ended.
 
-Both take every `stride`-th of the starts that keep a window inside its episode, and beside these every window an
-episode begins with and every one that a terminal ends. A time limit is no terminal.
+All take every `stride`-th of the starts that keep a window inside the rows of its episode, and beside these every window
+an episode begins with; the last two also every one that a terminal ends. A time limit is no terminal.
 
 Shapes: R rows of all episodes, W windows, H row of a window, C = S + A + 2 channels, S observation, A action.
 """
@@ -30,7 +34,7 @@ from torch import Tensor
 from agents.method import TrainingData
 from agents.replay import transition_rows
 
-RULES = ("whole", "release")
+RULES = ("padded", "whole", "release")
 TERMINAL_SCALES = ("standardised", "raw", "bounded")
 MAX_ACTION = 0.999  # of what artanh is taken (released code: environments/dataset.py)
 
@@ -148,40 +152,52 @@ class TrajectoryScaling:
 
 @dataclass(frozen=True)
 class EpisodeRows:
-    """A dataset's episodes one after the other, each with one row more for the state in which it ended."""
+    """A dataset's episodes one after the other, each with one row more for the state in which it ended, or with several
+    if a terminal ended it."""
 
     rows: Trajectories  # (R, S), (R, A), (R,), (R,)
-    state_only: Tensor  # (R,) bool: the last row of each episode; its action and reward are the data's mean
+    state_only: Tensor  # (R,) bool: the rows behind each episode's transitions; action and reward are the data's mean
     starts: Tensor  # (E,) first rows of the episodes; on the CPU, as what follows
     lengths: Tensor  # (E,) transitions
     terminated: Tensor  # (E,) bool: by a terminal
 
     @classmethod
-    def from_data(cls, data: TrainingData) -> EpisodeRows:
+    def from_data(cls, data: TrainingData, padding: int = 0) -> EpisodeRows:
+        """The rows of all episodes.
+
+        Args:
+            padding: rows with d = 1 in place of the one with d = 0 behind an episode that a terminal has ended, H - 1 for
+                `padded` windows of H rows; 0: none.
+        """
         if data.episode_starts is None:
             raise ValueError("windows need data with episode_starts")
         device, num_rows = data.observations.device, len(data.observations)
         starts = data.episode_starts.cpu()
         lengths = torch.diff(starts, append=torch.tensor([num_rows]))
         ends = starts + lengths
-        extended = starts + torch.arange(len(starts))  # each episode before has added a row
-        of_transition = torch.arange(num_rows) + torch.repeat_interleave(torch.arange(len(starts)), lengths)
-        of_transition, of_state = of_transition.to(device), (extended + lengths).to(device)
-        total, last = num_rows + len(starts), (ends - 1).to(device)
+        last = (ends - 1).to(device)
+        terminated = data.terminals[last].cpu() > 0.5
+        added_E = torch.where(terminated, max(padding, 1), 1)
+        extended = starts + added_E.cumsum(0) - added_E
+        of_transition = (torch.arange(num_rows) + torch.repeat_interleave(extended - starts, lengths)).to(device)
+        total = num_rows + int(added_E.sum())
+        state_only = torch.ones(total, dtype=torch.bool, device=device)
+        state_only[of_transition] = False
+        episode_of_state = torch.repeat_interleave(torch.arange(len(starts)), added_E).to(device)
 
-        def joined(column: Tensor, at_end: Tensor) -> Tensor:
+        def joined(column: Tensor, behind: Tensor) -> Tensor:
             out = column.new_empty((total, *column.shape[1:]))
-            out[of_transition], out[of_state] = column, at_end
+            out[of_transition], out[state_only] = column, behind
             return out
 
         mean_action = _before_tanh(data.actions).mean(0).tanh()
-        state_only = torch.zeros(total, dtype=torch.bool, device=device)
-        state_only[of_state] = True
+        stays_done = data.terminals[last] * (padding > 0)
         rows = Trajectories(
-            joined(data.observations, data.next_observations[last]), joined(data.actions, mean_action),
-            joined(data.rewards, data.rewards.mean()), joined(data.terminals, torch.zeros((), device=device)),
+            joined(data.observations, data.next_observations[last][episode_of_state]),
+            joined(data.actions, mean_action), joined(data.rewards, data.rewards.mean()),
+            joined(data.terminals, stays_done[episode_of_state]),
         )  # fmt: skip
-        return cls(rows, state_only, extended, lengths, data.terminals[last].cpu() > 0.5)
+        return cls(rows, state_only, extended, lengths, terminated)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -191,12 +207,14 @@ class EpisodeRows:
 
         Args:
             length: H.
-            rule: one of `RULES`.
+            rule: one of `RULES`; `padded` with so much `padding` only.
             stride: of the starts inside episodes, counted on over all of them.
             episodes: numbers `(n,)` on the CPU; None: all.
         """
         episodes = torch.arange(len(self)) if episodes is None else episodes
-        usable_E = self.lengths[episodes] + (rule == "whole")  # rows
+        usable_E = self.lengths[episodes] + (rule != "release")  # rows
+        if rule == "padded":
+            usable_E += self.terminated[episodes] * (length - 2)
         longer = usable_E >= length
         starts_E, num_E = self.starts[episodes][longer], usable_E[longer] - length + 1
         terminated_E, last_E = self.terminated[episodes][longer], starts_E + num_E - 1
@@ -207,7 +225,7 @@ class EpisodeRows:
             at_limit = last_E[~terminated_E]
             strided, starts_E = (x[~torch.isin(x, at_limit)] for x in (strided, starts_E))
         first = starts_E[~torch.isin(starts_E, strided)]
-        end = last_E[terminated_E]
+        end = last_E[terminated_E] if rule != "padded" else last_E[:0]
         end = end[~torch.isin(end, torch.cat((strided, first)))]
         counts = {"strided": len(strided), "start": len(first), "terminal_end": len(end)}
         num_transitions = int(self.lengths[episodes].sum())

@@ -56,7 +56,7 @@ class DiffusionConfig:
 
     length: int = 32  # H, rows of a sub-trajectory; H - 1 transitions
     stride: int = 8  # of the windows inside episodes
-    windows: str = "whole"  # whole | release: whether the transition that ends an episode is there to be learned
+    windows: str = "whole"  # padded | whole | release: see `agents.trajectories`
     terminal_scale: str = "standardised"  # standardised: as released | raw: 0, 1, as SynthER has it | bounded: -1, 1
     features: int = 256  # of the U-Net's first block, a multiple of 16; released: 1024
     num_blocks: int = 3
@@ -355,8 +355,8 @@ class DiffusionTrainer:
         """What the model is to learn from."""
         windows, rows = self.windows, self.windows.episodes.rows
         # of a window all rows but the last are transitions
-        inner = dataclasses.replace(windows, length=windows.length - 1).row_counts()
         transitions = ~windows.episodes.state_only
+        inner = dataclasses.replace(windows, length=windows.length - 1).row_counts() * transitions
         return {
             "windows": float(len(windows)),
             **{f"windows_{kind}": float(count) for kind, count in windows.counts.items()},
@@ -372,7 +372,7 @@ def split_windows(data: TrainingData, config: DiffusionConfig) -> tuple[Windows,
     Raises:
         UserError: there are fewer windows than a minibatch has, or they hold hardly anything of the data.
     """
-    rows = EpisodeRows.from_data(data)
+    rows = EpisodeRows.from_data(data, config.length - 1 if config.windows == "padded" else 0)
     num_held = int(config.holdout_fraction * len(rows))
     if config.holdout_fraction and len(rows) > 1:
         num_held = max(num_held, 1)

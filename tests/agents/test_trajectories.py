@@ -43,6 +43,30 @@ def test_whole_windows_end_with_the_state_behind_the_last_transition():
     assert not rows.terminals[~ended].any()  # a time limit is no terminal
 
 
+def test_padded_windows_have_terminals_in_any_row_and_hold_short_episodes():
+    windows = EpisodeRows.from_data(stream((2, True), (3, False), (1, False)), 3).windows(4, "padded", stride=1)
+    # an episode that a time limit ends is as long as in whole windows
+    assert states(windows) == [[0, 1, 2, 2], [1, 2, 2, 2], [100, 101, 102, 103]]
+    rows = windows.gather(torch.arange(len(windows)))
+    terminals = {int(obs[0, 0]): done.tolist() for obs, done in zip(rows.observations, rows.terminals, strict=True)}
+    assert terminals == {0: [0, 1, 1, 1], 1: [1, 1, 1, 1], 100: [0, 0, 0, 0]}
+    kept = transitions(rows)[1]
+    assert kept.sum(1).tolist() == [2, 1, 3]  # what stands behind a terminal is no transition
+    assert windows.coverage == pytest.approx(5 / 6)
+
+
+def test_padded_windows_hold_every_transition_of_an_episode_with_a_terminal_equally_often():
+    data = stream(*((n, True) for n in (40, 13, 25)))
+    windows = EpisodeRows.from_data(data, 7).windows(8, "padded", stride=1)
+    assert len(windows) == 40 + 13 + 25  # one begins with each
+    rows, kept = transitions(windows.gather(torch.arange(len(windows))))
+    # but for the first of an episode, which fewer windows reach
+    terminals = rows[..., 3][kept]
+    later = rows[..., 0][kept] % 100 >= 6
+    assert terminals.sum() == 7 * 3
+    assert later.sum() == 7 * (40 + 13 + 25 - 3 * 6)
+
+
 def test_release_windows_have_terminals_in_their_last_row_and_none_ends_at_a_time_limit():
     # starts 0 1 | 100 101 | 200 201 202: of every second of them, 0 100 200 202, the last ends at a time limit
     windows = EpisodeRows.from_data(stream((5, True), (5, False), (6, False))).windows(4, "release", stride=2)

@@ -140,7 +140,7 @@ def test_short_episodes_name_the_longest_length_that_works():
     [
         ({"features": 24}, "features=24 must be a multiple of 16"),
         ({"length": 3, "num_blocks": 3}, "length=3 must be at least 4"),
-        ({"windows": "all"}, "windows='all' must be one of whole, release"),
+        ({"windows": "all"}, "windows='all' must be one of padded, whole, release"),
         ({"ema_decay": 1.0}, "ema_decay=1.0 must lie in"),
         ({"num_updates": 0}, "num_updates=0 must be greater than 0"),
     ],
