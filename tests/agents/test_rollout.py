@@ -328,7 +328,8 @@ def test_a_member_of_a_job_gathers_what_it_gathers_alone(
             pack, members=pack.members[m : m + 1], seeds=pack.seeds[m : m + 1], actor=pack.actor.select([m]),
             starts=pack.starts[m : m + 1], penalty_coef=pack.penalty_coef[m : m + 1],
         )  # fmt: skip
-        mine = RolloutResult(**{name: part[m : m + 1] for name, part in vars(together).items()})
+        names = ("members", "rows", "tags", "statistics")
+        mine = RolloutResult(**{name: getattr(together, name)[m : m + 1] for name in names})
         assert_same(alone.run(noisy()), mine)
     assert len({s.transitions for s in together.statistics}) == 3
 

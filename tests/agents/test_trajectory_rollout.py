@@ -60,11 +60,11 @@ def test_a_member_gathers_the_same_alone_as_in_a_pack(kind, rule):
 
 @pytest.mark.parametrize("precision", ["float32", "mixed"])
 def test_a_network_makes_the_same_for_a_member_alone_as_in_a_pack(precision):
-    config = DiffusionConfig(length=LENGTH, features=16, num_blocks=2, precision=precision)
+    config = DiffusionConfig(length=LENGTH, features=16, num_blocks=2)
     network = UNet(OBS + ACT + 2, 16, 2)
     network.initialise(generator(0, "network"))
     model = TrajectoryModel(network.stack.flat, GaussianModel().scaling, dataclasses.asdict(config))
-    whole = job(sampler=SamplerConfig(num_steps=16, terminals="none"))
+    whole = job(sampler=SamplerConfig(num_steps=16, terminals="none", precision=precision))
     together = whole.run(model)
     for m in range(3):
         alone = part(whole, m).run(model).rows[0]
