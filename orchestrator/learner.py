@@ -709,8 +709,9 @@ class LearnerProcess:
         """Bytes held without a pack; the libraries that every pack needs are loaded by then."""
         if self._base is None:
             action_bounds(evaluation_env(config, dataset))
-            if config.evaluation.diagnostics and hasattr(config.method, "rollout_length"):
-                plots.load()  # runs with model rollouts end with a figure
+            generates = hasattr(config.method, "rollout_length") or getattr(config.method, "ring_rows", 0) > 0
+            if config.evaluation.diagnostics and generates:
+                plots.load()  # runs with model rollouts or pools end with a figure
             memory.release(device)
             self._base = memory.in_use(device)
         return self._base
