@@ -88,18 +88,17 @@ def _over_lambda(axes: Axes, lines: Sequence[Line], name: str) -> None:
 
 
 def _by_step(axes: Axes, lines: Sequence[Line]) -> None:
-    shown = {"ensemble": (_of(lines, "ensemble", _SHOWN_POLICY), "#333333", "-")}
+    shown = {"ensemble": (_of(lines, "ensemble", _SHOWN_POLICY), "#333333")}
     for line in _of(lines, "guided", _SHOWN_POLICY, "code"):
         if line["lambda"] in (0, 1, 4):
             color = {0: "#9ecae1", 1: "#2a6f97", 4: "#9467bd"}[line["lambda"]]
-            shown[f"diffusion, lambda {line['lambda']:g}"] = ([line], color, "-")
-    shown["windows of the data"] = (_of(lines, "windows", _SHOWN_POLICY), "#2e7d32", ":")
-    for label, (found, color, style) in shown.items():
+            shown[f"diffusion, lambda {line['lambda']:g}"] = ([line], color)
+    for label, (found, color) in shown.items():
         for line in found:
             for name, width in (("error_median_by_step", 1.8), ("open_loop_median_by_step", 0.8)):
                 points = [(t, x) for t, x in enumerate(line[name], 1) if x]
                 shown_as = label if name == "error_median_by_step" else None
-                axes.plot(*zip(*points, strict=True), linestyle=style, linewidth=width, color=color, label=shown_as)
+                axes.plot(*zip(*points, strict=True), linewidth=width, color=color, label=shown_as)
     axes.set_yscale("log")
 
 

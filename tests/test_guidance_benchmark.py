@@ -125,8 +125,10 @@ def test_the_figure_shows_the_lines(tmp_path):
     assert shown == {"medium, rule code": [[0, 1], [1, 1]], "medium, rule score": [[0, 1], [4, 1]]}
     assert len(likelihood.containers) == 2
     assert [x.get_label() for x in by_step.get_lines()[::2]] == [
-        "ensemble", "diffusion, lambda 0", "diffusion, lambda 1", "windows of the data"
-    ]  # fmt: skip
+        "ensemble",
+        "diffusion, lambda 0",
+        "diffusion, lambda 1",
+    ]
     assert by_step.get_lines()[1].get_xydata().tolist() == [[1, 0.1], [2, 0.4], [3, 0.9]]
     assert by_step.get_lines()[0].get_xydata().tolist() == [[1, 0.1], [3, 0.3]]
     assert by_steps.containers[0][0].get_xydata().tolist() == [[16, 1], [32, 1]]
