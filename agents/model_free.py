@@ -149,9 +149,7 @@ class ModelFree(ABC):
         self.data = self.prepare(data)
         # the policy file has to standardise if the method does so and not the dataset
         self._standardises = data.observation_mean is None and self.data.observation_mean is not None
-        d = self.data
-        rows = transition_rows(d.observations, d.actions, d.rewards, d.terminals, d.next_observations)
-        self.replay = Replay(rows, len(self.seeds), self.shared.ring_rows, device)
+        self.replay = Replay(self.real_rows(), len(self.seeds), self.shared.ring_rows, device)
         self.updater = self.make_updater()
         source = self._make_source(data, artifacts)
         self.pools: Pools | None = None
@@ -165,6 +163,11 @@ class ModelFree(ABC):
     def prepare(self, data: TrainingData) -> TrainingData:
         """The data that the runs learn from."""
         return data
+
+    def real_rows(self) -> Tensor:
+        """The rows of `self.data` that minibatches are made of."""
+        d = self.data
+        return transition_rows(d.observations, d.actions, d.rewards, d.terminals, d.next_observations)
 
     @abstractmethod
     def make_updater(self) -> PackUpdater: ...

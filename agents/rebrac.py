@@ -21,9 +21,8 @@ Shapes: M member, G = 2M critics, B batch, S observation, A action, N rows, W co
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +43,7 @@ from agents.networks import StackedLayerNormMLP, StackedMLP, initialise
 from agents.optim import Adam
 from agents.policies import tanh_arrays
 from agents.randomness import generator
-from agents.replay import Replay, transition_rows
+from agents.replay import transition_rows
 from envs.errors import UserError
 
 
@@ -201,17 +200,8 @@ class ReBRAC(ModelFree):
     shared: ReBRACConfig
     updater: ReBRACUpdater
 
-    def __init__(
-        self,
-        configs: Sequence[ModelFreeConfig],
-        seeds: Sequence[int],
-        data: TrainingData,
-        artifacts: Mapping[str, dict[str, Any]],
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(configs, seeds, data, artifacts, device)
-        self.replay = Replay(rows_with_next_actions(self.data), len(self.seeds), 0, device)
-        self._runner = self._make_runner()
+    def real_rows(self) -> Tensor:
+        return rows_with_next_actions(self.data)
 
     def prepare(self, data: TrainingData) -> TrainingData:
         return data.standardised() if self.shared.normalize_observations else data

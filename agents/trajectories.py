@@ -15,8 +15,8 @@ no transition: what its model generates never holds a terminal. The windows here
     release  as the released code makes them (environments/dataset.py): no such row, and no window ends in the last
              row of an episode that a time limit has ended.
 
-All take every `stride`-th of the starts that keep a window inside the rows of its episode, and beside these every window
-an episode begins with; the last two also every one that a terminal ends. A time limit is no terminal.
+All take every `stride`-th of the starts that keep a window inside the rows of its episode, and beside these every
+window an episode begins with; the last two also every one that a terminal ends. A time limit is no terminal.
 
 Shapes: R rows of all episodes, W windows, H row of a window, C = S + A + 2 channels, S observation, A action.
 """
@@ -166,8 +166,8 @@ class EpisodeRows:
         """The rows of all episodes.
 
         Args:
-            padding: rows with d = 1 in place of the one with d = 0 behind an episode that a terminal has ended, H - 1 for
-                `padded` windows of H rows; 0: none.
+            padding: rows with d = 1 in place of the one with d = 0 behind an episode that a terminal has ended, H - 1
+                for `padded` windows of H rows; 0: none.
         """
         if data.episode_starts is None:
             raise ValueError("windows need data with episode_starts")
