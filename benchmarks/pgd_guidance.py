@@ -54,7 +54,7 @@ from agents.model_based import ensemble_stage
 from agents.randomness import generator
 from agents.replay import transition_rows
 from agents.rollout import tag_steps
-from agents.trajectories import EpisodeRows, Trajectories, transitions
+from agents.trajectories import RULES, EpisodeRows, Trajectories, transitions
 from agents.trajectory_diffusion import DiffusionConfig, TrajectoryModel, diffusion_stage
 from agents.trajectory_metrics import PoolDiagnostics, log_likelihood
 from agents.trajectory_rollout import TrajectoryJob
@@ -203,7 +203,7 @@ class Task:
 def diffusion_config(args: argparse.Namespace, seed: int) -> DiffusionConfig:
     # running means over the last 500 updates: the default's 2,000 are a quarter of so short a training
     return DiffusionConfig(
-        length=args.length, features=args.features, num_updates=args.updates, ema_decay=0.98,
+        length=args.length, windows=args.windows, features=args.features, num_updates=args.updates, ema_decay=0.98,
         terminal_scale="standardised", precision="mixed", seed=seed,
     )  # fmt: skip
 
@@ -449,11 +449,14 @@ def terminal_lines(task: Task, command: str) -> Iterator[dict[str, Any]]:
     """Where trajectories end, by who says so."""
     policy = "medium"
     for coef in STEP_COEFS:
-        for kind in TERMINALS:
+        # what padded windows teach to come behind a terminal is no transition whoever says where trajectories end
+        for kind in ("generated",) if task.args.windows == "padded" else TERMINALS:
             sampler, guidance = sampler_config(task.args.steps, kind), GuidanceConfig(coef=coef)
             made = Measured.of(task, policy, task.sampled(policy, sampler, guidance))
             fields = guided_fields(made.fields(task, policy), sampler, guidance)
-            yield line(task, f"terminals/{kind}/{coef:g}", {**fields, "terminals": kind}, None, command)
+            yield line(
+                task, f"terminals/{task.args.windows}/{kind}/{coef:g}", {**fields, "terminals": kind}, None, command
+            )
 
 
 def draw(results: Path, path: Path) -> None:
@@ -478,8 +481,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
     parser.add_argument("--length", type=int, default=32, help="H, rows of a trajectory (default: %(default)s)")
+    parser.add_argument("--windows", choices=RULES, default="padded", help="method.diffusion.windows")
     parser.add_argument("--features", type=int, default=64, help="of the U-Net (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=8_000, help="of a diffusion model (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=12_000, help="of a diffusion model (default: %(default)s)")
     parser.add_argument("--ensemble-epochs", type=int, default=50, help="at most (default: %(default)s)")
     parser.add_argument("--model-seeds", type=int, default=1, help="diffusion models (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="samplings of each model (default: %(default)s)")

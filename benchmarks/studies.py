@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from agents.method import load_method
+from agents.method import effective_settings, load_method
 from benchmarks.common import ROOT
 from envs.dataset import Dataset
 from envs.errors import UserError
@@ -151,7 +151,8 @@ def train_all(
 
 def _decisive(config: Config) -> dict[str, Any]:
     """What the results of a study depend on."""
-    plain = {key: to_dict(config)[key] for key in ("method", "dataset", "seed", "num_seeds", "evaluation")}
+    plain = {key: to_dict(config)[key] for key in ("dataset", "seed", "num_seeds", "evaluation")}
+    plain["method"] = {"name": config.method_name, **effective_settings(config.method)}
     if not getattr(config.method, "filtered", False):
         for unused in ("filter", "dynamics_reward"):
             plain["method"].pop(unused, None)

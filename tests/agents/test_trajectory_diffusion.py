@@ -74,10 +74,11 @@ def test_it_tells_its_course():
     diffusion_stage(config).build(walk(), lambda step, metrics: told.append((step, dict(metrics))))
     assert [step for step, _ in told] == [10, 20, 30]
     first, last = told[0][1], told[-1][1]
-    # 3 of 60 episodes are held out; of 10 rows 7 starts of windows each
-    assert (first["windows"], first["windows_held_out"], first["coverage"]) == (57 * 7, 3 * 7, 1.0)
+    # 3 of 60 episodes are held out; of each a window begins with all 9 transitions
+    assert (first["windows"], first["windows_held_out"], first["coverage"]) == (57 * 9, 3 * 9, 1.0)
     assert first["terminal_share_data"] == pytest.approx(1 / 9)
-    assert first["terminal_share_windows"] == pytest.approx(1 / 21)  # 7 windows of 3 transitions, one with a terminal
+    # 7 windows hold 3 transitions, the last two 2 and 1; the last three have the terminal
+    assert first["terminal_share_windows"] == pytest.approx(3 / 24)
     # of update 9, behind 3 in which it rises
     assert first["learning_rate"] == pytest.approx(2e-3 * (1 + math.cos(math.pi * 6 / 27)) / 2)
     assert last["learning_rate"] < 2e-3 * 0.02
@@ -130,9 +131,10 @@ def test_held_out_episodes_are_not_learned_from():
 
 def test_short_episodes_name_the_longest_length_that_works():
     with pytest.raises(UserError, match=r"median of 9 transitions give 0 windows.*method\.diffusion\.length=10$"):
-        split_windows(walk(), DiffusionConfig(**QUICK | {"length": 32}))
+        split_windows(walk(), DiffusionConfig(**QUICK | {"length": 32, "windows": "whole"}))
+    assert len(split_windows(walk(), DiffusionConfig(**QUICK | {"length": 32}))[0]) == 57 * 9  # a terminal ends each
     with pytest.raises(UserError, match="use a dataset with longer episodes"):
-        split_windows(walk(num_episodes=3, length=2), DiffusionConfig(**QUICK))
+        split_windows(walk(num_episodes=3, length=2), DiffusionConfig(**QUICK | {"windows": "whole"}))
 
 
 @pytest.mark.parametrize(
