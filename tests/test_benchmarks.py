@@ -1,6 +1,7 @@
 """Benchmarks: their arithmetic is that of the code they time, and no failed run replaces earlier results."""
 
 import json
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from benchmarks import (
     learner_speed,
     morec_scores,
     offlinerlkit_scores,
+    pgd_scores,
     pgd_toy,
     run,
     true_dynamics,
@@ -350,3 +352,25 @@ def test_both_implementations_are_trained_for_as_long_on_the_same_seeds():
         config = load_config([], offlinerlkit_scores.overrides(robot, method, args))
         assert config.method.num_updates == offlinerlkit_scores.UPDATES[method]
         assert config.method.update_order == "critics-first"
+
+
+def test_learners_with_a_synthetic_source_are_those_without_and_share_its_stage():
+    words = ["--updates", "20000", "--hidden", "64", "64", "--trajectories", "100", "--refresh-every", "5000",
+             "--diffusion", "features=32", "num_updates=500", "--dynamics-epochs", "3", "--coef", "0.5"]  # fmt: skip
+    args = pgd_scores.build_parser().parse_args(words)
+    cases = pgd_scores.cases_of(args)
+    assert [case.name for case in cases[:2]] == [
+        f"hopper-medium-snapshots/td3_bc/{name}" for name in ("data", "unguided")
+    ]
+    assert len(cases) == 2 * 2 * 4
+    configs = {case: pgd_scores.load_config([], pgd_scores.overrides(case, args)) for case in cases}
+    for case, config in configs.items():
+        m, of_data = config.method, configs[replace(case, source="data")].method
+        differing = {f.name for f in fields(m) if getattr(m, f.name) != getattr(of_data, f.name)}
+        assert differing <= {"synthetic", "sampler", "guidance", "diffusion", "dynamics"}
+        assert m.synthetic.source == {"data": "none", "pets": "ensemble"}.get(case.source, "diffusion")
+        if case.source in ("guided", "unguided"):
+            assert m.guidance.coef == (0.5 if case.source == "guided" else 0.0)
+            assert (m.diffusion.features, m.diffusion.num_updates) == (32, 500)
+            unguided = configs[replace(case, source="unguided")].method
+            assert (m.diffusion, m.sampler, m.synthetic) == (unguided.diffusion, unguided.sampler, unguided.synthetic)
