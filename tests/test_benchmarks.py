@@ -367,7 +367,7 @@ def test_learners_with_a_synthetic_source_are_those_without_and_share_its_stage(
     for case, config in configs.items():
         m, of_data = config.method, configs[replace(case, source="data")].method
         differing = {f.name for f in fields(m) if getattr(m, f.name) != getattr(of_data, f.name)}
-        assert differing <= {"synthetic", "sampler", "guidance", "diffusion", "dynamics"}
+        assert differing <= {"variant", "synthetic", "sampler", "guidance", "diffusion", "dynamics"}
         assert m.synthetic.source == {"data": "none", "pets": "ensemble"}.get(case.source, "diffusion")
         if case.source in ("guided", "unguided"):
             assert m.guidance.coef == (0.5 if case.source == "guided" else 0.0)
