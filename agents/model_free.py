@@ -115,6 +115,16 @@ class ModelFreeConfig(ScheduleConfig):
         idle = {name for names in SOURCE_PARTS.values() for name in names} - set(used)
         return (*sorted(idle), *(() if used else ("synthetic",)))
 
+    def idle_setting(self, key: str) -> str | None:
+        """Why a setting changes nothing, if so.
+
+        Args:
+            key: inside `method`, such as `guidance.coef`.
+        """
+        if key.partition(".")[0] not in self.idle_parts or key == "synthetic.source":
+            return None
+        return f"method.{key} has no effect with method.synthetic.source={self.synthetic.source}"
+
 
 class PackUpdater(Updater, Protocol):
     """An updater whose members can be dropped and whose state can be kept."""

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,17 +141,28 @@ def load_config(files: Sequence[Path | Mapping[str, Any]], overrides: Sequence[s
         overrides: `key=value` words of a command line, over everything.
 
     Raises:
-        UserError: an unknown key (with the nearest valid one), a value of the wrong type or outside its range.
+        UserError: an unknown key (with the nearest valid one), a value of the wrong type or outside its range; a word
+            that changes nothing.
     """
     given = OmegaConf.create()
     for file in files:
         given = _merge(given, _normal_method(_read(file)))
     given = _merge(given, _parse_overrides(overrides))
     try:
-        return _resolve(given)
+        config = _resolve(given)
+        _check_effect(config, [word.partition("=")[0] for word in overrides])
+        return config
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
         raise UserError(f"{where}{str(error).splitlines()[0]}") from None
+
+
+def _check_effect(config: Config, keys: Iterable[str]) -> None:
+    """Refuse keys of the method's settings that change nothing."""
+    idle_setting = getattr(config.method, "idle_setting", lambda key: None)
+    for key in keys:
+        if key.startswith("method.") and (why := idle_setting(key.removeprefix("method."))) is not None:
+            raise UserError(f"{why}; leave it out, or choose a source that it belongs to")
 
 
 def _resolve(given: DictConfig) -> Config:
@@ -202,6 +213,7 @@ def check_space(config: Config) -> StudySpec:
     for key in config.study.space:
         if not key.startswith("method."):
             raise UserError(f"study.space: {key!r} cannot be searched; only keys that begin with method. can")
+    _check_effect(config, map(str, config.study.space))
     for key in {key for params in config.study.trials for key in params}:
         if not str(key).startswith("method."):
             raise UserError(f"study.trials: {key!r} cannot differ; only keys that begin with method. can")

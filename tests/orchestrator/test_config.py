@@ -113,6 +113,20 @@ def test_a_wrong_override_is_refused_in_one_sentence(override: str, sentence: st
     assert "\n" not in str(caught.value)
 
 
+def test_a_setting_of_a_source_that_is_not_used_is_refused():
+    plain = ["method=td3_bc", "dataset=embedded/pendulum-medium-v0"]
+    with pytest.raises(UserError, match=r"^method\.guidance\.coef has no effect with method\.synthetic\.source=none; "):
+        load_config([], [*plain, "method.guidance.coef=1"])
+    with pytest.raises(UserError, match=r"^method\.diffusion\.features has no effect with .*source=ensemble; "):
+        load_config([], [*plain, "method.synthetic.source=ensemble", "method.diffusion.features=64"])
+    used = load_config([], [*plain, "method.synthetic.source=diffusion", "method.guidance.coef=0.5"])
+    assert load_config([to_dict(used)], ["method.synthetic.source=none"]).method.guidance.coef == 0.5
+    space = {"method.guidance.coef": {"type": "float", "low": 0.1, "high": 1.0}}
+    searching = load_config([{"study": {"name": "s", "space": space}}], plain)
+    with pytest.raises(UserError, match=r"^method\.guidance\.coef has no effect"):
+        check_space(searching)
+
+
 def test_rollout_workers_and_a_gpu_exclude_each_other():
     with pytest.raises(UserError, match=r"^compute\.num_rollout_workers=2 must be 0 with compute\.device=cuda: "):
         resolved("compute.device=cuda", "compute.num_rollout_workers=2")
