@@ -454,9 +454,7 @@ def terminal_lines(task: Task, command: str) -> Iterator[dict[str, Any]]:
             sampler, guidance = sampler_config(task.args.steps, kind), GuidanceConfig(coef=coef)
             made = Measured.of(task, policy, task.sampled(policy, sampler, guidance))
             fields = guided_fields(made.fields(task, policy), sampler, guidance)
-            yield line(
-                task, f"terminals/{task.args.windows}/{kind}/{coef:g}", {**fields, "terminals": kind}, None, command
-            )
+            yield line(task, f"terminals/{kind}/{coef:g}", {**fields, "terminals": kind}, None, command)
 
 
 def draw(results: Path, path: Path) -> None:
@@ -481,9 +479,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
     parser.add_argument("--length", type=int, default=32, help="H, rows of a trajectory (default: %(default)s)")
-    parser.add_argument("--windows", choices=RULES, default="padded", help="method.diffusion.windows")
+    parser.add_argument(
+        "--windows", choices=RULES, default="whole", help="method.diffusion.windows (default: %(default)s)"
+    )
     parser.add_argument("--features", type=int, default=64, help="of the U-Net (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=12_000, help="of a diffusion model (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=8_000, help="of a diffusion model (default: %(default)s)")
     parser.add_argument("--ensemble-epochs", type=int, default=50, help="at most (default: %(default)s)")
     parser.add_argument("--model-seeds", type=int, default=1, help="diffusion models (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="samplings of each model (default: %(default)s)")
