@@ -450,11 +450,12 @@ def terminal_lines(task: Task, command: str) -> Iterator[dict[str, Any]]:
     policy = "medium"
     for coef in STEP_COEFS:
         # what padded windows teach to come behind a terminal is no transition whoever says where trajectories end
-        for kind in ("generated",) if task.args.windows == "padded" else TERMINALS:
+        padded = task.args.windows == "padded"
+        for kind in ("generated",) if padded else TERMINALS:
             sampler, guidance = sampler_config(task.args.steps, kind), GuidanceConfig(coef=coef)
             made = Measured.of(task, policy, task.sampled(policy, sampler, guidance))
-            fields = guided_fields(made.fields(task, policy), sampler, guidance)
-            yield line(task, f"terminals/{kind}/{coef:g}", {**fields, "terminals": kind}, None, command)
+            fields = {**guided_fields(made.fields(task, policy), sampler, guidance), "terminals": kind}
+            yield line(task, f"terminals/{'padded' if padded else kind}/{coef:g}", fields, None, command)
 
 
 def draw(results: Path, path: Path) -> None:
