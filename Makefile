@@ -15,8 +15,9 @@ COMPILE := env -u PYTHONDONTWRITEBYTECODE $(PY) -m compileall -q -j 0
 demo: venv
 	$(PY) -m orchestrator demo
 
+# two processes: many tests wait for Ray, and each process has a Ray of its own
 test: lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 test-slow: venv
 	$(PY) -m pytest -m slow
