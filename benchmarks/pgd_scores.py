@@ -43,7 +43,7 @@ SOURCES = {
     "data": ("method.variant=pgd-code",),
     "unguided": ("method.variant=pgd", "method.guidance.coef=0"),
     "guided": ("method.variant=pgd",),
-    "pets": ("method.variant=pgd", "method.synthetic.source=ensemble", "method.guidance.coef=0"),
+    "pets": ("method.variant=pgd", "method.synthetic.source=ensemble"),
 }
 DATASETS = tuple(f"embedded/{robot}-medium-snapshots-v0" for robot in ("hopper", "halfcheetah"))
 EVALUATE_EVERY = 5_000  # updates

@@ -323,7 +323,7 @@ def test_a_rollout_phase_on_a_gpu_reads_one_thing_per_job(monkeypatch: pytest.Mo
         return [[50.0 + m, 3.0, 2.0, 1.0, 4.0, 0.0, 0.0, 30.0, 20.0, m] for m in range(len(totals))]
 
     monkeypatch.setattr("agents.rollout._read", read)
-    for module in ("rollout", "model_based"):  # there is no generator for this device
+    for module in ("rollout", "synthetic"):  # there is no generator for this device
         monkeypatch.setattr(f"agents.{module}.generator", lambda *_, device: None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         obs, action, reward, next_obs, done = (

@@ -16,7 +16,7 @@ from agents.actors import SquashedGaussianActor
 from agents.diagnostics import value_metrics
 from agents.dynamics import Ensemble
 from agents.dynamics_reward import DynamicsReward
-from agents.method import RolloutJob, RolloutResult, Termination
+from agents.method import RolloutJob, Termination
 from agents.mopo import max_aleatoric
 from agents.networks import StackedMLP
 from agents.replay import Replay
@@ -273,7 +273,7 @@ def test_a_member_of_a_job_gathers_what_it_gathers_alone(cut: str, gpu: bool, mo
             pack, members=pack.members[m : m + 1], seeds=pack.seeds[m : m + 1], actor=pack.actor.select([m]),
             starts=pack.starts[m : m + 1], penalty_coef=pack.penalty_coef[m : m + 1],
         )  # fmt: skip
-        mine = RolloutResult(**{name: part[m : m + 1] for name, part in vars(together).items()})
+        mine = together.renumbered({together.members[m]: pack.members[m]})
         assert_same(alone.run(noisy_filter(cut)), mine)
     assert len({s.transitions for s in together.statistics}) == 3
 
