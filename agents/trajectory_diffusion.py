@@ -9,9 +9,9 @@ where they say nothing else:
 
 - the training is counted in updates and not in passes over the data, 10,000 of which are 7 to 36 million updates;
 - windows may hold the transition that ends an episode whole and anywhere (`windows`), which theirs cannot. Of 8,000
-  updates on embedded/hopper-medium-snapshots-v0, where 1.22 % of the transitions are terminal (64 features, H = 32, 512
-  samples of 32 steps), 1.13 % of the sampled transitions were terminal with `padded` windows and 0.11 % with `whole`
-  ones, and 48 and 18 % of those that the environment's rule ends were among them;
+  updates on embedded/hopper-medium-snapshots-v0, where 1.22 % of the transitions are terminal (64 features, H = 32),
+  1.26 % of the sampled transitions were terminal with `padded` windows and 0.20 % with `whole` ones, and 58 and 14 % of
+  those that the environment's rule ends were among them (benchmarks/results/pgd_guidance.jsonl);
 - d need not be standardised (`terminal_scale`). A rare terminal is then a spike of many deviations, but so its errors
   weigh as much as any other channel's: of 8,000 updates on hopper-medium-snapshots (32 features, H = 8, 1.27 % of the
   transitions in windows terminal) 1.19 % of the samples' transitions were terminal where d was standardised, 0.77 %
