@@ -19,6 +19,14 @@ os.environ["MPLBACKEND"] = "Agg"
 prepare_environment()  # before any test module imports ray, torch or mlflow
 
 
+@pytest.fixture(autouse=True)
+def drawn_the_same_every_time() -> None:
+    """Tests that draw without a generator of their own: what passes once passes again."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray of two CPUs, started once (6 s) for all tests that ask for it."""

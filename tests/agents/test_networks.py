@@ -220,7 +220,6 @@ def normalised(lead: Sequence[int] = LEAD, sizes: Sequence[int] = (5, 7, 4, 1)) 
 
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_gradients_of_a_normalised_network_are_autograds(outputs: int) -> None:
-    torch.manual_seed(0)
     network = normalised(sizes=(5, 7, 4, outputs))
     x, grad_out = torch.randn(G, BATCH, 5, requires_grad=True), torch.randn(G, BATCH, outputs)
     flat = network.flat.clone().requires_grad_()
