@@ -19,7 +19,6 @@ length only, so that what filtering gains over many steps is read off the lines 
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from benchmarks.studies import (
     keys_of,
     metric_courses,
     of_seeds,
+    pack_words,
     run_summary,
     short_name,
     stage_minutes,
@@ -52,8 +52,6 @@ COEFFICIENTS = {  # of the penalties, by robot and plain method
     ("hopper", "mopo"): 2.5, ("halfcheetah", "mopo"): 0.5, ("hopper", "mobile"): 0.1, ("halfcheetah", "mobile"): 0.1,
 }  # fmt: skip
 DATASETS = tuple(f"embedded/{robot}-medium-snapshots-v0,subsample=100000,seed=0" for robot in ("hopper", "halfcheetah"))
-EVALUATE_EVERY = 5_000  # updates
-EPOCH = 1_000  # updates
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Case:
 def overrides(case: Case, args: argparse.Namespace) -> list[str]:
     """The words behind `offsweep train` for a case."""
     updates = args.mobile_updates if case.plain == "mobile" and args.mobile_updates else args.updates
-    epoch, long = math.gcd(updates, EPOCH), case.method != case.plain
+    long = case.method != case.plain
     rollouts = {
         "rollout_length": args.length if long else None,
         "rollout_batch": args.morec_rollout_batch if long else args.rollout_batch,
@@ -90,14 +88,10 @@ def overrides(case: Case, args: argparse.Namespace) -> list[str]:
     settings = rollouts | rates | {"penalty_coef": COEFFICIENTS.get((robot, case.plain))}
     return [
         f"method={case.plain}", *(["method.variant=morec"] if case.filtered else []), f"dataset={case.dataset}",
-        f"seed={args.seed}", f"num_seeds={args.seeds}",
-        f"method.num_updates={updates}", f"method.updates_per_epoch={epoch}",
-        f"method.hidden=[{','.join(map(str, args.hidden))}]",
+        *pack_words(args, updates),
         *(f"method.{key}={value}" for key, value in settings.items() if value is not None),
         *(filter_overrides(args) if case.filtered else []),
-        *dynamics_overrides(case.dataset, args), f"evaluation.every_epochs={max(1, EVALUATE_EVERY // epoch)}",
-        f"evaluation.episodes={args.episodes}", "compute.num_learners=0", f"compute.runs_per_pack={args.seeds}",
-        f"compute.threads={args.threads}",
+        *dynamics_overrides(case.dataset, args),
     ]  # fmt: skip
 
 

@@ -15,7 +15,6 @@ far from the paper's and stand in every line: these are no results to put beside
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from benchmarks.studies import (
     keys_of,
     metric_courses,
     of_seeds,
+    pack_words,
     run_summary,
     short_name,
     stage_minutes,
@@ -46,8 +46,6 @@ SOURCES = {
     "pets": ("method.variant=pgd", "method.synthetic.source=ensemble"),
 }
 DATASETS = tuple(f"embedded/{robot}-medium-snapshots-v0" for robot in ("hopper", "halfcheetah"))
-EVALUATE_EVERY = 5_000  # updates
-EPOCH = 1_000  # updates
 
 
 @dataclass(frozen=True)
@@ -65,9 +63,7 @@ class Case:
 
 def overrides(case: Case, args: argparse.Namespace) -> list[str]:
     """The words behind `offsweep train` for a case; what is not named keeps the method's settings for the dataset."""
-    epoch = math.gcd(args.updates, EPOCH)
-    settings: dict[str, Any] = {"num_updates": args.updates, "updates_per_epoch": epoch}
-    settings |= dict.fromkeys(("actor_lr", "critic_lr"), args.learning_rate)
+    settings: dict[str, Any] = dict.fromkeys(("actor_lr", "critic_lr"), args.learning_rate)
     if case.learner == "iql":
         settings["value_lr"] = args.learning_rate
     if case.source != "data":
@@ -83,11 +79,8 @@ def overrides(case: Case, args: argparse.Namespace) -> list[str]:
         settings["sampler.num_steps"] = args.sampling_steps
         settings |= {f"diffusion.{key}": value for key, value in (word.split("=", 1) for word in args.diffusion)}
     return [
-        f"method={case.learner}", *SOURCES[case.source], f"dataset={case.dataset}", f"seed={args.seed}",
-        f"num_seeds={args.seeds}", f"method.hidden=[{','.join(map(str, args.hidden))}]",
+        f"method={case.learner}", *SOURCES[case.source], f"dataset={case.dataset}", *pack_words(args, args.updates),
         *(f"method.{key}={value}" for key, value in settings.items() if value is not None),
-        f"evaluation.every_epochs={max(1, EVALUATE_EVERY // epoch)}", f"evaluation.episodes={args.episodes}",
-        "compute.num_learners=0", f"compute.runs_per_pack={args.seeds}", f"compute.threads={args.threads}",
     ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import statistics
@@ -21,6 +22,9 @@ from envs.errors import UserError
 from orchestrator.artifacts import ArtifactStore, stage_keys
 from orchestrator.config import Config, load_config, to_dict
 from orchestrator.spool import read_records
+
+EVALUATE_EVERY = 5_000  # updates
+EPOCH = 1_000  # updates
 
 
 def study_parser(benchmark: str, description: str | None) -> argparse.ArgumentParser:
@@ -43,6 +47,18 @@ def study_parser(benchmark: str, description: str | None) -> argparse.ArgumentPa
     workdir = Path(os.environ.get("OFFSWEEP_WORKDIR", "offsweep-work"))
     parser.add_argument("--workdir", type=Path, default=workdir, help="work folder (default: %(default)s)")
     return parser
+
+
+def pack_words(args: argparse.Namespace, updates: int) -> list[str]:
+    """The words behind `offsweep train` for what `study_parser` asks: a pack of seeds in this process, its schedule,
+    widths and evaluations."""
+    epoch = math.gcd(updates, EPOCH)
+    return [
+        f"seed={args.seed}", f"num_seeds={args.seeds}", f"method.num_updates={updates}",
+        f"method.updates_per_epoch={epoch}", f"method.hidden=[{','.join(map(str, args.hidden))}]",
+        f"evaluation.every_epochs={max(1, EVALUATE_EVERY // epoch)}", f"evaluation.episodes={args.episodes}",
+        "compute.num_learners=0", f"compute.runs_per_pack={args.seeds}", f"compute.threads={args.threads}",
+    ]  # fmt: skip
 
 
 def shown_command(benchmark: str, words: Sequence[str]) -> str:

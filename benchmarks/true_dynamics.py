@@ -27,9 +27,11 @@ from typing import Any
 from agents.diagnostics import expert_value
 from benchmarks.common import print_line, record
 from benchmarks.studies import (
+    EVALUATE_EVERY,
     keys_of,
     metric_courses,
     of_seeds,
+    pack_words,
     run_summary,
     short_name,
     study_main,
@@ -50,8 +52,6 @@ METHODS = {
 }
 QUALITIES = {-1.0: "random", 0.0: "learned", 1.0: "true"}  # names of method.model_quality
 DATASETS = ("embedded/walker2d-medium-expert-v0", "embedded/hopper-medium-snapshots-v0")
-EVALUATE_EVERY = 5_000  # updates
-EPOCH = 1_000  # updates
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,11 @@ class Case:
 
 def overrides(case: Case, args: argparse.Namespace) -> list[str]:
     """The words behind `offsweep train` for a case; what is not named keeps the method's settings for the dataset."""
-    epoch = math.gcd(args.updates, EPOCH)
     return [
-        *METHODS[case.method], f"dataset={case.dataset}", f"seed={args.seed}", f"num_seeds={args.seeds}",
-        f"method.model_quality={case.quality}", f"method.num_updates={args.updates}",
-        f"method.updates_per_epoch={epoch}", f"method.hidden=[{','.join(map(str, args.hidden))}]",
+        *METHODS[case.method], f"dataset={case.dataset}", *pack_words(args, args.updates),
+        f"method.model_quality={case.quality}",
         *([f"method.rollout_batch={args.rollout_batch}"] if args.rollout_batch else []),
-        *dynamics_overrides(case.dataset, args), f"evaluation.every_epochs={max(1, EVALUATE_EVERY // epoch)}",
-        f"evaluation.episodes={args.episodes}", "compute.num_learners=0", f"compute.runs_per_pack={args.seeds}",
-        f"compute.threads={args.threads}",
+        *dynamics_overrides(case.dataset, args),
     ]  # fmt: skip
 
 
