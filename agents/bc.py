@@ -121,7 +121,7 @@ class BCUpdater(NetworkUpdater):
 class BC(ModelFree):
     """A pack of BC runs."""
 
-    Config = BCConfig
+    Config, Updater = BCConfig, BCUpdater
     configs: Sequence[BCConfig]
     shared: BCConfig
     updater: BCUpdater
@@ -130,9 +130,6 @@ class BC(ModelFree):
         if self.shared.top_fraction < 1:
             data = best_episodes(data, self.shared.top_fraction, self.shared.return_discount)
         return data.standardised() if self.shared.normalize_observations else data
-
-    def make_updater(self) -> BCUpdater:
-        return BCUpdater(self.configs, self.seeds, self.data.observation_dim, self.data.action_dim, self.device)
 
     def actor_arrays(self, member: int) -> dict[str, np.ndarray]:
         return tanh_arrays(self.updater.actor, member)

@@ -54,6 +54,7 @@ from agents.model_free import (
     NetworkUpdater,
     bellman_target,
     member_values,
+    scaled,
     split_rows,
 )
 from agents.networks import StackedMLP, StackedScalar, initialise
@@ -65,7 +66,6 @@ from envs.errors import UserError
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
 LOG_STD_OFFSET = -1.0  # what is added to the network's output at the start
 MAX_ALPHA_PRIME = 1e6
-REWARD_RANGE = 1000.0  # best less worst return with reward_scale: return-range
 _LARGEST_ACTION = 1.0 - 1e-6  # a squashed density is infinite, or 0, at the bounds
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 _LOG_2 = math.log(2.0)
@@ -370,19 +370,13 @@ def _log_prob(z: Tensor, log_std: Tensor, u: Tensor) -> Tensor:
 class CQL(ModelFree):
     """A pack of CQL runs."""
 
-    Config = CQLConfig
+    Config, Updater = CQLConfig, CQLUpdater
     configs: Sequence[CQLConfig]
     shared: CQLConfig
     updater: CQLUpdater
 
     def prepare(self, data: TrainingData) -> TrainingData:
-        if self.shared.normalize_observations:
-            data = data.standardised()
-        return data if self.shared.reward_scale == "none" else data.with_return_range(REWARD_RANGE)
-
-    def make_updater(self) -> CQLUpdater:
-        widths = (self.data.observation_dim, self.data.action_dim)
-        return CQLUpdater(self.configs, self.seeds, *widths, self.device)
+        return scaled(data, self.shared.normalize_observations, self.shared.reward_scale)
 
     def train_epoch(self, epoch: int) -> list[dict[str, float]]:
         cloning = epoch * self.shared.updates_per_epoch < self.shared.cloning_updates

@@ -48,6 +48,7 @@ from agents.model_free import (
     bellman_target,
     member_values,
     regress_twins,
+    scaled,
     split_rows,
 )
 from agents.networks import StackedMLP, StackedVector, initialise
@@ -59,7 +60,6 @@ from envs.errors import UserError
 
 LOG_STD_MAX = 2.0
 MAX_WEIGHT = 100.0
-REWARD_RANGE = 1000.0  # best less worst return with reward_scale: return-range
 
 
 @dataclass
@@ -246,19 +246,13 @@ class IQLUpdater(NetworkUpdater):
 class IQL(ModelFree):
     """A pack of IQL runs."""
 
-    Config = IQLConfig
+    Config, Updater = IQLConfig, IQLUpdater
     configs: Sequence[IQLConfig]
     shared: IQLConfig
     updater: IQLUpdater
 
     def prepare(self, data: TrainingData) -> TrainingData:
-        if self.shared.normalize_observations:
-            data = data.standardised()
-        return data if self.shared.reward_scale == "none" else data.with_return_range(REWARD_RANGE)
-
-    def make_updater(self) -> IQLUpdater:
-        widths = (self.data.observation_dim, self.data.action_dim)
-        return IQLUpdater(self.configs, self.seeds, *widths, self.device)
+        return scaled(data, self.shared.normalize_observations, self.shared.reward_scale)
 
     def actor_arrays(self, member: int) -> dict[str, np.ndarray]:
         one = self.updater

@@ -320,8 +320,12 @@ class JobsAhead:
     """Jobs that may run while training goes on: their results are taken in at the beginning of a certain epoch, however
     early they are there."""
 
-    jobs: list[Job]
+    make: Callable[[], Sequence[Job]]  # the same ones every time
     due: int  # number of that epoch
+
+    @property
+    def jobs(self) -> Sequence[Job]:
+        return self.make()
 
 
 class Method(Protocol):

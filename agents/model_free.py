@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
@@ -39,6 +39,9 @@ from envs.termination import termination_rule
 
 SOURCE_PARTS = {"none": (), "diffusion": ("diffusion", "sampler", "guidance"), "ensemble": ("dynamics",)}
 """The parts of a configuration that each source of synthetic rows needs."""
+
+REWARD_RANGE = 1000.0
+"""Best less worst return with reward_scale: return-range."""
 
 
 @dataclass
@@ -145,6 +148,9 @@ class ModelFree(ABC):
         artifacts: of the source of synthetic rows, if there is one.
     """
 
+    # makes the pack's networks from configs, seeds, observation_dim, action_dim and device
+    Updater: ClassVar[Callable[..., PackUpdater]]
+
     def __init__(
         self,
         configs: Sequence[ModelFreeConfig],
@@ -179,8 +185,10 @@ class ModelFree(ABC):
         d = self.data
         return transition_rows(d.observations, d.actions, d.rewards, d.terminals, d.next_observations)
 
-    @abstractmethod
-    def make_updater(self) -> PackUpdater: ...
+    def make_updater(self) -> PackUpdater:
+        return type(self).Updater(
+            self.configs, self.seeds, self.data.observation_dim, self.data.action_dim, self.device
+        )
 
     @abstractmethod
     def actor_arrays(self, member: int) -> dict[str, np.ndarray]:
@@ -348,6 +356,13 @@ class NetworkUpdater:
             getattr(self, name).flat.copy_(state[name])
         for name in self.optimisers:
             getattr(self, name).load_state_dict(state[name])
+
+
+def scaled(data: TrainingData, normalize_observations: bool, reward_scale: str) -> TrainingData:
+    """Data whose observations are standardised and whose rewards are scaled, if the settings of these names say so."""
+    if normalize_observations:
+        data = data.standardised()
+    return data if reward_scale == "none" else data.with_return_range(REWARD_RANGE)
 
 
 def split_rows(rows_MBW: Tensor, observation_dim: int, action_dim: int) -> tuple[Tensor, ...]:

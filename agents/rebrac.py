@@ -195,7 +195,7 @@ class ReBRACUpdater(NetworkUpdater):
 class ReBRAC(ModelFree):
     """A pack of ReBRAC runs."""
 
-    Config = ReBRACConfig
+    Config, Updater = ReBRACConfig, ReBRACUpdater
     configs: Sequence[ReBRACConfig]
     shared: ReBRACConfig
     updater: ReBRACUpdater
@@ -205,10 +205,6 @@ class ReBRAC(ModelFree):
 
     def prepare(self, data: TrainingData) -> TrainingData:
         return data.standardised() if self.shared.normalize_observations else data
-
-    def make_updater(self) -> ReBRACUpdater:
-        widths = (self.data.observation_dim, self.data.action_dim)
-        return ReBRACUpdater(self.configs, self.seeds, *widths, self.device)
 
     def actor_arrays(self, member: int) -> dict[str, np.ndarray]:
         return tanh_arrays(self.updater.actor, member)

@@ -374,9 +374,8 @@ class Pools:
     @property
     def ahead(self) -> JobsAhead | None:
         """The pool that was asked for; its jobs are the same after a resume."""
-        if self._asked is None:
-            return None
-        return JobsAhead(list(self._jobs(self._asked)), self._asked.epoch + self._period)
+        asked = self._asked
+        return None if asked is None else JobsAhead(lambda: self._jobs(asked), asked.epoch + self._period)
 
     def add(self, results: Sequence[RolloutResult]) -> list[dict[str, float]]:
         """Take in a pool, the one asked for ahead if there is one; metrics `synthetic/*` of every member."""

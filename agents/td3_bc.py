@@ -204,17 +204,13 @@ class TD3BCUpdater(NetworkUpdater):
 class TD3BC(ModelFree):
     """A pack of TD3+BC runs."""
 
-    Config = TD3BCConfig
+    Config, Updater = TD3BCConfig, TD3BCUpdater
     configs: Sequence[TD3BCConfig]
     shared: TD3BCConfig
     updater: TD3BCUpdater
 
     def prepare(self, data: TrainingData) -> TrainingData:
         return data.standardised() if self.shared.normalize_observations else data
-
-    def make_updater(self) -> TD3BCUpdater:
-        widths = (self.data.observation_dim, self.data.action_dim)
-        return TD3BCUpdater(self.configs, self.seeds, *widths, self.device)
 
     def actor_arrays(self, member: int) -> dict[str, np.ndarray]:
         return tanh_arrays(self.updater.actor, member)
