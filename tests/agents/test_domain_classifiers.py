@@ -21,7 +21,8 @@ W = 2 * S + A + 2
 
 
 def small(**settings: Any) -> ClassifierConfig:
-    return ClassifierConfig(**({"hidden": [16], "batch_size": B} | settings))
+    values: dict[str, Any] = {"hidden": [16], "batch_size": B} | settings
+    return ClassifierConfig(**values)
 
 
 def rows_of(seed: int, members: int = 1, count: int = B) -> Tensor:
@@ -175,7 +176,12 @@ def test_rows_come_from_each_members_own_rings() -> None:
     one = DomainClassifiers([small(hidden=[4])] * 2, [1, 2], S, A)
     source, target = replays(2, False)
     seen: list[Tensor] = []
-    one.update = lambda s, t, noise: seen.append(torch.cat((s, t), 1)) or {}  # type: ignore[method-assign,func-returns-value]
+
+    def note(source_MBW: Tensor, target_MBW: Tensor, noise_MRZ: Tensor) -> dict[str, Tensor]:
+        seen.append(torch.cat((source_MBW, target_MBW), 1))
+        return {}
+
+    one.update = note  # type: ignore[method-assign]
     for t in range(40):
         one.train(t, source, target)
     drawn = torch.cat(seen, 1)
