@@ -1,4 +1,4 @@
-"""Environments that Gymnasium does not bring: D4RL's Ant, NeoRL's robots and the toy tasks.
+"""Environments that Gymnasium does not bring: D4RL's Ant, NeoRL's robots, the toy tasks and the shifted robots.
 
 `register()` makes their ids known to `gymnasium.make`; `envs.episodes.make_env` calls it.
 """
@@ -9,6 +9,8 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box
+
+from envs import shifts
 
 D4RL_ANT_FORCES = 84  # 14 bodies x (3 torques, 3 forces)
 
@@ -65,7 +67,20 @@ _SPECS = (
 )
 
 
-def register() -> None:
-    """Make the ids known to Gymnasium; a second call changes nothing."""
+def register(env_id: str = "") -> None:
+    """Make the ids known to Gymnasium; a second call changes nothing.
+
+    Args:
+        env_id: made known, too, if it is one of `envs.shifts`, of which there are any number.
+    """
     for spec in _SPECS:
         gymnasium.registry.setdefault(spec.id, spec)
+    shifted = shifts.specification(env_id)
+    if shifted is not None:
+        gymnasium.registry.setdefault(env_id, shifted)
+
+
+def specification(env_id: str) -> EnvSpec | None:
+    """What Gymnasium knows of an environment before it is made; None for an id that it does not know."""
+    register(env_id)
+    return gymnasium.registry.get(env_id)
