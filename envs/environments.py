@@ -71,16 +71,27 @@ def register(env_id: str = "") -> None:
     """Make the ids known to Gymnasium; a second call changes nothing.
 
     Args:
-        env_id: made known, too, if it is one of `envs.shifts`, of which there are any number.
+        env_id: made known, too, in all its versions, if it is one of `envs.shifts`, of which there are any number.
     """
     for spec in _SPECS:
         gymnasium.registry.setdefault(spec.id, spec)
-    shifted = shifts.specification(env_id)
-    if shifted is not None:
-        gymnasium.registry.setdefault(env_id, shifted)
+    for known in (*shifts.ids(), *shifts.versions(env_id)):
+        shift = shifts.parse(known) if known not in gymnasium.registry else None
+        if shift is not None:
+            gymnasium.registry[known] = _shifted(known, shift)
 
 
 def specification(env_id: str) -> EnvSpec | None:
     """What Gymnasium knows of an environment before it is made; None for an id that it does not know."""
     register(env_id)
     return gymnasium.registry.get(env_id)
+
+
+def _shifted(env_id: str, shift: shifts.Shift) -> EnvSpec:
+    if shift.robot == "Pendulum":
+        (edit,) = shift.change.edits
+        assert isinstance(edit, shifts.Gravity)
+        entry_point = "gymnasium.envs.classic_control.pendulum:PendulumEnv"
+        return EnvSpec(env_id, entry_point, max_episode_steps=200, kwargs={"g": 10.0 * edit.factor})
+    entry_point = f"envs.shifted_robots:{shift.robot}V{shift.version}"
+    return EnvSpec(env_id, entry_point, max_episode_steps=1000, kwargs={"shift": shift.name})

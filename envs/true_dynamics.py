@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from envs.episodes import EpisodeError, make_env, quiet_mujoco
 from envs.errors import UserError
+from envs.shifted_robots import HalfCheetahV4, HalfCheetahV5, HopperV4, HopperV5, Walker2dV4, Walker2dV5
 from envs.toys import EdgeOfReach, Refrigerator
 
 FloatArray = NDArray[np.float64]
@@ -39,6 +40,12 @@ _ROBOTS = (
     half_cheetah_v5.HalfCheetahEnv,
     walker2d_v4.Walker2dEnv,
     walker2d_v5.Walker2dEnv,
+    HopperV4,
+    HopperV5,
+    HalfCheetahV4,
+    HalfCheetahV5,
+    Walker2dV4,
+    Walker2dV5,
 )
 _MAX_HIDDEN = 2  # Gymnasium's robots leave x, or x and y, out of their observations
 
