@@ -39,15 +39,19 @@ class StackedMLP:
         lead: the leading axes, e.g. `(M,)` for actors or `(M, N)` for critics; G is their product.
         sizes: input width, hidden widths, output width.
         device: where the parameters live.
+        dtype: of parameters and gradients.
     """
 
-    def __init__(self, lead: Sequence[int], sizes: Sequence[int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, lead: Sequence[int], sizes: Sequence[int], device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
         if len(sizes) < 3:
             raise ValueError(f"a StackedMLP needs at least one hidden layer, got sizes {tuple(sizes)}")
         self.lead = tuple(lead)
         self.sizes = tuple(sizes)
         self.num_stacked = math.prod(self.lead)
-        self.flat = torch.zeros(self._size(), device=device)
+        self.flat = torch.zeros(self._size(), device=device, dtype=dtype)
         self.grad = torch.zeros_like(self.flat)
         self._set_layers(*self._views(self.flat), *self._views(self.grad))
 
@@ -90,7 +94,7 @@ class StackedMLP:
 
     def select(self, members: Sequence[int]) -> StackedMLP:
         """The networks of some members (indices into the first leading axis), copied."""
-        other = type(self)((len(members), *self.lead[1:]), self.sizes, self.flat.device)
+        other = type(self)((len(members), *self.lead[1:]), self.sizes, self.flat.device, self.flat.dtype)
         gather_members(self, self.flat, other, other.flat, members)
         return other
 
@@ -200,7 +204,7 @@ def _rebuild(
     kind: type[StackedMLP], lead: tuple[int, ...], sizes: tuple[int, ...], flat: Tensor,
     device: torch.device | str | None = None,
 ) -> StackedMLP:  # fmt: skip
-    network = kind(lead, sizes, flat.device if device is None else device)
+    network = kind(lead, sizes, flat.device if device is None else device, flat.dtype)
     network.flat.copy_(flat)
     return network
 
@@ -214,8 +218,11 @@ class StackedLayerNormMLP(StackedMLP):
     the outputs, and `hidden_gradients`, hold more than the base class's, behind what that has.
     """
 
-    def __init__(self, lead: Sequence[int], sizes: Sequence[int], device: torch.device | str = "cpu") -> None:
-        super().__init__(lead, sizes, device)
+    def __init__(
+        self, lead: Sequence[int], sizes: Sequence[int], device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        super().__init__(lead, sizes, device, dtype)
         self.scales, self.shifts = self._norm_views(self.flat)
         self._scale_grads, self._shift_grads = self._norm_views(self.grad)
         for scale in self.scales:
