@@ -140,10 +140,8 @@ class Ensemble:
         return _normalised(state_action, self.tensors["mean"], self.tensors["std"], self.input_clip)
 
     def _bounded(self, out: Tensor) -> tuple[Tensor, Tensor]:
-        mean, logvar = out.split(self.num_outputs, dim=-1)
-        upper, lower = self.tensors["max_logvar"], self.tensors["min_logvar"]
-        logvar = upper - softplus(upper - logvar)
-        return mean, lower + softplus(logvar - lower)
+        mean, raw = out.split(self.num_outputs, dim=-1)
+        return mean, bounded_logvar(raw, self.tensors["max_logvar"], self.tensors["min_logvar"])
 
     def forward(self, x_EBX: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance `(E, B, D)` for normalised inputs `(E or 1, B, S + A)`."""
@@ -278,6 +276,12 @@ class Ensemble:
     def from_state_dict(cls, state: dict[str, Any]) -> Ensemble:
         clip = float(state.get("input_clip", DEFAULT_INPUT_CLIP))  # stages of old have none
         return cls(state["tensors"], list(state["elites"]), int(state["observation_dim"]), clip)
+
+
+def bounded_logvar(raw: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
+    """A log-variance that is softly kept between two bounds."""
+    raw = upper - softplus(upper - raw)
+    return lower + softplus(raw - lower)
 
 
 def _outputs(x_EBX: Tensor, weights: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -458,7 +462,7 @@ class _Networks:
                 torch.ops.aten.silu_backward.grad_input(delta, before[layer - 1], grad_input=delta)
 
 
-def _nll(
+def gaussian_nll(
     out_GBD2: Tensor, y_GBD: Tensor, upper_G1D: Tensor, lower_G1D: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The negative log-likelihood of the module docstring and its gradients.
@@ -612,7 +616,7 @@ class EnsembleTrainer:
         x_GBX, y_GBD = self._gather(rows_GB)
         bounds_G2D = self._bounds_P2D.unsqueeze(1).expand(-1, size, -1, -1).flatten(0, 1)
         out, inputs, before = self._networks.forward(x_GBX)
-        loss_G, grad_out, grad_upper_GD, grad_lower_GD = _nll(out, y_GBD, bounds_G2D[:, :1], bounds_G2D[:, 1:])
+        loss_G, grad_out, grad_upper_GD, grad_lower_GD = gaussian_nll(out, y_GBD, bounds_G2D[:, :1], bounds_G2D[:, 1:])
         self._networks.write_gradients(inputs, before, grad_out)
         grad_bounds_PE2D = torch.stack((grad_upper_GD, grad_lower_GD), dim=1).view(num, size, 2, -1)
         torch.add(grad_bounds_PE2D.sum(1), self._bounds_coef_21, out=self._grad_bounds_P2D)

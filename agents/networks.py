@@ -39,15 +39,19 @@ class StackedMLP:
         lead: the leading axes, e.g. `(M,)` for actors or `(M, N)` for critics; G is their product.
         sizes: input width, hidden widths, output width.
         device: where the parameters live.
+        dtype: of parameters and gradients.
     """
 
-    def __init__(self, lead: Sequence[int], sizes: Sequence[int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, lead: Sequence[int], sizes: Sequence[int], device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
         if len(sizes) < 3:
             raise ValueError(f"a StackedMLP needs at least one hidden layer, got sizes {tuple(sizes)}")
         self.lead = tuple(lead)
         self.sizes = tuple(sizes)
         self.num_stacked = math.prod(self.lead)
-        self.flat = torch.zeros(self._size(), device=device)
+        self.flat = torch.zeros(self._size(), device=device, dtype=dtype)
         self.grad = torch.zeros_like(self.flat)
         self._set_layers(*self._views(self.flat), *self._views(self.grad))
 
@@ -90,7 +94,7 @@ class StackedMLP:
 
     def select(self, members: Sequence[int]) -> StackedMLP:
         """The networks of some members (indices into the first leading axis), copied."""
-        other = type(self)((len(members), *self.lead[1:]), self.sizes, self.flat.device)
+        other = type(self)((len(members), *self.lead[1:]), self.sizes, self.flat.device, self.flat.dtype)
         gather_members(self, self.flat, other, other.flat, members)
         return other
 
@@ -200,7 +204,7 @@ def _rebuild(
     kind: type[StackedMLP], lead: tuple[int, ...], sizes: tuple[int, ...], flat: Tensor,
     device: torch.device | str | None = None,
 ) -> StackedMLP:  # fmt: skip
-    network = kind(lead, sizes, flat.device if device is None else device)
+    network = kind(lead, sizes, flat.device if device is None else device, flat.dtype)
     network.flat.copy_(flat)
     return network
 
@@ -214,8 +218,11 @@ class StackedLayerNormMLP(StackedMLP):
     the outputs, and `hidden_gradients`, hold more than the base class's, behind what that has.
     """
 
-    def __init__(self, lead: Sequence[int], sizes: Sequence[int], device: torch.device | str = "cpu") -> None:
-        super().__init__(lead, sizes, device)
+    def __init__(
+        self, lead: Sequence[int], sizes: Sequence[int], device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        super().__init__(lead, sizes, device, dtype)
         self.scales, self.shifts = self._norm_views(self.flat)
         self._scale_grads, self._shift_grads = self._norm_views(self.grad)
         for scale in self.scales:
@@ -325,7 +332,7 @@ def gather_members(
         dst.copy_(src.index_select(0, index))
 
 
-INITIALISATIONS = ("edac", "edac-fan-in", "torch", "orthogonal", "lecun")
+INITIALISATIONS = ("edac", "edac-fan-in", "torch", "orthogonal", "lecun", "vgdf")
 _CUT_NORMAL_STD = 0.87962566103423978  # of a standard normal distribution cut at two standard deviations
 
 
@@ -346,6 +353,8 @@ def initialise(network: StackedMLP, generators: Sequence[torch.Generator], *, sc
             EDAC have it (their `(in, out)` weights go to an initialiser that expects `(out, in)`; actors are as above).
             "orthogonal": orthogonal weights times sqrt(2) in every layer, no biases, as jaxrl and IQL have it.
             "lecun": `lecun_normal`, no biases.
+            "vgdf": hidden weights uniform in +-sqrt(6 / (in + out)) (Glorot and Bengio 2010), those of the last layer
+            normal with variance 2/in (He et al. 2015), no biases, as the released VGDF has it.
     """
     if scheme not in INITIALISATIONS:
         raise ValueError(f"unknown initialisation {scheme!r}; one of {', '.join(INITIALISATIONS)}")
@@ -363,9 +372,16 @@ def initialise(network: StackedMLP, generators: Sequence[torch.Generator], *, sc
                     weight[g].copy_(drawn)
             bias.zero_()
             continue
-        if scheme == "lecun":
+        if scheme in ("lecun", "vgdf"):
             for m, generator in enumerate(generators):
-                drawn = lecun_normal((per_member, n_in, n_out), n_in, generator)
+                shape = (per_member, n_in, n_out)
+                if scheme == "lecun":
+                    drawn = lecun_normal(shape, n_in, generator)
+                elif last:
+                    drawn = torch.empty(shape).normal_(0.0, math.sqrt(2.0 / n_in), generator=generator)
+                else:
+                    limit = math.sqrt(6.0 / (n_in + n_out))
+                    drawn = torch.empty(shape).uniform_(-limit, limit, generator=generator)
                 weight[m * per_member : (m + 1) * per_member] = drawn
             bias.zero_()
             continue

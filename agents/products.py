@@ -51,8 +51,10 @@ def linear(x_BI: Tensor, weight_IO: Tensor, bias_O: Tensor, relu: bool) -> Tenso
 
 
 def _by_onednn(x_GBI: Tensor) -> bool:
-    # small products are bound by the number of calls, and a GPU has its own
-    return x_GBI.shape[-1] >= 128 and x_GBI.device.type == "cpu" and onednn_is_faster()
+    # small products are bound by the number of calls, a GPU has its own, and in bfloat16 torch calls oneDNN by itself
+    if x_GBI.shape[-1] < 128 or x_GBI.device.type != "cpu" or x_GBI.dtype != torch.float32:
+        return False
+    return onednn_is_faster()
 
 
 @cache
