@@ -12,6 +12,7 @@ for a total of 14 kg, and what its thighs lose its other parts gain. Resets star
 even where that is beyond an edited joint's limits; limits are soft in MuJoCo.
 """
 
+import warnings
 from typing import Any
 
 import mujoco
@@ -52,7 +53,8 @@ class _Shifted(MujocoEnv, EzPickle):
         EzPickle.__init__(self, shift, **arguments)
 
     def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
-        with quiet_mujoco():
+        with warnings.catch_warnings(), quiet_mujoco():
+            warnings.simplefilter("ignore")  # of an attribute in Gymnasium's file
             model = edited_model(self.fullpath, self._edits)
         # as Gymnasium's own does
         size = model.vis.global_

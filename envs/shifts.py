@@ -291,9 +291,7 @@ def _scaled(robot: str, kind: str, factor: str) -> Change | None:
     if not re.fullmatch(r"\d+(\.\d+)?", factor) or not 0 < float(factor) < math.inf:
         return None
     number = float(factor)
-    source = (
-        f"ODRL, {robot.lower()}_{kind}_{number}" if number in map(float, FACTORS) and robot in ROBOTS else "any factor"
-    )
+    source = f"ODRL, {robot.lower()}_{kind}_{number}" if number in map(float, FACTORS) and robot in ROBOTS else "the id"
     if kind == "gravity":
         return Change(f"gravity times {factor}", source, (Gravity(number),))
     if robot == "Hopper":

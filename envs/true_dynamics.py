@@ -131,7 +131,7 @@ def mujoco_layout(env: MujocoEnv) -> StateLayout | None:
 class TrueDynamics:
     """An environment's own step from any of its states, a batch at a time.
 
-    For Hopper, HalfCheetah and Walker2d (Gymnasium's and neorl/ ones, in the versions that Gymnasium makes), for
+    For Hopper, HalfCheetah and Walker2d (Gymnasium's, in the versions that it makes, neorl/ and shifted ones), for
     EdgeOfReach and for Refrigerator. Next state, observation, reward and terminal of a row are those of the environment
     put into that state; they depend on the row's state and action alone, not on the batch or the number of threads.
 
@@ -178,8 +178,8 @@ class TrueDynamics:
             env.close()
             raise TrueDynamicsError(
                 f"there are no true dynamics for environment '{env_id}': they can be had for Hopper, HalfCheetah and"
-                " Walker2d (Gymnasium's v4 and v5, and neorl/ ones), for offsweep/EdgeOfReach-v0 and for"
-                " offsweep/Refrigerator-v0 and RefrigeratorShut-v0."
+                " Walker2d (Gymnasium's v4 and v5, neorl/ and shifted ones), for offsweep/EdgeOfReach-v0 and for"
+                " offsweep/Refrigerator-v0 and RefrigeratorShut-v0. Ant's reward needs more than its observation."
             )
         self._dynamics: _Plane | _Cooling | _Robot
         if isinstance(env, EdgeOfReach):
