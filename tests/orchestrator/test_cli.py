@@ -2,6 +2,7 @@
 
 from __future__ import json
 
+import json
 import socket
 from pathlib import Path
 from typing import Any
