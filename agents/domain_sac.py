@@ -11,7 +11,7 @@ critics' loss, by which methods filter or re-weight the source's:
     Qbar    <- (1 - tau) Qbar + tau Q
 
 pi^E is the optimistic policy that collects in the source domain (Xu et al. 2023, arXiv 2305.17625, section 5.1);
-nothing is bootstrapped from it. The order is critics, policies (every `actor_every`-th update, beginning with the first),
+nothing is bootstrapped from it. The order is critics, policies (every `actor_every`-th update, the first included),
 temperature, targets, as in the released VGDF. Gradients are written out (see `agents.networks`), and the norms of those
 of critics, policy and source policy are each bounded, member by member.
 

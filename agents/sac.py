@@ -426,7 +426,7 @@ class SAC:
         self._read_alpha()
 
 
-# ---- squashed Gaussian policies and the critics' extreme, as every soft actor-critic here has them ----------------------
+# ---- squashed Gaussian policies and the critics' extreme, as every soft actor-critic here has them -----------------
 
 
 class PolicyScalars(NamedTuple):

@@ -1,7 +1,8 @@
 """The command line: wrong input ends with one sentence and exit code 2, before anything is computed or left behind."""
 
-from __future__ import json
+from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 from typing import Any
