@@ -35,10 +35,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from agents.draws import Draws
 from agents.method import per_member
 from agents.networks import StackedMLP, initialise
 from agents.optim import Adam
-from agents.randomness import Draws, generator
+from agents.randomness import generator
 from agents.replay import Replay
 from envs.errors import UserError
 

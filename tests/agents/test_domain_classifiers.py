@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from agents.domain_classifiers import FORMS, ClassifierConfig, DomainClassifiers
-from agents.randomness import Draws
+from agents.draws import Draws
 from agents.replay import Replay, transition_rows
 from envs.errors import UserError
 
