@@ -28,6 +28,7 @@ Shapes: M member, B row of a batch, K noise, S observation, A action, W columns 
 from __future__ import annotations
 
 import copy
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -121,6 +122,17 @@ class CrossDomainConfig(ScheduleConfig):
     def learns_from(self, t: int) -> tuple[bool, bool]:
         """Whether update t takes rows of the source, and of the target."""
         return self.uses_source, self.uses_target
+
+    def domain_rows(self, source_is_online: bool) -> int:
+        """Rows of a member's rings, once they are full."""
+        source = self.source_steps(self.num_updates) if source_is_online else 0
+        return min(self.replay_rows, source) + min(self.replay_rows, self.target_steps(self.num_updates))
+
+    @property
+    def work_period(self) -> int:
+        """Iterations after which the work of an iteration repeats: a method that refits models every so often says
+        so."""
+        return math.lcm(self.collect_every, self.updates_per_target_step or 1)
 
     @property
     def batch_rows(self) -> int:
@@ -273,19 +285,27 @@ class CrossDomain(ABC):
         return [{} for _ in self.seeds]
 
     def train_epoch(self, epoch: int) -> list[dict[str, float]]:
+        every = self.shared.updates_per_epoch
+        return self.iterate(epoch * every, every)
+
+    def iterate(self, first: int, count: int) -> list[dict[str, float]]:
+        """Some iterations; metrics per member.
+
+        Args:
+            first: number of the first one, a multiple of `collect_every`, as `count` is.
+        """
         cfg: CrossDomainConfig = self.shared
-        first = epoch * cfg.updates_per_epoch
         timer = _Timer()
         sums: dict[str, Tensor] = {}
         looks = 0
-        for t in range(first, first + cfg.updates_per_epoch):
+        for t in range(first, first + count):
             if t % cfg.collect_every == 0:
                 self._interact(t // cfg.collect_every, timer)
             with record_function("refit"):
                 self.refit(t)
             if not self._ready(t):
                 continue
-            look = (t + 1) % METRICS_EVERY == 0 or t + 1 == first + cfg.updates_per_epoch
+            look = (t + 1) % METRICS_EVERY == 0 or t + 1 == first + count
             with matrix_precision(cfg.precision):
                 metrics = self.update(t, *self._batch(t), look)
             self.updates_done += 1
@@ -297,7 +317,7 @@ class CrossDomain(ABC):
         return [
             {
                 **{f"train/{name}": value for name, value in row.items()}, **self.extra_metrics[m],
-                **self._domain_metrics(m, first + cfg.updates_per_epoch), **timer.metrics(self.num_members),
+                **self._domain_metrics(m, first + count), **timer.metrics(self.num_members),
             }
             for m, row in enumerate(table)
         ]  # fmt: skip
@@ -320,11 +340,12 @@ class CrossDomain(ABC):
             started = time.perf_counter()
             if self._ahead is None:
                 collect = self._start(chunk, self._actors())
-                kept = list(range(self.num_members))
+                domains, kept = self._domains(chunk), list(range(self.num_members))
             else:
                 collect, kept = self._ahead.collect, self._ahead.kept
+                domains = self._domains(self._ahead.chunk)
                 self._ahead = None
-            for domain, result in zip(self._domains(chunk), collect(), strict=True):
+            for domain, result in zip(domains, collect(), strict=True):
                 self._take(domain, result, kept, timer)
             last = (chunk + 1) * self.shared.collect_every >= self.shared.num_updates
             if self.shared.asynchronous and not last:
@@ -444,6 +465,40 @@ class CrossDomain(ABC):
             return numbers
         own = numbers + torch.arange(self.num_members, device=self.device).unsqueeze(1) * replay.capacity
         return torch.where(numbers < replay.num_real, numbers, own) if replay.num_real else own
+
+    # ---- measuring ----------------------------------------------------------------------------------------------
+
+    def stand_in(self, t: int, most_bytes: int) -> int:
+        """Fill the rings with copies of a few rows as they are filled at iteration t, so that what follows takes as
+        long; for measurements.
+
+        Args:
+            most_bytes: of the rows of a domain.
+
+        Returns:
+            Bytes that the rings will hold beyond these, in the end.
+        """
+        for domain in DOMAINS:
+            replay = self.replay_of(domain)
+            row_bytes = (4 * replay.width + 2) * self.num_members
+            count = min(self._steps_before(domain, t), replay.capacity - replay.sizes[0], most_bytes // row_bytes)
+            if count > 0:
+                for member, rows in enumerate(self._few_rows(domain)):
+                    replay.add(member, rows.repeat(-(-count // len(rows)), 1)[:count])
+        return sum(
+            (replay.capacity - replay.sizes[0]) * (4 * replay.width + 2) * self.num_members
+            for replay in (self.source, self.target)
+        )
+
+    def _few_rows(self, domain: str) -> list[Tensor]:
+        """Some rows of every member, by uniform actions."""
+        draws = [torch.rand((256, self.action_dim), generator=generator(seed, "stand-in")) for seed in self.seeds]
+        begun = Episode(0, np.empty((0, self.action_dim), np.float32))
+        job = InteractionJob(
+            domain, tuple(range(self.num_members)), tuple(self._places), tuple(self.seeds), (begun,) * self.num_members,
+            on_cpu(self.target_policy()), torch.stack(draws, 1) * 2.0 - 1.0, len(draws[0]),
+        )  # fmt: skip
+        return [torch.from_numpy(rows) for rows in job.run(self.environments).rows_MTW]
 
     # ---- metrics ------------------------------------------------------------------------------------------------
 
