@@ -339,13 +339,12 @@ class CrossDomain(ABC):
         with record_function("interaction"):
             started = time.perf_counter()
             if self._ahead is None:
-                collect = self._start(chunk, self._actors())
-                domains, kept = self._domains(chunk), list(range(self.num_members))
+                steps, kept = self._steps_of(chunk), list(range(self.num_members))
+                collect = self._start(steps, self._actors())
             else:
-                collect, kept = self._ahead.collect, self._ahead.kept
-                domains = self._domains(self._ahead.chunk)
+                collect, kept, steps = self._ahead.collect, self._ahead.kept, self._steps_of(self._ahead.chunk)
                 self._ahead = None
-            for domain, result in zip(domains, collect(), strict=True):
+            for (domain, _, _), result in zip(steps, collect(), strict=True):
                 self._take(domain, result, kept, timer)
             last = (chunk + 1) * self.shared.collect_every >= self.shared.num_updates
             if self.shared.asynchronous and not last:
@@ -355,26 +354,25 @@ class CrossDomain(ABC):
 
     def _ask(self, chunk: int, actors: dict[str, Actor]) -> None:
         """Begin a chunk's steps by policies that stay as they are."""
-        self._ahead = _Ahead(chunk, actors, self._start(chunk, actors), list(range(self.num_members)))
+        self._ahead = _Ahead(chunk, actors, self._start(self._steps_of(chunk), actors), list(range(self.num_members)))
 
     def _actors(self) -> dict[str, Actor]:
         return {"source": self.source_policy(), "target": self.target_policy()}
 
-    def _domains(self, chunk: int) -> list[str]:
-        """Those that a chunk has steps in."""
-        return [domain for domain in DOMAINS if self._chunk_steps(domain, chunk)[1]]
+    def _steps_of(self, chunk: int) -> list[tuple[str, int, int]]:
+        """What a chunk has of each domain: the number of its first step there, and how many."""
+        every, steps = self.shared.collect_every, []
+        for domain in DOMAINS:
+            first = self._steps_before(domain, chunk * every)
+            if (count := self._steps_before(domain, (chunk + 1) * every) - first) > 0:
+                steps.append((domain, first, count))
+        return steps
 
-    def _chunk_steps(self, domain: str, chunk: int) -> tuple[int, int]:
-        """Number of the first step of a chunk, and how many it has."""
-        first, end = (self._steps_before(domain, c * self.shared.collect_every) for c in (chunk, chunk + 1))
-        return first, end - first
-
-    def _start(self, chunk: int, actors: Mapping[str, Actor]) -> Collect:
-        jobs = [self._job(domain, chunk, actors[domain]) for domain in self._domains(chunk)]
+    def _start(self, steps: Sequence[tuple[str, int, int]], actors: Mapping[str, Actor]) -> Collect:
+        jobs = [self._job(actors[domain], domain, first, count) for domain, first, count in steps]
         return self.start_jobs(jobs, self.environments) if jobs else list
 
-    def _job(self, domain: str, chunk: int, actor: Actor) -> InteractionJob:
-        first, count = self._chunk_steps(domain, chunk)
+    def _job(self, actor: Actor, domain: str, first: int, count: int) -> InteractionJob:
         return InteractionJob(
             domain, tuple(range(self.num_members)), tuple(self._places), tuple(self.seeds),
             tuple(one.episode for one in self._progress[domain]), on_cpu(actor),
