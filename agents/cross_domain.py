@@ -84,11 +84,6 @@ class CrossDomainConfig(ScheduleConfig):
         super().__post_init__()
         check_positive(self, "collect_every", "replay_rows")
         check_not_negative(self, "updates_per_target_step", "random_steps")
-        if not self.target:
-            raise UserError(
-                "method.target is missing: name the environment to adapt to, such as "
-                "method.target=offsweep/HalfCheetah-kinematic-v5"
-            )
         if self.updates_per_epoch % self.collect_every:
             raise UserError(
                 f"method.collect_every={self.collect_every} must divide "
@@ -252,7 +247,12 @@ class CrossDomain(ABC):
 
     @staticmethod
     def check_environment(config: CrossDomainConfig, env_id: str) -> None:
-        """Make sure that both domains exist and have equal spaces."""
+        """Make sure that both domains are named, exist and have equal spaces."""
+        if not config.target:
+            raise UserError(
+                "method.target is missing: name the environment to adapt to, such as "
+                "method.target=offsweep/HalfCheetah-kinematic-v5"
+            )
         check_spaces(env_id, config.target)
 
     @property

@@ -187,7 +187,6 @@ def test_the_weights_of_a_batch_are_means_over_either_domain():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"target": ""}, "method.target is missing"),
         ({"collect_every": 30}, "must divide method.updates_per_epoch=100"),
         ({"replay_rows": 4}, "at least method.batch_size=8"),
         ({"updates_per_target_step": -1}, "must be 0 or greater"),

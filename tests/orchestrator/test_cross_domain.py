@@ -20,6 +20,7 @@ from envs.errors import UserError
 from envs.registry import load_dataset
 from orchestrator.artifacts import load_tensors
 from orchestrator.calibration import measure, ring_bytes
+from orchestrator.cli import main
 from orchestrator.config import ComputeConfig, Config, load_config, run_config, to_dict
 from orchestrator.launch import check_rows, plan, start
 from orchestrator.learner import Learner, PackSpec, RunSpec, training_data
@@ -174,3 +175,14 @@ def test_a_plan_measures_iterations_with_filled_rings_of_both_domains(tmp_path: 
     console = Console(file=io.StringIO(), width=200)
     plan(configured(tmp_path, *words, "compute.num_learners=0", "compute.device=cpu"), console)
     assert "measured for" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", [["verify"], ["export"], ["download"]])
+def test_commands_about_rows_say_that_there_are_none(
+    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+):
+    files = [str(tmp_path / "out.hdf5")] if command == ["export"] else []
+    assert main(["data", *command, "online/Pendulum-v1", *files, "--workdir", str(tmp_path)]) == 2
+    assert "online/Pendulum-v1 has no rows" in capsys.readouterr().err
+    assert main(["data", "info", "online/Pendulum-v1", "--workdir", str(tmp_path)]) == 0
+    assert "sampled while learning" in capsys.readouterr().out
