@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import gymnasium
 import torch
 from torch import Tensor
 
@@ -31,7 +30,7 @@ from agents.replay import Replay
 from agents.rollout import tag_cuts, tag_steps
 from agents.sac import squashed_sample
 from envs.dataset import Scaling
-from envs.environments import register
+from envs.environments import specification
 from envs.scores import reference_scores
 from envs.transforms import STD_OFFSET
 
@@ -154,8 +153,7 @@ def expert_value(env_id: str, gamma: float, scaling: Scaling | None = None) -> f
         None where there is no reference pair or no step limit, or where the value is not positive: nothing can be
         said to be so many times such a value.
     """
-    register()
-    reference, spec = reference_scores(env_id), gymnasium.registry.get(env_id)
+    reference, spec = reference_scores(env_id), specification(env_id)
     if reference is None or spec is None or spec.max_episode_steps is None:
         return None
     scaling = scaling or Scaling()

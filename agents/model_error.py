@@ -31,7 +31,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import gymnasium
 import torch
 from torch import Tensor
 
@@ -42,10 +41,11 @@ from agents.randomness import generator
 from agents.rollout import Dynamics
 from agents.sac import squashed_sample
 from agents.transition_filter import FilteredDynamics
-from envs.environments import register
+from envs.environments import specification
 
 NUM_STARTS = 100  # of every member
 STEPS = (1, 5, 10, 20, 50, 100)  # at which errors are told, beside the last
+_WITH_DYNAMICS = ("gymnasium.envs.mujoco", "envs.toys", "envs.shifted_robots")  # where such environments are made
 NUM_RANKED = 20  # states of each of these steps whose candidates are ranked by the dynamics reward
 NUM_POINTS = 300  # candidates that are kept for a figure
 
@@ -70,10 +70,9 @@ def steps_told(length: int) -> list[int]:
 
 def simulator(data: TrainingData) -> Dynamics | None:
     """The true dynamics of what a run learns from; None where there are none, or none with such observations."""
-    register()
-    spec = gymnasium.registry.get(data.env_id)
+    spec = specification(data.env_id)
     # no other environment has any, and asking loads MuJoCo
-    if spec is None or not str(spec.entry_point).startswith(("gymnasium.envs.mujoco", "envs.toys")):
+    if spec is None or not str(spec.entry_point).startswith(_WITH_DYNAMICS):
         return None
     from agents.true_dynamics import SimulatedDynamics
     from envs.true_dynamics import TrueDynamics, has_true_dynamics

@@ -332,7 +332,7 @@ def gather_members(
         dst.copy_(src.index_select(0, index))
 
 
-INITIALISATIONS = ("edac", "edac-fan-in", "torch", "orthogonal", "lecun")
+INITIALISATIONS = ("edac", "edac-fan-in", "torch", "orthogonal", "lecun", "vgdf")
 _CUT_NORMAL_STD = 0.87962566103423978  # of a standard normal distribution cut at two standard deviations
 
 
@@ -353,6 +353,8 @@ def initialise(network: StackedMLP, generators: Sequence[torch.Generator], *, sc
             EDAC have it (their `(in, out)` weights go to an initialiser that expects `(out, in)`; actors are as above).
             "orthogonal": orthogonal weights times sqrt(2) in every layer, no biases, as jaxrl and IQL have it.
             "lecun": `lecun_normal`, no biases.
+            "vgdf": hidden weights uniform in +-sqrt(6 / (in + out)) (Glorot and Bengio 2010), those of the last layer
+            normal with variance 2/in (He et al. 2015), no biases, as the released VGDF has it.
     """
     if scheme not in INITIALISATIONS:
         raise ValueError(f"unknown initialisation {scheme!r}; one of {', '.join(INITIALISATIONS)}")
@@ -370,9 +372,16 @@ def initialise(network: StackedMLP, generators: Sequence[torch.Generator], *, sc
                     weight[g].copy_(drawn)
             bias.zero_()
             continue
-        if scheme == "lecun":
+        if scheme in ("lecun", "vgdf"):
             for m, generator in enumerate(generators):
-                drawn = lecun_normal((per_member, n_in, n_out), n_in, generator)
+                shape = (per_member, n_in, n_out)
+                if scheme == "lecun":
+                    drawn = lecun_normal(shape, n_in, generator)
+                elif last:
+                    drawn = torch.empty(shape).normal_(0.0, math.sqrt(2.0 / n_in), generator=generator)
+                else:
+                    limit = math.sqrt(6.0 / (n_in + n_out))
+                    drawn = torch.empty(shape).uniform_(-limit, limit, generator=generator)
                 weight[m * per_member : (m + 1) * per_member] = drawn
             bias.zero_()
             continue

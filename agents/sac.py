@@ -167,9 +167,8 @@ class SAC:
         settings = self.settings
         self.target_entropy = -float(self.action_dim) if settings.target_entropy is None else settings.target_entropy
         # as tensors: torch converts a Python number anew in every call
-        constants = (1.0, 2.0, 1e-6, self.target_entropy, self.action_dim * _HALF_LOG_2PI)
-        tensors = (torch.tensor(c, device=self.device) for c in constants)
-        self._one, self._two, self._tiny, self._entropy_goal, self._log_norm = tensors
+        self._scalars = PolicyScalars.make(self.action_dim, self.device)
+        self._entropy_goal = torch.tensor(self.target_entropy, device=self.device)
         self._loss_divisor = self.num_critics if settings.critic_loss == "mean" else 1
         self._eta_G11: Tensor | None = None
         if any(h.eta != 0 for h in self.hyperparameters):
@@ -205,31 +204,11 @@ class SAC:
         out, _ = self.actor.forward(obs_MBS)
         return squashed_sample(out, noise_MBA)
 
-    def _policy(self, obs_MBS: Tensor, noise_MBA: Tensor) -> _PolicySample:
-        out, inputs = self.actor.forward(obs_MBS)
-        mean, raw_log_std = out.split(self.action_dim, dim=-1)
-        log_std = raw_log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
-        scaled_noise = log_std.exp().mul_(noise_MBA)
-        action = (mean + scaled_noise).tanh_()
-        one_minus_sq = torch.addcmul(self._one, action, action, value=-1.0)  # 1 - a^2
-        shifted = one_minus_sq + self._tiny
-        # log N(u) - log(1 - a^2 + 1e-6), summed over action dimensions
-        terms = torch.addcmul(log_std, noise_MBA, noise_MBA, value=0.5).add_(shifted.log())
-        log_prob = terms.sum(-1).add_(self._log_norm).neg_()
-        return _PolicySample(action, log_prob, one_minus_sq, shifted, scaled_noise, raw_log_std != log_std, inputs)
+    def _policy(self, obs_MBS: Tensor, noise_MBA: Tensor) -> PolicySample:
+        return policy_sample(self.actor, obs_MBS, noise_MBA, self._scalars)
 
     def _min_q(self, critic: StackedMLP, sa_MBX: Tensor) -> tuple[Tensor, Tensor, list[list[Tensor]], Tensor]:
-        """min over critics `(M, B)`, its index `(M, 1, B)`, the layers' inputs of every part, every critic's value
-        `(M, N, B)`."""
-        x_GBX, outputs, inputs = critic.spread(sa_MBX), [], []
-        for place, part in critic.parts(sa_MBX.shape[1]):
-            q, layer_inputs = part.forward(x_GBX[place])
-            outputs.append(q)
-            inputs.append(layer_inputs)
-        q_GB1 = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-        q_MNB = q_GB1.view(self.num_members, self.num_critics, -1)
-        q_MB, index = q_MNB.min(dim=1, keepdim=True)
-        return q_MB.squeeze(1), index, inputs, q_MNB
+        return extreme_value(critic, sa_MBX)
 
     # ---- update ---------------------------------------------------------------------------------------------
 
@@ -295,30 +274,18 @@ class SAC:
         self.alpha_optim.step()
         self._read_alpha()
 
-    def _update_actor(self, obs_MBS: Tensor, sample: _PolicySample, batch: int) -> Tensor:
+    def _update_actor(self, obs_MBS: Tensor, sample: PolicySample, batch: int) -> Tensor:
         action = sample.action
         critic = self.target if self.settings.actor_critics == "target" else self.critic
         q_MB, index, inputs, _ = self._min_q(critic, torch.cat((obs_MBS, action), dim=-1))
         dq_da = (self._min_gradient_of_rows if self._by_rows else self._min_gradient)(critic, index, inputs)
-        # d/da of alpha * log pi is 2 alpha a / (1 - a^2 + 1e-6); then through a = tanh(u)
-        alpha = self.alpha_M1.unsqueeze(-1)
-        grad_u = (action / sample.shifted).mul_(alpha * self._two).sub_(dq_da).mul_(sample.one_minus_sq)
-        grad_log_std = torch.addcmul(-alpha, grad_u, sample.scaled_noise)
-        grad_log_std.masked_fill_(sample.clamped, 0.0)
-        grad_out = torch.cat((grad_u, grad_log_std), dim=-1).mul_(self._one / batch)
+        grad_out = policy_gradient(sample, dq_da, self.alpha_M1, self._scalars).mul_(self._scalars.one / batch)
         self.actor.write_gradients(sample.inputs, self.actor.hidden_gradients(sample.inputs, grad_out), grad_out)
         self.actor_optim.step()
         return q_MB
 
     def _min_gradient(self, critic: StackedMLP, index_M1B: Tensor, inputs: list[list[Tensor]]) -> Tensor:
-        """d min_i Q_i / da, `(M, B, A)`: only the smallest critic of a row passes a gradient."""
-        m, n, batch = self.num_members, self.num_critics, index_M1B.shape[-1]
-        s, a, gradients = self.observation_dim, self.action_dim, []
-        chosen_GB1 = torch.zeros((m, n, batch), device=self.device).scatter_(1, index_M1B, 1.0).view(-1, batch, 1)
-        for (place, part), layer_inputs in zip(critic.parts(batch), inputs, strict=True):
-            deltas = part.hidden_gradients(layer_inputs, chosen_GB1[place])
-            gradients.append(part.input_gradient(deltas[0], s, s + a))
-        return torch.cat(gradients).view(m, n, batch, a).sum(1)
+        return extreme_gradient(critic, index_M1B, inputs, self.action_dim)
 
     def _min_gradient_of_rows(self, critic: StackedMLP, index_M1B: Tensor, inputs: list[list[Tensor]]) -> Tensor:
         """The same from the rows of each critic that chose it: an N-th of the products, but their shapes depend on the
@@ -459,8 +426,24 @@ class SAC:
         self._read_alpha()
 
 
+# ---- squashed Gaussian policies and the critics' extreme, as every soft actor-critic here has them -----------------
+
+
+class PolicyScalars(NamedTuple):
+    """Numbers as tensors: torch converts a Python number anew in every call."""
+
+    one: Tensor
+    two: Tensor
+    tiny: Tensor
+    log_norm: Tensor
+
+    @classmethod
+    def make(cls, action_dim: int, device: torch.device | str) -> PolicyScalars:
+        return cls(*(torch.tensor(c, device=device) for c in (1.0, 2.0, 1e-6, action_dim * _HALF_LOG_2PI)))
+
+
 @dataclass(frozen=True)
-class _PolicySample:
+class PolicySample:
     """An action drawn from the policy and what its gradient needs; axes (M, B, ...)."""
 
     action: Tensor
@@ -470,6 +453,70 @@ class _PolicySample:
     scaled_noise: Tensor
     clamped: Tensor  # where log_std is at a bound, so passes no gradient
     inputs: list[Tensor]
+
+
+def policy_sample(
+    actor: StackedMLP, obs_MBS: Tensor, noise_MBA: Tensor, scalars: PolicyScalars, log_std_min: float = LOG_STD_MIN,
+    log_std_max: float = LOG_STD_MAX,
+) -> PolicySample:  # fmt: skip
+    """Actions of tanh-Gaussian policies and their log densities, whose 1 - a^2 is 1e-6 larger, as is usual."""
+    out, inputs = actor.forward(obs_MBS)
+    return sample_of_outputs(out, inputs, noise_MBA, scalars, log_std_min, log_std_max)
+
+
+def sample_of_outputs(
+    out_MBO: Tensor, inputs: list[Tensor], noise_MBA: Tensor, scalars: PolicyScalars, log_std_min: float,
+    log_std_max: float,
+) -> PolicySample:  # fmt: skip
+    """`policy_sample` from the network's outputs [mean, log std] and its layers' inputs."""
+    mean, raw_log_std = out_MBO.split(noise_MBA.shape[-1], dim=-1)
+    log_std = raw_log_std.clamp(log_std_min, log_std_max)
+    scaled_noise = log_std.exp().mul_(noise_MBA)
+    action = (mean + scaled_noise).tanh_()
+    one_minus_sq = torch.addcmul(scalars.one, action, action, value=-1.0)  # 1 - a^2
+    shifted = one_minus_sq + scalars.tiny
+    # log N(u) - log(1 - a^2 + 1e-6), summed over action dimensions
+    terms = torch.addcmul(log_std, noise_MBA, noise_MBA, value=0.5).add_(shifted.log())
+    log_prob = terms.sum(-1).add_(scalars.log_norm).neg_()
+    return PolicySample(action, log_prob, one_minus_sq, shifted, scaled_noise, raw_log_std != log_std, inputs)
+
+
+def policy_gradient(sample: PolicySample, dq_da_MBA: Tensor, alpha_M1: Tensor, scalars: PolicyScalars) -> Tensor:
+    """Gradient of alpha log pi(a|s) - Q(s, a) of every row with respect to the actor's outputs, `(M, B, 2 A)`."""
+    # d/da of alpha * log pi is 2 alpha a / (1 - a^2 + 1e-6); then through a = tanh(u)
+    alpha = alpha_M1.unsqueeze(-1)
+    grad_u = (sample.action / sample.shifted).mul_(alpha * scalars.two).sub_(dq_da_MBA).mul_(sample.one_minus_sq)
+    grad_log_std = torch.addcmul(-alpha, grad_u, sample.scaled_noise)
+    grad_log_std.masked_fill_(sample.clamped, 0.0)
+    return torch.cat((grad_u, grad_log_std), dim=-1)
+
+
+def extreme_value(
+    critic: StackedMLP, sa_MBX: Tensor, largest: bool = False
+) -> tuple[Tensor, Tensor, list[list[Tensor]], Tensor]:
+    """min (or max) over critics `(M, B)`, its index `(M, 1, B)`, the layers' inputs of every part, every critic's value
+    `(M, N, B)`."""
+    x_GBX, outputs, inputs = critic.spread(sa_MBX), [], []
+    for place, part in critic.parts(sa_MBX.shape[1]):
+        q, layer_inputs = part.forward(x_GBX[place])
+        outputs.append(q)
+        inputs.append(layer_inputs)
+    q_GB1 = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    q_MNB = q_GB1.view(sa_MBX.shape[0], -1, sa_MBX.shape[1])
+    q_MB, index = (q_MNB.max if largest else q_MNB.min)(dim=1, keepdim=True)
+    return q_MB.squeeze(1), index, inputs, q_MNB
+
+
+def extreme_gradient(critic: StackedMLP, index_M1B: Tensor, inputs: list[list[Tensor]], action_dim: int) -> Tensor:
+    """d Q_i / da of the critic i that `extreme_value` chose for a row, `(M, B, A)`."""
+    m, _, batch = index_M1B.shape
+    width, gradients = critic.sizes[0], []
+    chosen_MNB = torch.zeros((m, critic.num_stacked // m, batch), device=index_M1B.device)
+    chosen_GB1 = chosen_MNB.scatter_(1, index_M1B, 1.0).view(-1, batch, 1)
+    for (place, part), layer_inputs in zip(critic.parts(batch), inputs, strict=True):
+        deltas = part.hidden_gradients(layer_inputs, chosen_GB1[place])
+        gradients.append(part.input_gradient(deltas[0], width - action_dim, width))
+    return torch.cat(gradients).view(m, -1, batch, action_dim).sum(1)
 
 
 def squashed_sample(

@@ -1,4 +1,4 @@
-"""Environments that Gymnasium does not bring: D4RL's Ant, NeoRL's robots and the toy tasks.
+"""Environments that Gymnasium does not bring: D4RL's Ant, NeoRL's robots, the toy tasks and the shifted robots.
 
 `register()` makes their ids known to `gymnasium.make`; `envs.episodes.make_env` calls it.
 """
@@ -9,6 +9,8 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box
+
+from envs import shifts
 
 D4RL_ANT_FORCES = 84  # 14 bodies x (3 torques, 3 forces)
 
@@ -65,7 +67,31 @@ _SPECS = (
 )
 
 
-def register() -> None:
-    """Make the ids known to Gymnasium; a second call changes nothing."""
+def register(env_id: str = "") -> None:
+    """Make the ids known to Gymnasium; a second call changes nothing.
+
+    Args:
+        env_id: made known, too, in all its versions, if it is one of `envs.shifts`, of which there are any number.
+    """
     for spec in _SPECS:
         gymnasium.registry.setdefault(spec.id, spec)
+    for known in (*shifts.ids(), *shifts.versions(env_id)):
+        shift = shifts.parse(known) if known not in gymnasium.registry else None
+        if shift is not None:
+            gymnasium.registry[known] = _shifted(known, shift)
+
+
+def specification(env_id: str) -> EnvSpec | None:
+    """What Gymnasium knows of an environment before it is made; None for an id that it does not know."""
+    register(env_id)
+    return gymnasium.registry.get(env_id)
+
+
+def _shifted(env_id: str, shift: shifts.Shift) -> EnvSpec:
+    if shift.robot == "Pendulum":
+        (edit,) = shift.change.edits
+        assert isinstance(edit, shifts.Gravity)
+        entry_point = "gymnasium.envs.classic_control.pendulum:PendulumEnv"
+        return EnvSpec(env_id, entry_point, max_episode_steps=200, kwargs={"g": 10.0 * edit.factor})
+    entry_point = f"envs.shifted_robots:{shift.robot}V{shift.version}"
+    return EnvSpec(env_id, entry_point, max_episode_steps=1000, kwargs={"shift": shift.name})

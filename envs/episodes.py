@@ -58,7 +58,7 @@ def make_env(env_id: str) -> gymnasium.Env[Any, Any]:
         EpisodeError: unknown id (with the nearest ones), an environment that cannot be built here, or spaces
             other than flat boxes with finite action bounds.
     """
-    register()
+    register(env_id)
     try:
         with warnings.catch_warnings(), quiet_mujoco():
             # That v4 has a successor is known: D4RL's sets are scored in it on purpose.

@@ -10,7 +10,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from envs import d4rl_sets
+from envs import d4rl_sets, shifts
 from envs.errors import UserError
 from envs.names import env_id_of
 
@@ -30,6 +30,22 @@ _D4RL_TASKS = {
 
 # polixir/NeoRL a4b6c57; MOREC's, LEQ's and NEUBAY's code have the same numbers.
 _NEORL = {"Hopper": (5.0, 3294.0), "HalfCheetah": (-298.0, 12284.0), "Walker2d": (1.0, 5143.0)}
+
+# OffDynamicsRL/off-dynamics-rl 34bba73, envs/infos.py: (random, expert) of a robot, and experts of some of its shifts.
+_ODRL = {
+    "HalfCheetah": (-280.178953, 12135.0),
+    "Hopper": (-26.3360015397715, 3234.3),
+    "Walker2d": (10.079455055289959, 4592.3),
+    "Ant": (-325.6, 5139.832),
+}
+_ODRL_EXPERTS = {  # with the factors 0.1, 0.5, 2 and 5
+    ("HalfCheetah", "friction"): (41696.546875, 7357.0712890625, 11255.9677734375, 10199.3271484375),
+    ("HalfCheetah", "gravity"): (2466.85, 9509.15, 9509.15, 3756.24),
+    ("Walker2d", "friction"): (3360.181, 4229.348, 5180.044, 4988.835),
+    ("Walker2d", "gravity"): (2074.904, 5194.713, 5056.445, 3665.385),
+    ("Ant", "friction"): (7938.962, 8301.338, 5167.376, 4545.021),
+    ("Ant", "gravity"): (2782.098, 4317.065, 6705.12, 6226.89),
+}
 
 # What Minari's sets called mujoco/<key>/... were made in.
 _MINARI = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5", "ant": "Ant-v5"}
@@ -62,6 +78,10 @@ def reference_scores(name_or_env_id: str) -> ReferenceScores | None:
     0.9, and Ant-v5 has a contact cost and 105 observations; a score in v5 is labelled as not comparable. So is one in
     gymnasium-robotics' Adroit environments, where for example a dropped pen does not end the episode.
 
+    Unshifted robots of `envs.shifts` have D4RL's pair. Of the shifted ones, ODRL's have ODRL's pairs: these were
+    measured in Gym's v3 robots by mujoco-py, with an Ant of other observations, so scores here are labelled as not
+    comparable.
+
     Raises:
         UserError: the file with this project's own reference returns, or the installed d4rl, cannot be used.
     """
@@ -77,6 +97,9 @@ def reference_scores(name_or_env_id: str) -> ReferenceScores | None:
     env_id = _MINARI.get(minari[1]) if minari else env_id_of(name)
     if env_id is None:
         return None
+    shift = shifts.parse(env_id)
+    if shift is not None and shift.name:
+        return _odrl(env_id, shift)
     task = _d4rl_task(env_id)
     pair = d4rl_sets.reference_pair(f"{task}-expert-v1") if task else None  # the same for all sets of a task
     return ReferenceScores(*pair, "D4RL reference", _where(env_id)) if pair else _measured_here(env_id)
@@ -89,8 +112,19 @@ def _neorl(robot: str) -> ReferenceScores | None:
     return ReferenceScores(*_NEORL[robot], "NeoRL reference", where)
 
 
+def _odrl(env_id: str, shift: shifts.Shift) -> ReferenceScores | None:
+    if not shift.change.source.startswith("ODRL"):
+        return None
+    random, expert = _ODRL[shift.robot]
+    kind, _, factor = shift.name.partition("-")
+    if (shift.robot, kind) in _ODRL_EXPERTS:
+        expert = _ODRL_EXPERTS[shift.robot, kind][[float(known) for known in shifts.FACTORS].index(float(factor))]
+    where = f"measured in {env_id}: not comparable with ODRL's numbers (Gym's {shift.robot}-v3 by mujoco-py)"
+    return ReferenceScores(random, expert, "ODRL reference", where)
+
+
 def _d4rl_task(env_id: str) -> str | None:
-    match = re.fullmatch(r"(?:d4rl/)?(\w+)-v\d+", env_id)
+    match = re.fullmatch(r"(?:d4rl/|offsweep/)?(\w+)-v\d+", env_id)
     return _D4RL_TASKS.get(match[1]) if match else None
 
 
@@ -98,7 +132,7 @@ def _where(env_id: str) -> str:
     """How an environment relates to the one that D4RL's pair was measured in."""
     if _d4rl_task(env_id) is None:
         return ""  # D4RL's own name: there is no other environment of this task
-    robot, _, version = env_id.removeprefix("d4rl/").rpartition("-v")
+    robot, _, version = env_id.removeprefix("d4rl/").removeprefix("offsweep/").rpartition("-v")
     if robot.startswith("Adroit"):
         return f"measured in {env_id}: not comparable with D4RL's numbers"
     if int(version) >= 5:

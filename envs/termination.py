@@ -2,8 +2,8 @@
 
 Shapes: (..., S) next observations -> (...) done flags. Sources: Gymnasium's hopper_v5.py, walker2d_v5.py and
 ant_v5.py (`is_healthy`), the same limits since v2; polixir/NeoRL a4b6c57, Hopper-v3_done.py and Walker2d-v3_done.py.
-HalfCheetah, Pendulum and the toy tasks never terminate. A next observation that is not finite always ends a rollout,
-since nothing can follow it.
+HalfCheetah, Pendulum and the toy tasks never terminate. A shifted environment has the rule of its source. A next
+observation that is not finite always ends a rollout, since nothing can follow it.
 """
 
 import math
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from envs.errors import UserError, nearest
+from envs.shifts import ids, parse
 
 TerminationRule = Callable[[Tensor], Tensor]
 
@@ -96,13 +97,14 @@ def termination_rule(env_id: str) -> TerminationRule:
     Raises:
         UserError: there is no rule for this environment.
     """
-    match = re.fullmatch(r"(.+)-v(\d+)", env_id)
+    shift = parse(env_id)
+    match = re.fullmatch(r"(.+)-v(\d+)", env_id if shift is None else f"{shift.robot}-v{shift.version}")
     rule, versions = _RULES.get(match[1], (None, range(0))) if match else (None, range(0))
     if rule is None or match is None or int(match[2]) not in versions:
         known = [f"{name}-v{version}" for name, (_, versions) in _RULES.items() for version in versions]
         raise UserError(
             f"no termination rule for environment '{env_id}': model rollouts need one; known are"
-            f" {', '.join(known)}{nearest(env_id, known)}."
+            f" {', '.join(known)} and the shifted ones{nearest(env_id, [*known, *ids()])}."
         )
     return rule
 

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from envs.episodes import EpisodeError, make_env, quiet_mujoco
 from envs.errors import UserError
+from envs.shifted_robots import HalfCheetahV4, HalfCheetahV5, HopperV4, HopperV5, Walker2dV4, Walker2dV5
 from envs.toys import EdgeOfReach, Refrigerator
 
 FloatArray = NDArray[np.float64]
@@ -39,6 +40,12 @@ _ROBOTS = (
     half_cheetah_v5.HalfCheetahEnv,
     walker2d_v4.Walker2dEnv,
     walker2d_v5.Walker2dEnv,
+    HopperV4,
+    HopperV5,
+    HalfCheetahV4,
+    HalfCheetahV5,
+    Walker2dV4,
+    Walker2dV5,
 )
 _MAX_HIDDEN = 2  # Gymnasium's robots leave x, or x and y, out of their observations
 
@@ -124,7 +131,7 @@ def mujoco_layout(env: MujocoEnv) -> StateLayout | None:
 class TrueDynamics:
     """An environment's own step from any of its states, a batch at a time.
 
-    For Hopper, HalfCheetah and Walker2d (Gymnasium's and neorl/ ones, in the versions that Gymnasium makes), for
+    For Hopper, HalfCheetah and Walker2d (Gymnasium's, in the versions that it makes, neorl/ and shifted ones), for
     EdgeOfReach and for Refrigerator. Next state, observation, reward and terminal of a row are those of the environment
     put into that state; they depend on the row's state and action alone, not on the batch or the number of threads.
 
@@ -171,8 +178,8 @@ class TrueDynamics:
             env.close()
             raise TrueDynamicsError(
                 f"there are no true dynamics for environment '{env_id}': they can be had for Hopper, HalfCheetah and"
-                " Walker2d (Gymnasium's v4 and v5, and neorl/ ones), for offsweep/EdgeOfReach-v0 and for"
-                " offsweep/Refrigerator-v0 and RefrigeratorShut-v0."
+                " Walker2d (Gymnasium's v4 and v5, neorl/ and shifted ones), for offsweep/EdgeOfReach-v0 and for"
+                " offsweep/Refrigerator-v0 and RefrigeratorShut-v0. Ant's reward needs more than its observation."
             )
         self._dynamics: _Plane | _Cooling | _Robot
         if isinstance(env, EdgeOfReach):

@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_data_commands(add: Callable[..., Any], add_workdir: Callable[[argparse.ArgumentParser], None]) -> None:
-    text = "Datasets: list, info, verify, download, export, collect, train-actor."
+    text = "Datasets: list, info, verify, download, export, collect, train-actor; environments."
     data = add("data", text).add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     name_help = "a name, a path, or either with options behind it: hopper-medium-v2,first=100000"
 
@@ -115,6 +115,12 @@ def _add_data_commands(add: Callable[..., Any], add_workdir: Callable[[argparse.
     listing.add_argument("pattern", nargs="?", default="*", help="part of a name, or a pattern such as 'hopper-*-v2'")
     listing.add_argument("--json", action="store_true")
     add_workdir(listing)
+
+    environments = add("environments", "The environments with shifted dynamics, and what each one changes.", data)
+    environments.add_argument(
+        "pattern", nargs="?", help="part of an id, or a pattern such as '*/Ant-kinematic*-v5': lists single ids"
+    )
+    environments.add_argument("--json", action="store_true")
 
     info = add("info", "What a dataset holds: rows, returns, score, hash, provenance.", data)
     info.add_argument("dataset", help=name_help)
@@ -274,6 +280,8 @@ def _data(args: argparse.Namespace) -> int:
         return train_actor(args.overrides, args.out, args.until)
     if args.data_command == "list":
         data_commands.show_catalogue(args.workdir, args.pattern, args.json)
+    elif args.data_command == "environments":
+        data_commands.show_environments(args.pattern, args.json)
     elif args.data_command == "info":
         data_commands.show_info(args.dataset, args.workdir, args.json)
     elif args.data_command == "verify":

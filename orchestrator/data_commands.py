@@ -15,6 +15,7 @@ from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
+from envs import shifts
 from envs.catalogue import Entry
 from envs.collect import collect, uniform_policy
 from envs.dataset import Dataset
@@ -47,9 +48,13 @@ def show_info(name: str, workdir: Path, as_json: bool) -> None:
     _console().print(table)
 
 
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or pattern in name
+
+
 def show_catalogue(workdir: Path, pattern: str, as_json: bool) -> None:
     """Print the datasets that are known by name."""
-    entries = [e for e in catalogue(workdir) if fnmatch.fnmatchcase(e.name, pattern) or pattern in e.name]
+    entries = [e for e in catalogue(workdir) if _matches(e.name, pattern)]
     if not entries:
         raise UserError(f"no known dataset is called like '{pattern}'; `offsweep data list` shows all names")
     if as_json:
@@ -68,6 +73,59 @@ def show_catalogue(workdir: Path, pattern: str, as_json: bool) -> None:
         "paths of .hdf5, .h5 and .npz files are names too; slices and mixes: hopper-medium-v2,first=100000 or "
         "hopper-random-v2:0.5+hopper-expert-v2:0.5"
     )
+
+
+def show_environments(pattern: str | None, as_json: bool) -> None:
+    """Print the environments of `envs.shifts`: ids, what they change and whose numbers these are.
+
+    Without a pattern a table has one row for all levels or factors of a change.
+    """
+    found = {i: shift for i in shifts.ids() if _matches(i, pattern or "*") and (shift := shifts.parse(i)) is not None}
+    if not found:
+        raise UserError(f"no shifted environment is called like '{pattern}'; `offsweep data environments` shows them")
+    if as_json:
+        rows = [
+            {
+                "id": env_id, "robot": shift.robot, "shift": shift.name, "source_id": shifts.source_id(env_id),
+                "change": shift.change.text, "numbers": shift.change.source,
+            }
+            for env_id, shift in found.items()
+        ]  # fmt: skip
+        print(json.dumps(rows, indent=1))
+        return
+    groups: dict[str, list[shifts.Shift]] = {}
+    for env_id, shift in found.items():
+        groups.setdefault(_family(env_id) if pattern is None else env_id, []).append(shift)
+    table = Table(title="environments with shifted dynamics; observations, rewards and ends are those of their source")
+    for heading in ("id", "what is changed", "numbers of"):
+        table.add_column(heading, no_wrap=heading == "id")
+    for name, members in groups.items():
+        first, last = members[0].change, members[-1].change
+        text = _from_to(first.text, last.text)
+        source = first.source if first == last else first.source.partition(",")[0]
+        table.add_row(name, text, source)
+    _console().print(table)
+    print(
+        "gravity and friction take any positive factor, as in offsweep/Ant-gravity-0.3-v5; a pattern such as "
+        "'Ant-kinematic' lists single ids"
+    )
+
+
+def _from_to(first: str, last: str) -> str:
+    """Two sentences that differ in numbers as one: 0.8 of the range, 0.2 of the range: 0.8 to 0.2 of the range."""
+    words = zip(first.split(), last.split(), strict=True)
+    return " ".join(a if a == b else f"{a.rstrip(',')} to {b}" for a, b in words)
+
+
+def _family(env_id: str) -> str:
+    """The id with all its levels or factors, and all its versions."""
+    stem, _, version = env_id.rpartition("-v")
+    name, _, last = stem.rpartition("-")
+    if last in shifts.LEVELS:
+        stem = f"{name}-{{{','.join(shifts.LEVELS)}}}"
+    elif last in shifts.FACTORS:
+        stem = f"{name}-FACTOR"
+    return f"{stem}-v{version if version == '1' else '{4,5}'}"
 
 
 def _console() -> Console:

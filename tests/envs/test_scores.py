@@ -65,6 +65,39 @@ def test_neorl_pair(name, pair):
     assert "-v4 with the x position (NeoRL: Gym v3)" in reference.label
 
 
+def test_unshifted_robots_have_d4rl_s_pair():
+    reference = reference_scores("offsweep/HalfCheetah-v4")
+    assert reference == reference_scores("HalfCheetah-v4")
+    newer = reference_scores("offsweep/Walker2d-v5")
+    assert newer is not None
+    assert newer.label == "D4RL reference; measured in offsweep/Walker2d-v5: not comparable with D4RL's v2 numbers"
+
+
+# OffDynamicsRL/off-dynamics-rl 34bba73, envs/infos.py
+@pytest.mark.parametrize(
+    ("shift", "pair"),
+    [
+        ("HalfCheetah-gravity-0.1", (-280.178953, 2466.85)),
+        ("HalfCheetah-friction-5.0", (-280.178953, 10199.3271484375)),
+        ("HalfCheetah-morphology-torso-hard", (-280.178953, 12135.0)),
+        ("Hopper-friction-2", (-26.3360015397715, 3234.3)),
+        ("Walker2d-gravity-2", (10.079455055289959, 5056.445)),
+        ("Ant-friction-0.5", (-325.6, 8301.338)),
+        ("Ant-kinematic-hips-easy", (-325.6, 5139.832)),
+    ],
+)
+def test_odrl_s_pairs_are_said_not_to_compare(shift, pair):
+    reference = reference_scores(f"offsweep/{shift}-v5")
+    assert reference is not None
+    assert (reference.random, reference.expert) == pair
+    assert reference.label.startswith(f"ODRL reference; measured in offsweep/{shift}-v5: not comparable")
+
+
+@pytest.mark.parametrize("shift", ["Hopper-kinematic-v5", "Ant-gravity-0.3-v5", "Pendulum-gravity-0.5-v1"])
+def test_shifts_that_odrl_has_not_have_no_pair(shift):
+    assert reference_scores(f"offsweep/{shift}") is None
+
+
 def test_every_set_of_d4rls_has_a_pair():
     assert all(reference_scores(name) for name in OWN_URLS)
 

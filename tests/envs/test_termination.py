@@ -27,6 +27,11 @@ from envs.termination import terminated, termination_rule
         ("offsweep/Refrigerator-v0", False),
         ("offsweep/RefrigeratorShut-v0", False),
         ("Pendulum-v1", False),
+        ("offsweep/Hopper-morphology-v4", True),
+        ("offsweep/Walker2d-gravity-0.3-v5", True),
+        ("offsweep/HalfCheetah-friction-2-v5", False),
+        ("offsweep/Ant-morphology-alllegs-hard-v5", True),
+        ("offsweep/Pendulum-gravity-0.5-v1", False),
     ],
 )
 def test_rule_agrees_with_the_simulator(env_id, ends):

@@ -10,6 +10,7 @@ from envs.toys import Refrigerator
 from envs.true_dynamics import TrueDynamics, has_true_dynamics
 
 ROBOTS = ["Hopper-v4", "Hopper-v5", "HalfCheetah-v4", "HalfCheetah-v5", "Walker2d-v4", "Walker2d-v5"]
+SHIFTED = ["offsweep/Hopper-friction-0.3-v4", "offsweep/HalfCheetah-morphology-v5", "offsweep/Walker2d-kinematic-v5"]
 REFRIGERATOR = "offsweep/Refrigerator-v0"
 STEPS = 50
 
@@ -37,7 +38,7 @@ def actor(observation_dim: int, action_dim: int, seed: int):
 
 
 @pytest.mark.parametrize("policy", ["random", "actor"])
-@pytest.mark.parametrize("env_id", [*ROBOTS, "neorl/Hopper-v4", "neorl/Walker2d-v4"])
+@pytest.mark.parametrize("env_id", [*ROBOTS, "neorl/Hopper-v4", "neorl/Walker2d-v4", *SHIFTED])
 def test_rollouts_are_those_of_the_environment(env_id, policy):
     # Random actions: an environment whose solver starts afresh in every step. Actor: an undisturbed one, for as long as
     # what its solver remembers does not grow into another path; HalfCheetah's do so fastest.
@@ -190,7 +191,7 @@ def test_an_impossible_state_touches_no_other_and_leaves_no_log_file(tmp_path, m
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("env_id", ["Ant-v4", "d4rl/Ant-v4", "Pendulum-v1"])
+@pytest.mark.parametrize("env_id", ["Ant-v4", "d4rl/Ant-v4", "Pendulum-v1", "offsweep/Ant-kinematic-v4"])
 def test_an_environment_without_true_dynamics_is_refused(env_id):
     assert not has_true_dynamics(env_id)
     with pytest.raises(UserError, match=f"no true dynamics for environment '{env_id}': they can be had for Hopper"):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from envs import shifts
 from envs.collect import collect, uniform_policy
 from envs.dataset import Dataset, Scaling
 from envs.errors import UserError
@@ -86,6 +87,17 @@ def test_pendulum_is_genuine():
     report = check(collect("Pendulum-v1", [(uniform_policy("Pendulum-v1"), 1.0)], 600, seed=0))
     assert report.verdict == "genuine"
     assert figures(report, "simulator_replay")["error_median"] < 1e-5
+
+
+@pytest.mark.parametrize("shift", ["Hopper-morphology-v5", "Ant-kinematic-v5", "HalfCheetah-gravity-0.3-v4"])
+def test_rows_of_a_shifted_robot_are_its_own(shift):
+    env_id = f"offsweep/{shift}"
+    data = collect(env_id, [(uniform_policy(env_id), 1.0)], 1500, seed=0)
+    report = check(data)
+    assert (report.verdict, report.exit_code) == ("genuine", 0)
+    assert "reproduced" in message(report, "simulator_replay")
+    # and not those of the robot that it was made from
+    assert check(replace(data, env_id=shifts.source_id(env_id))).exit_code == 1
 
 
 def test_read_only_memory_maps_and_scaled_columns_are_brought_back(hopper, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,22 @@ def test_a_study_takes_the_name_of_its_file(tmp_path: Path, started: list[Any]):
     file.write_text(yaml.safe_dump({**SETTINGS, "study": {k: v for k, v in SETTINGS["study"].items() if k != "name"}}))
     assert main(["sweep", str(file), "--workdir", str(tmp_path)]) == 0
     assert started[0].study.name == "my-study"
+
+
+def test_shifted_environments_are_listed(capsys: pytest.CaptureFixture[str]):
+    assert main(["data", "environments"]) == 0
+    text = capsys.readouterr().out
+    assert "offsweep/HalfCheetah-kinematic-v{4,5}" in text
+    assert "offsweep/Ant-kinematic-hips-{easy,medium,hard}-v{4,5}" in text
+    assert "offsweep/Walker2d-friction-FACTOR-v{4,5}" in text
+    assert "torso 0.8 to 0.2 m long instead of 1 m" in text
+    assert main(["data", "environments", "Ant-kinematic-hips", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["id"] for row in rows[:2]] == [f"offsweep/Ant-kinematic-hips-easy-v{v}" for v in (4, 5)]
+    assert len(rows) == 6
+    assert rows[0]["source_id"] == "offsweep/Ant-v4"
+    assert main(["data", "environments", "Antelope"]) == 2
+    assert "no shifted environment is called like 'Antelope'" in capsys.readouterr().err
 
 
 def test_methods_and_datasets_are_listed(workdir: Path, capsys: pytest.CaptureFixture[str]):

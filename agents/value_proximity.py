@@ -1,0 +1,204 @@
+"""Which source transitions lead to states that are worth what the target domain's would be: the fictitious value
+proximity (FVP) of VGDF (Xu et al., NeurIPS 2023, arXiv 2305.17625, section 4.2 and equations 5-6) and its gate.
+
+An ensemble of the target domain's dynamics says where (s, a) would lead there. Its members' *fictitious values* F_i
+make a normal distribution, and the density of the source transition's own value v under it is its proximity:
+
+    Lambda = N( v; mean_i F_i, std_i F_i + 1e-8 ),    the standard deviation with divisor E - 1
+
+    form   F_i                                                    v
+    paper  alive(s^_i) Q(s^_i, a^_i),                             (1 - d) Q(s', a')
+           s^_i ~ N(s + mu_i, sigma_i^2), a^_i ~ pi(.|s^_i)
+    code   r^_i + gamma alive(s^_i) Q(s^_i, tanh m(s^_i)),        r + gamma (1 - d) Q(s', a')
+           (r^_i, s^_i - s) = mu_i + sigma_i^2
+
+with Q = min_k Qbar_k, a' ~ pi(.|s') the action of the critics' target, m the policy's mean before the tanh, and alive
+the environment's termination rule (a terminal state is worth nothing; the paper's equations leave that unsaid). `code`
+is what the released code (Kavka1/VGDF 9f65d60, agent/vgdf.py) computes: it adds the variance to the mean, draws
+nothing, and takes a mean action on one side and a drawn one on the other.
+
+The gate lets the share `keep_fraction` of a minibatch's source rows through:
+
+    topk      the rows of greatest log Lambda, exactly so many of them
+    quantile  the rows with Lambda above its quantile, as the released code has it: a density in float32 is 0 more than
+              some 14 standard deviations away, and where most rows are, fewer pass or none
+
+Shapes: M member, E ensemble member, N critic, B source row, S observation, A action, K noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from agents.domain_sac import DomainSAC, Targets
+from agents.model_free import bellman_target
+
+FORMS = ("code", "paper")
+GATES = ("topk", "quantile")
+LOSS_WEIGHTS = ("batch", "accepted")
+Prediction = Callable[[Tensor], tuple[Tensor, Tensor]]
+_STD_OFFSET = 1e-8
+_HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
+_SMALLEST = torch.finfo(torch.float32).tiny
+
+
+class Proximity(NamedTuple):
+    """How near source rows' values are to the fictitious ones, each `(M, B)`."""
+
+    log_density: Tensor  # log Lambda
+    mean: Tensor  # of F_i
+    std: Tensor  # of F_i
+    value: Tensor  # v
+
+
+def num_fictitious_noises(
+    form: str, ensemble_size: int, num_source: int, batch: int, obs_dim: int, action_dim: int
+) -> int:
+    """Standard normal draws `(M, batch, A)` that hold what fictitious values of `num_source` rows take."""
+    if form == "code":
+        return 0
+    return -(-ensemble_size * num_source * (obs_dim + action_dim) // (batch * action_dim))
+
+
+def fictitious_values(
+    sac: DomainSAC,
+    obs_MBS: Tensor,
+    prediction: tuple[Tensor, Tensor],
+    terminated: Callable[[Tensor], Tensor],
+    form: str,
+    noise_KMBA: Tensor,
+) -> Tensor:
+    """F_i, `(M, E, B)`.
+
+    Args:
+        sac: whose policy and target critics value the states.
+        obs_MBS: s.
+        prediction: mean and variance `(M, E, B, 1 + S)` of [r, s' - s] in the target domain.
+        terminated: of states `(..., S)`, whether they end the episode, `(...)`.
+        form: one of FORMS.
+        noise_KMBA: draws, at least `num_fictitious_noises` of them.
+    """
+    mean_MEBX, variance_MEBX = prediction
+    m, e, b, _ = mean_MEBX.shape
+    if form == "code":
+        predicted = mean_MEBX + variance_MEBX
+        next_obs = (predicted[..., 1:] + obs_MBS.unsqueeze(1)).view(m, e * b, -1)
+        action = sac.sample_actions(next_obs, None)
+    else:
+        s, a = sac.observation_dim, sac.action_dim
+        numbers = noise_KMBA.transpose(0, 1).reshape(m, -1)[:, : e * b * (s + a)]
+        of_state, of_action = numbers.split((e * b * s, e * b * a), dim=1)
+        drawn = torch.addcmul(mean_MEBX[..., 1:], variance_MEBX[..., 1:].sqrt(), of_state.reshape(m, e, b, s))
+        next_obs = drawn.add_(obs_MBS.unsqueeze(1)).view(m, e * b, s)
+        action = sac.sample_actions(next_obs, of_action.reshape(m, e * b, a))
+    value = sac.target_values(next_obs, action).amin(1)
+    value = value.masked_fill_(terminated(next_obs), 0.0).view(m, e, b)
+    return value if form == "paper" else torch.add(predicted[..., 0], value, alpha=sac.settings.gamma)
+
+
+def proximity(value_MB: Tensor, fictitious_MEB: Tensor) -> Proximity:
+    """log Lambda of source values v. A row whose value or fictitious values are not numbers is infinitely far."""
+    std_MB, mean_MB = torch.std_mean(fictitious_MEB, dim=1)
+    scale = std_MB + _STD_OFFSET
+    z = (value_MB - mean_MB) / scale
+    log_density = z.square().mul_(-0.5).sub_(scale.log()).sub_(_HALF_LOG_2PI)
+    return Proximity(log_density.nan_to_num_(nan=-math.inf), mean_MB, std_MB, value_MB)
+
+
+def accept(log_density_MB: Tensor, keep_fraction: float, gate: str) -> tuple[Tensor, Tensor]:
+    """Which rows pass, `(M, B)` of 1 and 0, and the log Lambda from which on they do, `(M,)`.
+
+    Args:
+        gate: one of GATES.
+    """
+    if gate == "topk":
+        best, index = log_density_MB.topk(num_kept(keep_fraction, log_density_MB.shape[1]), dim=1)
+        return torch.zeros_like(log_density_MB).scatter_(1, index, 1.0), best[:, -1]
+    density = log_density_MB.exp()
+    threshold = torch.quantile(density, 1.0 - keep_fraction, dim=1, keepdim=True)
+    return (density > threshold).float(), threshold.squeeze(1).clamp(min=_SMALLEST).log()
+
+
+def num_kept(keep_fraction: float, num_rows: int) -> int:
+    """Rows that the gate `topk` lets through."""
+    return max(1, round(keep_fraction * num_rows))
+
+
+def gate_metrics(near: Proximity, accepted_MB: Tensor, threshold_M: Tensor) -> dict[str, Tensor]:
+    """What the gate does, each `(M,)`: finite as long as values are."""
+    count = accepted_MB.sum(1).clamp(min=1.0)
+    quarter = max(1, near.std.shape[1] // 4)
+    smallest = torch.zeros_like(accepted_MB).scatter_(1, near.std.topk(quarter, dim=1, largest=False).indices, 1.0)
+    return {
+        "gate/accepted": accepted_MB.mean(1),
+        "gate/log_density": near.log_density.mean(1),
+        "gate/threshold": threshold_M,
+        "gate/fictitious_std": near.std.mean(1),
+        "gate/value_gap": (near.value - near.mean).abs().mean(1),
+        # the density is the greater the smaller the spread: what share of those that pass is of the smallest quarter
+        "gate/small_spread_share": (accepted_MB * smallest).sum(1) / count,
+    }
+
+
+@dataclass(frozen=True)
+class ValueGate:
+    """Which source rows the critics learn from, and how much.
+
+    Args:
+        form: of the values compared, one of FORMS.
+        gate: one of GATES.
+        keep_fraction: xi, of a minibatch's source rows.
+        loss_weight: one of LOSS_WEIGHTS: an accepted row counts 1 / B ("batch", the paper's equation 7 and the released
+            code) or 1 over the number of rows that pass ("accepted", the paper's Algorithm 1).
+        termination: the target's rule, of states `(..., S)`.
+    """
+
+    form: str
+    gate: str
+    keep_fraction: float
+    loss_weight: str
+    termination: Callable[[Tensor], Tensor]
+
+    def open_weights(self, rows_MBW: Tensor, num_source: int) -> Tensor:
+        """Weights `(M, B)` of a minibatch of both domains all of whose source rows count."""
+        m, batch, _ = rows_MBW.shape
+        weight = rows_MBW.new_full((m, batch), 1.0 / (batch - num_source))
+        weight[:, :num_source] = 1.0 / num_source
+        return weight
+
+    def weights(
+        self, sac: DomainSAC, predict: Prediction, rows_MBW: Tensor, num_source: int, targets: Targets,
+        noise_KMBA: Tensor, with_metrics: bool,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """Weights `(M, B)` of a minibatch of both domains whose source rows are filtered; metrics `(M,)`.
+
+        Args:
+            predict: the target's dynamics of `[s, a]` (see `agents.target_dynamics`).
+            rows_MBW: source rows first.
+            targets: of all of them.
+            noise_KMBA: draws, at least `num_fictitious_noises`.
+        """
+        s, a = sac.observation_dim, sac.action_dim
+        source = rows_MBW[:, :num_source]
+        fictitious = fictitious_values(
+            sac, source[..., :s], predict(source[..., : s + a]), self.termination, self.form, noise_KMBA
+        )
+        value, done = targets.value_MB[:, :num_source], source[..., s + a + 1]
+        if self.form == "code":
+            value = bellman_target(source[..., s + a], done, value, sac.settings.gamma)
+        else:
+            value = torch.addcmul(value, done, value, value=-1.0)
+        near = proximity(value, fictitious)
+        accepted, threshold = accept(near.log_density, self.keep_fraction, self.gate)
+        weight = self.open_weights(rows_MBW, num_source)
+        if self.loss_weight == "accepted":
+            weight[:, :num_source] = accepted / num_kept(self.keep_fraction, num_source)
+        else:
+            weight[:, :num_source] *= accepted
+        return weight, gate_metrics(near, accepted, threshold) if with_metrics else {}
