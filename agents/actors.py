@@ -63,6 +63,9 @@ class Actor(Protocol):
     def select(self, members: Sequence[int]) -> Self:
         """The policies of some members, copied."""
 
+    def to(self, device: torch.device | str) -> Self:
+        """A copy on another device."""
+
     def tensors(self) -> dict[str, Tensor]:
         """What learning changes, copied, for a checkpoint."""
 
@@ -120,6 +123,13 @@ class _NetworkActor:
         for weight, bias in zip(self.network.weights[:-1], self.network.biases[:-1], strict=True):
             x = torch.baddbmm(bias, x, weight).tanh_()
         return torch.baddbmm(self.network.biases[-1], x, self.network.weights[-1])
+
+    def to(self, device: torch.device | str) -> Self:
+        parts: dict[str, Any] = {"network": self.network.to(device)}
+        for name in ("observation_mean", "observation_std", "log_std"):
+            if (tensor := getattr(self, name, None)) is not None:
+                parts[name] = tensor.to(device)
+        return replace(self, **parts)
 
     def select(self, members: Sequence[int]) -> Self:
         parts: dict[str, Any] = {"network": self.network.select(members)}

@@ -22,6 +22,10 @@ def generator(seed: int, purpose: str, *counters: int, device: torch.device | st
         counters: epoch, shard, ...: distinct counters give independent streams.
         device: where it draws.
     """
+    return torch.Generator(device).manual_seed(derived_seed(seed, purpose, *counters))
+
+
+def derived_seed(seed: int, purpose: str, *counters: int) -> int:
+    """A number of 63 bits for one purpose of one run (see `generator`)."""
     text = repr((int(seed), purpose, tuple(int(c) for c in counters)))
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

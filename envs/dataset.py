@@ -229,6 +229,8 @@ class Dataset:
         """Episodes in file order, each ended by a terminal or a timeout; rows after the last are one more."""
         flagged = np.flatnonzero(self.terminals | self.timeouts) + 1
         n = self.num_transitions
+        if n == 0:  # an environment that is sampled while learning
+            return EpisodeIndex(flagged, flagged, np.ones(0, dtype=np.bool_))
         cut = len(flagged) == 0 or int(flagged[-1]) != n
         ends = np.append(flagged, n) if cut else flagged
         complete = np.ones(len(ends), dtype=np.bool_)
@@ -238,6 +240,8 @@ class Dataset:
     def episode_returns(self) -> NDArray[np.float64]:
         """(number of complete episodes,) undiscounted returns in the environment's rewards, in file order."""
         episodes = self.episodes
+        if not len(episodes):
+            return np.zeros(0)
         rewards = self.scaling.rewards(self.rewards)
         sums = np.add.reduceat(rewards, episodes.starts, dtype=np.float64)
         return sums[episodes.complete]

@@ -16,8 +16,9 @@ from envs.errors import UnknownDatasetError, nearest
 from envs.hdf5 import read_hdf5
 from envs.names import env_id_of
 from envs.npz import read_npz
+from envs.online_sets import online_env, read_online
 from envs.recipes import EMBEDDED
-from envs.transforms import apply, check_one_environment, parse
+from envs.transforms import TransformError, apply, check_one_environment, parse
 
 FILE_KINDS = (".hdf5", ".h5", ".npz")
 
@@ -46,6 +47,7 @@ def load_dataset(name: str, workdir: Path, shown: Shown | None = None) -> Datase
       it is not there. Scored in Gymnasium's v4 environment.
     - `neorl/Hopper-v3-medium-1000`: NeoRL's file, likewise.
     - `mujoco/hopper/medium-v0`: Minari's, through its package.
+    - `online/HalfCheetah-v5`: no rows; that environment is sampled while a method learns (`envs.online_sets`).
     - any other name: `workdir`/datasets/<name>.hdf5 or .npz.
 
     Behind the name may stand what is to be done with the rows, and several names may be mixed: see `envs.transforms`.
@@ -62,6 +64,13 @@ def load_dataset(name: str, workdir: Path, shown: Shown | None = None) -> Datase
     request, store = parse(name), flat_store(workdir)
     told = {env_id for term in request.terms if (env_id := env_id_of(term.name))}  # before anything is made
     check_one_environment(request, told)
+    if any(online_env(term.name) is not None for term in request.terms):
+        if not request.plain:
+            raise TransformError(
+                f"dataset '{name}' asks for rows of an environment that is sampled while learning, which has none: name"
+                " it alone and without options."
+            )
+        return read_online(name)
     parts = []
     for term in request.terms:
         with shown(term.name, "bytes") if shown else nullcontext() as progress:

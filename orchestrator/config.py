@@ -19,6 +19,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from agents.cross_domain import CrossDomainConfig
 from agents.method import common_settings, effective_settings, load_method, method_settings
 from envs.errors import UserError
 from envs.transforms import base_name
@@ -46,7 +47,7 @@ class EvaluationConfig:
     every_epochs: int = 10  # one epoch is method.updates_per_epoch updates; the last epoch is always evaluated
     episodes: int = 10  # deterministic policy; episode i is reset with seed first_seed + i every time
     first_seed: int = 10_000
-    env_id: str | None = None  # None: the dataset's
+    env_id: str | None = None  # None: method.target of cross-domain methods, else the dataset's
     diagnostics: bool = True  # metrics `reach/*` and `model/*` of model-based runs; results are the same without
 
 
@@ -103,7 +104,8 @@ class Config:
         _at_least("study.objective_evaluations", self.study.objective_evaluations, 1)
         if self.compute.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"compute.device={self.compute.device!r} must be auto, cpu or cuda")
-        if self.compute.device == "cuda" and self.compute.num_rollout_workers:
+        interacts = isinstance(self.method, CrossDomainConfig)  # environments are on the CPU in any case
+        if self.compute.device == "cuda" and self.compute.num_rollout_workers and not interacts:
             raise UserError(
                 f"compute.num_rollout_workers={self.compute.num_rollout_workers} must be 0 with compute.device=cuda: "
                 "the rollouts of a learner on a GPU are made there"

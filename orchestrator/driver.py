@@ -541,7 +541,8 @@ class Driver:
         told = [r.value for r in self.study.trials() if r.value is not None and math.isfinite(r.value)]
         floor = 0.0
         if reference_scores(evaluation_env(self.config, self.dataset)) is None:
-            floor = float(self.dataset.episode_returns().min())
+            floor = float(self.dataset.episode_returns().min(initial=math.inf))
+            floor = floor if math.isfinite(floor) else 0.0  # of an online dataset nothing is known
         return min([floor, *told])
 
 

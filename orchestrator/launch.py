@@ -16,7 +16,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from agents.method import load_method
+from agents.cross_domain import CrossDomainConfig
+from agents.method import load_method, method_names
 from envs.dataset import Dataset
 from envs.errors import UserError
 from envs.files import write_atomically
@@ -138,9 +139,34 @@ def _check_before_compute(config: Config) -> Dataset:
 def _check_data(config: Config) -> Dataset:
     dataset = load_dataset(config.dataset, Path(config.workdir), shown)
     for one in corner_configs(config):
+        check_rows(one, dataset)
         load_method(one.method_name).check_environment(one.method, dataset.env_id)
     check_shapes(dataset, evaluation_env(config, dataset))
     return dataset
+
+
+def check_rows(config: Config, dataset: Dataset) -> None:
+    """Make sure that a method has something to learn from.
+
+    Raises:
+        UserError: it needs rows and the dataset has none, or it is to collect ahead and never collects.
+    """
+    method, online = config.method, dataset.num_transitions == 0
+    if not isinstance(method, CrossDomainConfig):
+        if online:
+            raise UserError(
+                f"dataset={config.dataset} has no rows, which method={config.method_name} learns from; name a dataset "
+                f"with rows, or a method that samples environments: {', '.join(online_methods())}"
+            )
+        return
+    ends = method.num_updates
+    if method.asynchronous and not method.target_steps(ends) and not (online and method.source_steps(ends)):
+        raise UserError("method.asynchronous=true has no effect where no environment is sampled; leave it out")
+
+
+def online_methods() -> list[str]:
+    """The methods that sample environments while learning."""
+    return [name for name in method_names() if issubclass(load_method(name).Config, CrossDomainConfig)]
 
 
 def _run(config: Config, study: Study, dataset: Dataset, console: Console, report: Report | None) -> Outcome:

@@ -28,6 +28,7 @@ import torch
 from torch.profiler import record_function
 
 from agents.cpu import configure_cpu
+from agents.cross_domain import CrossDomain
 from agents.diagnostics import collapse, expert_value, growth_metrics
 from agents.method import Method, RolloutResult, Stage, TrainingData, effective_settings, load_method
 from agents.policies import in_environment
@@ -173,7 +174,7 @@ class PendingRollouts:
 
 def evaluation_env(config: Config, dataset: Dataset) -> str:
     """The Gymnasium id of the environment that policies are evaluated in."""
-    return config.evaluation.env_id or dataset.env_id
+    return config.evaluation.env_id or getattr(config.method, "target", None) or dataset.env_id
 
 
 def action_bounds(env_id: str) -> tuple[np.ndarray, np.ndarray]:
@@ -250,7 +251,10 @@ class Learner:
             name: store.load(stage.kind, stage_key(stage, self.dataset.content_hash))
             for name, stage in cls.stages(config.method).items()
         }
-        return cls([c.method for c in configs], [run.seed for run in runs], data, artifacts, device)
+        method = cls([c.method for c in configs], [run.seed for run in runs], data, artifacts, device)
+        if isinstance(method, CrossDomain):
+            method.start_jobs = self.workers.start_interaction
+        return method
 
     @property
     def checkpoint_path(self) -> Path:

@@ -20,6 +20,15 @@ import torch
 from numpy.typing import NDArray
 
 from agents.cpu import configure_cpu
+from agents.interaction import (
+    DOMAINS,
+    Collect,
+    Environments,
+    InteractionJob,
+    InteractionResult,
+    run_interaction,
+    start_here,
+)
 from agents.method import Job, RolloutResult
 from agents.rollout import RolloutStatistics
 from envs.episodes import NonFiniteActionError, run_episodes
@@ -90,6 +99,11 @@ class RolloutWorker:
         results = [run_job(job, model) for job in jobs]
         return [([x.numpy() for x in r.rows], [x.numpy() for x in r.tags], r.statistics, r.seconds) for r in results]
 
+    def interact(self, shipped: Shipped, jobs: Sequence[InteractionJob]) -> list[InteractionResult]:
+        """Steps in environments, which this worker keeps alive for the next ones."""
+        environments = self._model(shipped)
+        return [run_interaction(job, environments) for job in jobs]
+
 
 class Evaluator:
     """Runs episodes."""
@@ -155,6 +169,37 @@ class Workers:
                     members = jobs[place].members
                     results[place] = RolloutResult(members, received_rows, received_tags, statistics, seconds)
             return [r for r in results if r is not None]
+
+        return collect
+
+    def start_interaction(self, jobs: Sequence[InteractionJob], environments: Environments) -> Collect:
+        """Begin steps in environments, those of each domain in a worker of its own, always the same one.
+
+        Without workers nothing happens before the call of what is returned. A worker that has died is asked again when
+        its answer is wanted: the one that takes its place repeats the episodes that are under way.
+
+        Returns:
+            A function that waits for the results of the jobs, in their order.
+        """
+        if not jobs or not self._rollout_workers:
+            return start_here(jobs, environments)
+        shipped = self._ship(environments)
+        shares: dict[int, list[int]] = {}
+        for place, job in enumerate(jobs):
+            shares.setdefault(DOMAINS.index(job.domain) % len(self._rollout_workers), []).append(place)
+        calls = [
+            partial(self._rollout_workers[worker].interact.remote, shipped, [jobs[place] for place in places])
+            for worker, places in shares.items()
+        ]
+        answers = _start_all(calls)
+
+        def collect() -> list[InteractionResult]:
+            by_place = {
+                place: result
+                for places, results in zip(shares.values(), answers(), strict=True)
+                for place, result in zip(places, results, strict=True)
+            }
+            return [by_place[place] for place in range(len(jobs))]
 
         return collect
 
