@@ -119,9 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog=f"python -m benchmarks.{BENCHMARK}", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--rows", type=int, default=1_000, help="of the growing replay (default: %(default)s)")
-    parser.add_argument("--late-rows", type=int, default=10_000, help="of the last refits (default: %(default)s)")
-    parser.add_argument("--late", type=int, default=4, help="how many these are (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=300, help="of the growing replay (default: %(default)s)")
+    parser.add_argument("--late-rows", type=int, default=3_000, help="of the last refits (default: %(default)s)")
+    parser.add_argument("--late", type=int, default=2, help="how many these are (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="members of the pack (default: %(default)s)")
     args = parser.parse_args(argv)
     configure_cpu(1)
