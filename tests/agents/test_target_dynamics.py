@@ -3,8 +3,8 @@
 `golden/target_dynamics.npz` holds what Kavka1/VGDF at commit 9f65d60 computes (torch 2.13, CPU, float32) for the inputs
 of `drawn`: `EnsembleDynamicsModel(3, 2, 4, 2, 1, 16, use_decay=True)` with parameters set to those, the loss with
 `get_decay_loss` of one batch and its gradients, then `train` on the first 300 rows with patience 5 and on all 340 with
-patience 3, numpy's generator seeded with 90 and 91 (holdout ratio 0.1, batches of 256): every epoch's holdout errors and
-`predict` after each. Its permutations are numpy's, so the test hands those to the refits.
+patience 3, numpy's generator seeded with 90 and 91 (holdout ratio 0.1, batches of 256): every epoch's holdout errors,
+and `predict` after each. Its permutations are numpy's, so the test hands those to the refits.
 """
 
 from __future__ import annotations
