@@ -428,9 +428,10 @@ class _Training:
     def keep(self, place: int, improved_E: Sequence[bool]) -> None:
         """Remember the parameters of some networks of a member instead."""
         assert self._best is not None
-        found = torch.tensor([e for e, better in enumerate(improved_E) if better], device=self.networks.flat.device)
+        found = [e for e, better in enumerate(improved_E) if better]
         for now, best in zip(self.networks.blocks(self.networks.flat), self.networks.blocks(self._best), strict=True):
-            best[place, found] = now[place, found]
+            for e in found:
+                best[place, e] = now[place, e]
 
     def restore(self, place: int) -> None:
         """Take a member's networks back to what is remembered."""

@@ -11,11 +11,13 @@ import json
 import math
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,6 +168,35 @@ def print_medians(benchmark: str, repeats: int, measure: Callable[[], list[dict[
         ratios = [line["ratio"] for line in ordered]
         print_line({**ordered[len(ordered) // 2], "ratios_of_repeats": ratios})
     return 0
+
+
+# ---- beside another implementation ----------------------------------------------------------------------------------
+
+Answer = Callable[[str], dict[str, Any]]
+
+
+@contextmanager
+def peer_of(command: str | None) -> Iterator[Answer | None]:
+    """What asks another implementation to do a case once."""
+    if command is None:
+        yield None
+        return
+    process = subprocess.Popen(shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    lines, answers = process.stdin, process.stdout
+
+    def ask(case: str) -> dict[str, Any]:
+        lines.write(f"{case}\n")
+        lines.flush()
+        answer: dict[str, Any] = json.loads(answers.readline())
+        return answer
+
+    try:
+        yield ask
+    finally:
+        lines.close()
+        process.wait()
 
 
 # ---- timing ---------------------------------------------------------------------------------------------------------

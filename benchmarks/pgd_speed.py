@@ -18,15 +18,11 @@ with `done` (updates or trajectories) and `cpu_seconds`. `--peer-name` says what
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shlex
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +37,7 @@ from agents.networks import StackedMLP, initialise
 from agents.randomness import generator
 from agents.trajectory_diffusion import DiffusionConfig, DiffusionTrainer, TrajectoryModel
 from agents.trajectory_rollout import TrajectoryJob
-from benchmarks.common import print_line, record, spread
+from benchmarks.common import Answer, peer_of, print_line, record, spread
 
 BENCHMARK = "pgd_speed"
 OBS, ACT, LENGTH, BATCH = 11, 3, 32, 32
@@ -54,7 +50,6 @@ CASES = tuple(
 )
 
 Work = Callable[[], int]  # does something once, and says how many updates or trajectories that were
-Answer = Callable[[str], dict[str, Any]]
 
 
 def trainer(features: int, precision: str) -> DiffusionTrainer:
@@ -114,30 +109,6 @@ def rate(work: Work) -> float:
     begun = time.process_time()
     done = work()
     return done / (time.process_time() - begun)
-
-
-@contextmanager
-def peer_of(command: str | None) -> Iterator[Answer | None]:
-    """What asks another implementation to do a case once."""
-    if command is None:
-        yield None
-        return
-    process = subprocess.Popen(shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    lines, answers = process.stdin, process.stdout
-
-    def ask(case: str) -> dict[str, Any]:
-        lines.write(f"{case}\n")
-        lines.flush()
-        answer: dict[str, Any] = json.loads(answers.readline())
-        return answer
-
-    try:
-        yield ask
-    finally:
-        lines.close()
-        process.wait()
 
 
 def measure(case: str, blocks: int, peer: Answer | None, name: str, command: str) -> list[dict[str, Any]]:

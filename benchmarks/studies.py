@@ -27,19 +27,16 @@ EVALUATE_EVERY = 5_000  # updates
 EPOCH = 1_000  # updates
 
 
-def study_parser(benchmark: str, description: str | None) -> argparse.ArgumentParser:
+def pack_parser(benchmark: str, description: str | None) -> argparse.ArgumentParser:
     """The options of every benchmark that trains packs of seeds."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{benchmark}", description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--updates", type=int, default=20_000, help="of every run (default: %(default)s)")
     parser.add_argument("--hidden", type=int, nargs="+", default=[256, 256], help="actor's and critics' hidden widths")
-    parser.add_argument("--rollout-batch", type=int, help="starts per epoch (default: the methods')")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method, one pack (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the first one")
     parser.add_argument("--episodes", type=int, default=10, help="of an evaluation (default: %(default)s)")
-    parser.add_argument("--dynamics-epochs", type=int, help="most for the ensemble (default: until it stops)")
     parser.add_argument("--at-once", type=int, default=1, help="packs trained at a time (default: %(default)s)")
     parser.add_argument("--name", default=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
                         help="of the studies; with the name of an earlier call its studies are resumed")  # fmt: skip
@@ -49,14 +46,23 @@ def study_parser(benchmark: str, description: str | None) -> argparse.ArgumentPa
     return parser
 
 
-def pack_words(args: argparse.Namespace, updates: int) -> list[str]:
-    """The words behind `offsweep train` for what `study_parser` asks: a pack of seeds in this process, its schedule,
-    widths and evaluations."""
-    epoch = math.gcd(updates, EPOCH)
+def study_parser(benchmark: str, description: str | None) -> argparse.ArgumentParser:
+    """Those, and what benchmarks of offline methods have besides."""
+    parser = pack_parser(benchmark, description)
+    parser.add_argument("--updates", type=int, default=20_000, help="of every run (default: %(default)s)")
+    parser.add_argument("--rollout-batch", type=int, help="starts per epoch (default: the methods')")
+    parser.add_argument("--dynamics-epochs", type=int, help="most for the ensemble (default: until it stops)")
+    return parser
+
+
+def pack_words(args: argparse.Namespace, updates: int, evaluate_every: int = EVALUATE_EVERY) -> list[str]:
+    """The words behind `offsweep train` for what `pack_parser` asks: a pack of seeds in this process, its schedule,
+    widths and evaluations, which are so many updates apart."""
+    epoch = math.gcd(updates, evaluate_every, EPOCH)
     return [
         f"seed={args.seed}", f"num_seeds={args.seeds}", f"method.num_updates={updates}",
         f"method.updates_per_epoch={epoch}", f"method.hidden=[{','.join(map(str, args.hidden))}]",
-        f"evaluation.every_epochs={max(1, EVALUATE_EVERY // epoch)}", f"evaluation.episodes={args.episodes}",
+        f"evaluation.every_epochs={max(1, evaluate_every // epoch)}", f"evaluation.episodes={args.episodes}",
         "compute.num_learners=0", f"compute.runs_per_pack={args.seeds}", f"compute.threads={args.threads}",
     ]  # fmt: skip
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 _RESAMPLES = 10_000
 
@@ -36,13 +37,50 @@ def paired_ratio(numerators: Sequence[float], denominators: Sequence[float], see
         numerators, denominators: above 0, in the same order.
         seed: of the resamples.
     """
+    logs = np.log(np.asarray(numerators, np.float64) / np.asarray(denominators, np.float64))
+    mean, bootstrap, student = _intervals(logs, seed)
+    return Ratio(math.exp(mean), _exp(bootstrap), _exp(student))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean difference of paired numbers, with the same intervals as a `Ratio`."""
+
+    mean: float
+    bootstrap: tuple[float, float]
+    student: tuple[float, float]
+
+    @property
+    def above_zero(self) -> bool:
+        """Whether the wider interval, Student's, lies above 0."""
+        return self.student[0] > 0
+
+
+def paired_difference(values: Sequence[float], references: Sequence[float], seed: int = 0) -> Difference:
+    """How much greater the values are than what was measured in pairs with them, such as by seed.
+
+    Args:
+        values, references: in the same order.
+        seed: of the resamples.
+    """
+    return Difference(*_intervals(np.asarray(values, np.float64) - np.asarray(references, np.float64), seed))
+
+
+Interval = tuple[float, float]
+
+
+def _intervals(values: NDArray[np.float64], seed: int) -> tuple[float, Interval, Interval]:
+    """The mean, and of 95 % the bootstrap's interval and Student's."""
     from scipy.stats import t  # takes half a second to load
 
-    logs = np.log(np.asarray(numerators, np.float64) / np.asarray(denominators, np.float64))
-    n, mean = len(logs), float(logs.mean())
+    n, mean = len(values), float(values.mean())
     if n == 1:
-        return Ratio(math.exp(mean), (math.nan, math.nan), (math.nan, math.nan))
-    drawn = logs[np.random.default_rng(seed).integers(n, size=(_RESAMPLES, n))].mean(1)
-    low, high = np.exp(np.quantile(drawn, (0.025, 0.975)))
-    half = float(t.ppf(0.975, n - 1)) * float(logs.std(ddof=1)) / math.sqrt(n)
-    return Ratio(math.exp(mean), (float(low), float(high)), (math.exp(mean - half), math.exp(mean + half)))
+        return mean, (math.nan, math.nan), (math.nan, math.nan)
+    drawn = values[np.random.default_rng(seed).integers(n, size=(_RESAMPLES, n))].mean(1)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    half = float(t.ppf(0.975, n - 1)) * float(values.std(ddof=1)) / math.sqrt(n)
+    return mean, (float(low), float(high)), (mean - half, mean + half)
+
+
+def _exp(interval: Interval) -> Interval:
+    return math.exp(interval[0]), math.exp(interval[1])

@@ -24,6 +24,8 @@ from benchmarks import (
     run,
     true_dynamics,
     true_dynamics_speed,
+    vgdf_scores,
+    vgdf_speed,
 )
 from envs.errors import UserError
 from envs.toys import Refrigerator
@@ -374,3 +376,56 @@ def test_learners_with_a_synthetic_source_are_those_without_and_share_its_stage(
             assert (m.diffusion.features, m.diffusion.num_updates) == (32, 500)
             unguided = configs[replace(case, source="unguided")].method
             assert (m.diffusion, m.sampler, m.synthetic) == (unguided.diffusion, unguided.sampler, unguided.synthetic)
+
+
+def test_a_full_run_of_vgdf_is_the_sum_of_its_parts():
+    """The number of gradient steps is counted anew here: every refit's epochs times its minibatches."""
+    lines = [{"case": f"refit/{rows}/float32", "value": 100.0} for rows in vgdf_speed.ROWS]
+    lines += [{"case": f"update/{gate}/1/float32", "value": rate} for gate, rate in (("shut", 200.0), ("open", 50.0))]
+    lines += [{"case": f"step/{domain}/float32", "value": 1000.0} for domain in ("source", "target")]
+    hours = vgdf_speed.full_run(lines, "value", "float32")
+    steps = 0
+    for t in range(500, 1_000_001, 250):  # at t = 250 the source holds 251 rows, less than a batch
+        rows = t // 10 + 1
+        train = rows - rows // 10
+        steps += (max(0, 5 - t // 150_000) + 2) * ((train + 255) // 256)
+    assert steps == pytest.approx(2_284_868, rel=1e-3)  # counted independently of this project
+    assert hours["refits"] == pytest.approx(steps / 100 / 3600)
+    assert hours["updates"] == pytest.approx((100_000 / 200 + 900_000 / 50) / 3600)
+    assert hours["environments"] == pytest.approx(1100 / 3600)
+    assert hours["evaluations"] == pytest.approx(500 / 3600)
+
+
+def vgdf_args(*words):
+    return vgdf_scores.build_parser().parse_args(["--robots", "Hopper", "--scale", "0.1", *words])
+
+
+def test_finetune_takes_the_source_steps_and_then_a_tenth_of_them_in_the_target():
+    args = vgdf_args("--methods", "zero-shot")
+    (case,) = [case for case in vgdf_scores.cases_of(args) if case.shift == "kinematic"]
+    config = load_config([], vgdf_scores.overrides(case, args))
+    m = config.method
+    assert (m.num_updates, m.source_steps(m.num_updates), m.target_steps(m.num_updates)) == (110_000, 100_000, 10_000)
+    assert m.target_steps(100_000) == 0
+    assert m.updates_per_epoch * config.evaluation.every_epochs == 2_000
+    alone = vgdf_scores.Case("Hopper", "kinematic", "target-only", "v5")
+    m = load_config([], vgdf_scores.overrides(alone, args)).method
+    assert (m.source_steps(m.num_updates), m.target_steps(m.num_updates)) == (0, 10_000)
+
+
+def test_claims_are_counted_over_the_targets():
+    kinematic, morphology = (f"offsweep/Hopper-{shift}-v5" for shift in vgdf_scores.SHIFTS)
+    scores = {
+        (kinematic, "vgdf"): [10.0, 12.0], (morphology, "vgdf"): [10.0, 10.0],
+        (kinematic, "finetune"): [11.5, 11.5], (morphology, "finetune"): [1.0, 2.0],
+        (kinematic, "mix"): [13.0, 13.0], (morphology, "mix"): [3.0, 3.0],
+    }  # fmt: skip
+    densities = {kinematic: [-3.0, -5.0], morphology: [-1.0, -2.0]}
+    args = vgdf_args()
+    lines = {line["case"]: line for line in vgdf_scores.claim_lines(scores, densities, ["Hopper"], "v5", args, "x")}
+    finetune = lines["claim/Finetune above VGDF"]
+    assert (finetune["holds"], finetune["cases"], finetune["paper_holds"], finetune["paper_cases"]) == (1, 2, 2, 8)
+    assert lines["claim/VGDF above Mix on morphology targets"]["holds"] == 1
+    assert lines["claim/VGDF above Mix on kinematic targets"]["holds"] == 0
+    assert lines["claim/fictitious values closer to the source's on morphology than on kinematic targets"]["holds"] == 1
+    assert "claim/VGDF above Zero-shot" not in lines  # which was not trained

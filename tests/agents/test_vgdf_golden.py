@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
-from agents.domain_sac import DomainBatch, DomainSAC, DomainSACHyperparameters, DomainSACSettings
+from agents.domain_sac import DomainSAC, DomainSACHyperparameters, DomainSACSettings, even_batch
 from agents.value_proximity import ValueGate, fictitious_values, proximity
 from envs.termination import termination_rule
 from tests.agents.golden_values import assert_moved_alike, close, drawn_layers, fill
@@ -68,7 +69,8 @@ def tensor(values: Any) -> Tensor:
     return torch.from_numpy(np.asarray(values)).unsqueeze(0)
 
 
-def test_the_whole_update() -> None:
+@pytest.mark.parametrize("form", ["quantile", "topk"])
+def test_the_whole_update(form: str) -> None:
     x, golden = draw(), np.load(GOLDEN)
     sac = learner(x, optimistic=True)
     gate = ValueGate("code", "quantile", 0.25, "batch", termination_rule("Walker2d-v5"))
@@ -83,21 +85,21 @@ def test_the_whole_update() -> None:
         near = proximity(value, fictitious)
         close(near.log_density.exp().mean(), golden[f"likelihood.{t}"], 1e-5, f"density at {t}")
         close((near.mean - near.value).abs().mean(), golden[f"value_difference.{t}"], 1e-5, f"gap at {t}")
-        weight = gate.open_weights(rows, BATCH)
+        batch = even_batch(rows, BATCH)
         if t > START_GATE:
 
             def predict(rows: Tensor, made: tuple[Tensor, Tensor] = prediction) -> tuple[Tensor, Tensor]:
                 return made
 
-            weight, shown = gate.weights(sac, predict, rows, BATCH, targets, noise[:0], True)
+            batch, shown = gate(sac, predict, rows, BATCH, targets, noise[:0], True)
             torch.testing.assert_close(shown["gate/value_gap"][0], (near.mean - near.value).abs().mean())
             # rows that rank the same by topk
-            ranked, _ = ValueGate("code", "topk", 0.25, "batch", gate.termination).weights(
-                sac, predict, rows, BATCH, targets, noise[:0], False
-            )
-            assert torch.equal(ranked, weight)
-        assert weight[0, :BATCH].nonzero().flatten().tolist() == golden[f"chosen.{t}"].tolist()
-        batch = DomainBatch(rows, BATCH, weight)
+            by_rank = ValueGate("code", "topk", 0.25, "batch", gate.termination)
+            ranked, _ = by_rank(sac, predict, rows, BATCH, targets, noise[:0], False)
+            assert torch.equal(ranked.weight_MB, batch.weight_MB)
+            if form == "topk":
+                batch = ranked
+        assert batch.weight_MB[0, :BATCH].nonzero().flatten().tolist() == golden[f"chosen.{t}"].tolist()
         metrics = sac.update(batch, noise, t % 2, with_metrics=True, targets=targets)
         assert metrics is not None
         close(metrics["critic_loss"], golden[f"loss_value.{t}"], 1e-5, f"critic loss at {t}")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from sweeps.statistics import paired_ratio
+from sweeps.statistics import paired_difference, paired_ratio
 
 
 def test_a_ratio_is_that_of_the_pairs_and_its_intervals_surround_it():
@@ -33,3 +33,13 @@ def test_one_pair_has_no_interval():
     assert ratio.mean == pytest.approx(1.5)
     assert math.isnan(ratio.student[0])
     assert not ratio.below_one
+
+
+def test_a_difference_is_that_of_the_pairs():
+    difference = paired_difference([1.0, -2.0, 7.0], [0.0, -4.0, 4.0])  # 1, 2, 3
+    assert difference.mean == pytest.approx(2.0)
+    half = 4.30265273 / math.sqrt(3)
+    assert difference.student == pytest.approx((2 - half, 2 + half))
+    assert difference.bootstrap == pytest.approx((1.0, 3.0))
+    assert not difference.above_zero
+    assert paired_difference([1.1, 1.0, 1.2], [0.0, 0.0, 0.0]).above_zero

@@ -1,0 +1,245 @@
+"""Speed of VGDF: gradient steps of its dynamics, its updates, its environment steps and all of it together, and what a
+full run of 1,000,000 source and 100,000 target steps takes by these.
+
+HalfCheetah's 17 observations and 6 actions, the released settings, one thread:
+
+- `refit/<rows>/<precision>`: gradient steps per CPU-second of a refit of 7 networks of 4 x 200 on so many target rows,
+  its draws, gathers and holdout errors included; two epochs, the fewest that the released schedule takes;
+- `update/<gate>/<pack>/<precision>`: updates of runs per CPU-second on 128 source and 128 target rows, gathered, with
+  the policies every second time; while the gate is `shut` nobody asks for fictitious values, and behind it (`open`)
+  they filter the source rows;
+- `step/<domain>`: environment steps per CPU-second, the policy's draw of an action included;
+- `full/<precision>`: CPU hours of a run, by its parts.
+
+Data are drawn: how long a product takes does not depend on what is learned, and targets that cannot be learned end
+every refit after its fewest epochs. The first `full` line is therefore a lower bound, as is the reference's.
+
+`float32` and `mixed` take turns, and with them another implementation, if `--peer COMMAND` names one: a program that
+answers each line of its standard input, a case without its pack and precision (`refit 2000`, `update open`,
+`step source`), by doing that once and printing a JSON object with `done` and `cpu_seconds`. `--peer-name` says what it
+is. Without a peer the reference is `float32`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from agents.chunk import PRECISIONS, matrix_precision
+from agents.cpu import configure_cpu
+from agents.domain_sac import DomainBatch, DomainSAC, DomainSACConfig, make_domain_sac
+from agents.randomness import generator
+from agents.replay import Replay, transition_rows
+from agents.target_dynamics import TargetDynamics, TargetDynamicsConfig
+from agents.value_proximity import ValueGate
+from benchmarks.common import Answer, peer_of, print_line, record, spread
+from envs.episodes import make_env
+from envs.termination import never_done
+
+BENCHMARK = "vgdf_speed"
+OBS, ACT, BATCH = 17, 6, 128
+ROWS = (2_000, 20_000, 100_000)  # of the target replay
+PACKS = (1, 3)
+UPDATES, STEPS = 50, 1_000  # of a measurement
+ENVIRONMENTS = {"source": "offsweep/HalfCheetah-v5", "target": "offsweep/HalfCheetah-kinematic-v5"}
+LATE = 10_000_000  # an update at which the schedule has no patience left
+# a full run: source steps, of which so many before the gate; steps per target step; evaluation every so many updates
+FULL, SHUT, GAMMA, EVALUATE_EVERY, EVALUATION_STEPS = 1_000_000, 100_000, 10, 10_000, 5_000
+CASES = tuple(
+    [f"refit {rows}" for rows in ROWS]
+    + [f"update {gate} {pack}" for gate in ("shut", "open") for pack in PACKS]
+    + [f"step {domain}" for domain in ENVIRONMENTS]
+)
+
+Work = Callable[[], int]  # does something once, and says how much of it that was
+
+
+def drawn_rows(count: int) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(count)
+    obs, next_obs = (torch.randn(count, OBS, generator=draw) for _ in range(2))
+    action, reward = torch.rand(count, ACT, generator=draw) * 2 - 1, torch.randn(count, generator=draw)
+    return transition_rows(obs, action, reward, torch.zeros(count), next_obs)
+
+
+def refitting(rows: int, precision: str) -> Work:
+    dynamics, data = TargetDynamics(TargetDynamicsConfig(precision=precision), [0], OBS, ACT), drawn_rows(rows)
+    t = LATE
+
+    def work() -> int:
+        nonlocal t
+        t += 1
+        (metrics,) = dynamics.refit([data], t)
+        return int(metrics["dynamics/gradient_steps"])
+
+    return work
+
+
+def learner(pack: int) -> DomainSAC:
+    config = DomainSACConfig(actor_every=2, max_grad_norm=100.0)
+    return make_domain_sac([config] * pack, range(pack), OBS, ACT, optimistic=True)
+
+
+def updating(gate: str, pack: int, precision: str) -> Work:
+    sac, dynamics = learner(pack), TargetDynamics(TargetDynamicsConfig(precision=precision), range(pack), OBS, ACT)
+    filtered, values = gate == "open", ValueGate("code", "topk", 0.25, "batch", never_done)
+    replays = [Replay(torch.empty(0, 2 * OBS + ACT + 2), pack, 20_000) for _ in range(2)]
+    for replay in replays:
+        for m in range(pack):
+            replay.add(m, drawn_rows(20_000))
+    starts = torch.arange(pack).unsqueeze(1) * 20_000
+    draw = generator(0, "benchmark")
+
+    def work() -> int:
+        with matrix_precision(precision):
+            noise = torch.randn(UPDATES, sac.num_noises, pack, 2 * BATCH, ACT, generator=draw)
+            indices = torch.randint(20_000, (UPDATES, 2, pack, BATCH), generator=draw) + starts
+            for i in range(UPDATES):
+                drawn = [replay.gather(at) for replay, at in zip(replays, indices[i], strict=True)]
+                rows = torch.cat(drawn, 1)
+                targets = sac.targets(rows, noise[i, 0])
+                if filtered:
+                    weight, _ = values.weights(sac, dynamics.predict, rows, BATCH, targets, noise[i], False)
+                else:
+                    weight = values.open_weights(rows, BATCH)
+                sac.update(DomainBatch(rows, BATCH, weight), noise[i], i % 2, targets=targets)
+        return UPDATES * pack
+
+    return work
+
+
+def stepping(domain: str) -> Work:
+    env, sac = make_env(ENVIRONMENTS[domain]), learner(1)
+    obs, _ = env.reset(seed=0)
+    draw = generator(0, "benchmark")
+
+    def work() -> int:
+        nonlocal obs
+        noise = torch.randn(STEPS, 1, 1, ACT, generator=draw)
+        for i in range(STEPS):
+            x = torch.as_tensor(obs, dtype=torch.float32).view(1, 1, -1)
+            action = sac.sample_actions(x, noise[i]).view(-1).numpy()
+            obs, _, terminated, truncated, _ = env.step(action)
+            if terminated or truncated:
+                obs, _ = env.reset()
+        return STEPS
+
+    return work
+
+
+def works_of(case: str) -> dict[str, Work]:
+    """What a case does, by precision."""
+    kind, *more = case.split()
+    if kind == "refit":
+        return {precision: refitting(int(more[0]), precision) for precision in PRECISIONS}
+    if kind == "update":
+        return {precision: updating(more[0], int(more[1]), precision) for precision in PRECISIONS}
+    return {"float32": stepping(more[0])}
+
+
+def rate(work: Work) -> float:
+    begun = time.process_time()
+    done = work()
+    return done / (time.process_time() - begun)
+
+
+def measure(case: str, blocks: int, peer: Answer | None, name: str, command: str) -> list[dict[str, Any]]:
+    """The lines of a case, one for each precision."""
+    kind = case.split()[0]
+    asked = " ".join(case.split()[:2])
+    works = works_of(case)
+    rates: dict[str, list[float]] = {precision: [] for precision in works}
+    theirs: list[float] = []
+    for block in range(blocks + 1):  # the first is not counted
+        if peer is not None:
+            answer = peer(asked)
+            theirs += [answer["done"] / answer["cpu_seconds"]] if block else []
+        for precision, work in works.items():
+            per_second = rate(work)
+            rates[precision] += [per_second] if block else []
+    against = theirs or rates["float32"]
+    unit = {"refit": "gradient steps", "update": "updates of a run", "step": "environment steps"}[kind]
+    lines = []
+    for precision, mine in rates.items():
+        paired = [a / b for a, b in zip(mine, against, strict=True)]
+        lines.append(record(
+            BENCHMARK, "/".join([*case.split(), precision]), statistics.median(mine), f"{unit} per CPU-second",
+            statistics.median(against), 1, command, reference_is=name if theirs else "ours in float32, in turns",
+            blocks=blocks, **spread("value", mine), **spread("reference", against), **spread("ratio", paired),
+            ratio_median=statistics.median(paired), load_average=os.getloadavg()[0],
+        ))  # fmt: skip
+    return lines
+
+
+def full_run(lines: Sequence[dict[str, Any]], side: str, precision: str) -> dict[str, float]:
+    """CPU hours of a full run of one member by its parts, from the measured rates.
+
+    Args:
+        side: "value" or "reference", whose rates count.
+        precision: of the lines that count.
+    """
+    rates = {line["case"]: line[side] for line in lines}
+    seconds = [1 / rates[f"refit/{rows}/{precision}"] for rows in ROWS]
+    config, refits = TargetDynamicsConfig(), 0.0
+    for t in range(0, FULL + 1, config.refit_every):
+        rows = t // GAMMA + 1
+        held = int(rows * config.holdout_fraction)
+        if t + 1 >= config.batch_size and held:
+            steps = (config.patience_at(t) + 2) * -(-(rows - held) // config.batch_size)
+            refits += steps * float(np.interp(rows, ROWS, seconds))
+    parts = {
+        "refits": refits,
+        "updates": SHUT / rates[f"update/shut/1/{precision}"] + (FULL - SHUT) / rates[f"update/open/1/{precision}"],
+        "environments": FULL / rates["step/source/float32"] + FULL / GAMMA / rates["step/target/float32"],
+        "evaluations": FULL / EVALUATE_EVERY * EVALUATION_STEPS / rates["step/target/float32"],
+    }
+    return {name: value / 3600 for name, value in parts.items()}
+
+
+def full_lines(lines: Sequence[dict[str, Any]], name: str, command: str) -> list[dict[str, Any]]:
+    made = []
+    for precision in PRECISIONS:
+        mine, theirs = (full_run(lines, side, precision) for side in ("value", "reference"))
+        made.append(record(
+            BENCHMARK, f"full/{precision}", sum(mine.values()), "CPU hours of a run, at least", sum(theirs.values()), 1,
+            command, reference_is=name, source_steps=FULL, target_steps=FULL // GAMMA, schedule="released",
+            parts=mine, reference_parts=theirs,
+        ))  # fmt: skip
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{BENCHMARK}", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    parser.add_argument("--blocks", type=int, default=3, help="measurements of each thing (default: %(default)s)")
+    parser.add_argument("--peer", help="command of another implementation")
+    parser.add_argument("--peer-name", default="another implementation", help="repository and commit")
+    args = parser.parse_args(argv)
+    if args.blocks < 1:
+        parser.error("blocks must be greater than 0")
+    configure_cpu(1)
+    command, lines = f"python -m benchmarks.{BENCHMARK} --blocks {args.blocks}", []
+    with peer_of(args.peer) as peer, torch.inference_mode():
+        for i, case in enumerate(args.cases, start=1):
+            print(f"[{i}/{len(args.cases)}] {case}", file=sys.stderr, flush=True)
+            for line in measure(case, args.blocks, peer, args.peer_name, f"{command} --cases '{case}'"):
+                lines.append(line)
+                print_line(line)
+    if set(args.cases) == set(CASES):
+        for line in full_lines(lines, args.peer_name if args.peer else "ours in float32, in turns", command):
+            print_line(line)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
