@@ -121,14 +121,6 @@ class DomainBatch(NamedTuple):
     learned_MR: Tensor | None = None
 
 
-def even_batch(rows_MBW: Tensor, num_source: int) -> DomainBatch:
-    """Rows of both domains, the critics' loss being the sum of the domains' means."""
-    m, batch, _ = rows_MBW.shape
-    weight = rows_MBW.new_full((m, batch), 1.0 / max(1, batch - num_source))
-    weight[:, :num_source] = 1.0 / max(1, num_source)
-    return DomainBatch(rows_MBW, num_source, weight)
-
-
 class Targets(NamedTuple):
     """What the critics of a minibatch are drawn to, and what it is made of."""
 

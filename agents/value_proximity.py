@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from agents.domain_sac import DomainBatch, DomainSAC, Targets, even_batch
+from agents.domain_sac import DomainBatch, DomainSAC, Targets
 from agents.model_free import bellman_target
 
 FORMS = ("code", "paper")
@@ -174,18 +174,18 @@ class ValueGate:
     termination: Callable[[Tensor], Tensor]
 
     def __call__(
-        self, sac: DomainSAC, predict: Prediction, rows_MBW: Tensor, num_source: int, targets: Targets,
+        self, sac: DomainSAC, predict: Prediction, batch: DomainBatch, targets: Targets,
         noise_KMBA: Tensor, with_metrics: bool,
     ) -> tuple[DomainBatch, dict[str, Tensor]]:  # fmt: skip
-        """A minibatch of both domains whose source rows are filtered, and metrics `(M,)`.
+        """The minibatch with its source rows filtered, and metrics `(M,)`.
 
         Args:
             predict: the target's dynamics of `[s, a]` (see `agents.target_dynamics`).
-            rows_MBW: source rows first.
+            batch: of both domains; each row's weight is 1 over the number of its domain's.
             targets: of all of them.
             noise_KMBA: draws, at least `num_fictitious_noises`.
         """
-        s, a = sac.observation_dim, sac.action_dim
+        s, a, num_source, rows_MBW = sac.observation_dim, sac.action_dim, batch.num_source, batch.rows_MBW
         source = rows_MBW[:, :num_source]
         fictitious = fictitious_values(
             sac, source[..., :s], predict(source[..., : s + a]), self.termination, self.form, noise_KMBA
@@ -197,7 +197,7 @@ class ValueGate:
             value = torch.addcmul(value, done, value, value=-1.0)
         near = proximity(value, fictitious)
         accepted = accept(near.log_density, self.keep_fraction, self.gate)
-        weight_MB = even_batch(rows_MBW, num_source).weight_MB
+        weight_MB = batch.weight_MB.clone()
         if self.loss_weight == "accepted":
             weight_MB[:, :num_source] = accepted.passes_MB / num_kept(self.keep_fraction, num_source)
         else:
@@ -206,5 +206,5 @@ class ValueGate:
         if accepted.index_MR is not None:
             of_target = torch.arange(num_source, rows_MBW.shape[1], device=rows_MBW.device)
             learned = torch.cat((accepted.index_MR, of_target.expand(len(rows_MBW), -1)), 1)
-        batch = DomainBatch(rows_MBW, num_source, weight_MB, learned)
-        return batch, gate_metrics(near, accepted) if with_metrics else {}
+        filtered = batch._replace(weight_MB=weight_MB, learned_MR=learned)
+        return filtered, gate_metrics(near, accepted) if with_metrics else {}
