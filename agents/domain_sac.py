@@ -153,7 +153,9 @@ class CriticPenalty(Protocol):
 class ActorPenalty(Protocol):
     """Something else in the policy's loss, such as behaviour cloning."""
 
-    num_noises: int  # standard normal draws (M, B, A) that it takes of an update
+    @property
+    def num_noises(self) -> int:
+        """Standard normal draws (M, B, A) that it takes of an update."""
 
     def __call__(
         self, sac: DomainSAC, batch: DomainBatch, out_MBO: Tensor, value_MB: Tensor, noise_KMBA: Tensor

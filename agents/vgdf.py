@@ -11,8 +11,8 @@ the target's dynamics would lead to:
     source policy  pi^E, toward max_k Q_k: acts in an online source, by which states are visited that may turn out well
 
 (equations 4-8 and algorithm 1; the update is `agents.domain_sac`'s, the loop `agents.cross_domain`'s.) Variant `code`
-follows the released code, Kavka1/VGDF 9f65d60, `paper` the paper's equations, and `mix` learns from all source rows: the
-paper's ablation, which needs no ensemble. What the release does by mistake is left out unless it is asked for:
+follows the released code, Kavka1/VGDF 9f65d60, `paper` the paper's equations, and `mix` learns from all source rows:
+the paper's ablation, which needs no ensemble. What the release does by mistake is left out unless it is asked for:
 `gate=quantile` filters by densities that may be 0 in float32, `time_limit_terminals=true` makes ends by a time limit
 terminals. Its termination rule of Hopper takes the absolute value of a comparison; the environment's is used here.
 
@@ -64,8 +64,8 @@ class VGDFConfig(CrossDomainConfig, DomainSACConfig):
         check_not_negative(self, "start_gate")
         if not 0 < self.keep_fraction < 1:
             raise UserError(
-                f"method.keep_fraction={self.keep_fraction} must lie between 0 and 1; to learn from all source rows set "
-                "method.filter=none"
+                f"method.keep_fraction={self.keep_fraction} must lie between 0 and 1; set method.filter=none to "
+                "learn from all source rows"
             )
         if not self.updates_per_target_step:
             raise UserError("method.updates_per_target_step=0 never steps in the target, which is learned from; set 1")
