@@ -16,6 +16,7 @@ agent/vgdf.py and `VGDF_BC_Agent` of agent/vgdf_bc.py (once with and once withou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,10 @@ def learner(x: dict[str, Any], optimistic: bool) -> DomainSAC:
     return sac
 
 
+def given(prediction: tuple[Tensor, Tensor]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    return lambda _: prediction
+
+
 def tensor(values: Any) -> Tensor:
     return torch.from_numpy(np.asarray(values)).unsqueeze(0)
 
@@ -89,16 +94,12 @@ def test_the_whole_update(form: str) -> None:
         close((near.mean - near.value).abs().mean(), golden[f"value_difference.{t}"], 1e-5, f"gap at {t}")
         batch = joined(rows[:, :BATCH], rows[:, BATCH:])
         if t > START_GATE:
-
-            def predict(rows: Tensor, made: tuple[Tensor, Tensor] = prediction) -> tuple[Tensor, Tensor]:
-                return made
-
             even = batch
-            batch, shown = gate(sac, predict, batch, targets, noise[:0], True)
+            batch, shown = gate(sac, given(prediction), batch, targets, noise[:0], True)
             torch.testing.assert_close(shown["gate/value_gap"][0], (near.mean - near.value).abs().mean())
             # rows that rank the same by topk
             by_rank = ValueGate("code", "topk", 0.25, "batch", gate.termination)
-            ranked, _ = by_rank(sac, predict, even, targets, noise[:0], False)
+            ranked, _ = by_rank(sac, given(prediction), even, targets, noise[:0], False)
             assert torch.equal(ranked.weight_MB, batch.weight_MB)
             if form == "topk":
                 batch = ranked
@@ -129,7 +130,7 @@ def test_the_policy_that_also_clones(case: str, scale: str) -> None:
         noise = torch.from_numpy(x["noise"][t]).unsqueeze(1)
         targets, batch = sac.targets(rows, noise[0]), joined(rows[:, :BATCH], rows[:, BATCH:])
         if t > START_GATE:
-            batch, _ = gate(sac, lambda _, made=prediction: made, batch, targets, noise[:0], False)
+            batch, _ = gate(sac, given(prediction), batch, targets, noise[:0], False)
         metrics = sac.update(batch, noise, t % 2, True, None, cloning, targets)
         assert metrics is not None
         if t % 2 == 0:
