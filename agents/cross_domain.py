@@ -157,7 +157,7 @@ class CrossDomain(ABC):
         source, target: the rows of either domain, a ring for each member; a recorded source's are `real`.
         updater: actor and critics.
         parts: further models by name, selected, saved and restored with the rest; `__init__` of a method adds them.
-        extra_metrics: of each member, logged at the end of the epoch; `refit` may add to them.
+        extra_metrics: of each member, logged at the end of the epoch and then forgotten; `refit` may add to them.
         updates_done: gradient updates so far.
         start_jobs: what steps are taken with.
     """
@@ -314,9 +314,10 @@ class CrossDomain(ABC):
                 for name, value in metrics.items():
                     sums[name] = sums[name] + value if name in sums else value.clone()
         table = _table(sums, looks, self.num_members)
+        extra, self.extra_metrics = self.extra_metrics, [{} for _ in self.seeds]
         return [
             {
-                **{f"train/{name}": value for name, value in row.items()}, **self.extra_metrics[m],
+                **{f"train/{name}": value for name, value in row.items()}, **extra[m],
                 **self._domain_metrics(m, first + count), **timer.metrics(self.num_members),
             }
             for m, row in enumerate(table)

@@ -419,10 +419,12 @@ class _Bench:
         assert isinstance(method, CrossDomain)
         method.start_jobs = self.workers.start_interaction
         setup = self.now() - begun
-        # what other processes do while this one waits is no time of its processor
-        now = time.perf_counter if self.config.compute.num_rollout_workers else self.now
+        # the time of this thread: others of the process may be loading MLflow, and there are few samples. What
+        # workers do while this process waits is no time of its processor at all
+        alone = self.now is time.process_time and not self.config.compute.num_rollout_workers
+        now = time.thread_time if alone else time.perf_counter
         period = config.work_period
-        first = config.num_updates // 2 // period * period
+        middle = first = config.num_updates // 2 // period * period
         missing = method.stand_in(first, RING_FILL_BYTES)
         method.iterate(first, config.collect_every)  # makes the environments, allocates
         per_call = min(period * max(1, UPDATES_AT_ONCE // period), config.num_updates)
@@ -431,6 +433,7 @@ class _Bench:
             begun = now()
             method.iterate(first, per_call)
             times.append((now() - begun) / per_call)
+            first = first + per_call if first + 2 * per_call <= config.num_updates else middle // 2 // period * period
         if smaller is None:
             self._evaluate(method)
         training = memory.peak(self.device)

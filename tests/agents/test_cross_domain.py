@@ -66,6 +66,16 @@ def test_collecting_ahead_asks_for_a_chunk_before_the_updates_that_precede_it():
     assert ("update", 99, 100, 10) in method.log
 
 
+def test_what_a_refit_measures_is_logged_with_its_epoch_alone():
+    class Refitted(Both):
+        def refit(self, t: int) -> None:
+            if t == 70:
+                self.extra_metrics[1]["dynamics/epochs"] = 3.0
+
+    first, second = train(both((0, 1), cls=Refitted), 2)
+    assert [row.get("dynamics/epochs") for row in (*first, *second)] == [None, 3.0, None, None]
+
+
 def test_a_member_learns_the_same_alone_and_in_a_pack():
     pack, alone = both((0, 5)), both((5,))
     train(pack, 2)

@@ -169,7 +169,7 @@ def test_a_plan_measures_iterations_with_filled_rings_of_both_domains(tmp_path: 
     assert isinstance(method, CrossDomain)
     assert method.stand_in(12000, 100 * row) == row * 19800
     assert (method.source.sizes, method.target.sizes) == ([100], [100])
-    measured = measure(config, dataset, ComputeConfig(device="cpu"), Workers(), [1, 2], 1.0, 1e9, 0)
+    measured = measure(config, dataset, ComputeConfig(device="cpu"), Workers(), [1, 2], 1.0, 1e11, 0)
     assert [pack.size for pack in measured.packs] == [1, 2]
     assert 1e-5 < measured.packs[0].update_seconds < 0.1
     console = Console(file=io.StringIO(), width=200)
