@@ -152,7 +152,7 @@ def test_iw_clip_weights_source_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("weighting", ["rows", "mean"])
 def test_h2o_weights_errors_and_the_conservative_term(weighting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = [config("h2o", **s, penalty_weighting=weighting) for s in OWN["h2o"]]
-    method = cast(H2O, H2O(settings, [0, 1], recorded(), {}))
+    method = H2O(settings, [0, 1], recorded(), {})
     seen, source = seen_batches(method, monkeypatch), rows(2)
     method.update(0, source, rows(3), noise(method, 8), True)
     [(batch, penalty)] = seen
