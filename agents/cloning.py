@@ -39,11 +39,8 @@ class BehaviourCloning:
         device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
         self.coefs, self.scale, self.action = list(coefs), scale, action
+        self.num_noises = 1 if action == "sample" else 0
         self._coef_M11 = torch.tensor(self.coefs, dtype=torch.float32, device=device).view(-1, 1, 1)
-
-    @property
-    def num_noises(self) -> int:
-        return 1 if self.action == "sample" else 0
 
     def __call__(
         self, sac: DomainSAC, batch: DomainBatch, out_MBO: Tensor, value_MB: Tensor, noise_KMBA: Tensor

@@ -44,6 +44,7 @@ from agents.replay import Replay
 from envs.errors import UserError
 
 FORMS = ("independent", "residual")
+METRICS = ("sa_classifier_loss", "sas_classifier_loss", "sas_classifier_accuracy")
 _NAMES = ("sa", "sas")
 
 
@@ -82,6 +83,9 @@ class DomainClassifiers:
         seeds: one per member.
         observation_dim, action_dim: S and A.
         device: where everything lives.
+
+    Attributes:
+        shown: metrics of the last training step, as `update` returns them.
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class DomainClassifiers:
         rows = 2 * self.shared.batch_size
         self._noise = Draws(seeds, "classifier noise", (rows, self.noise_width), device)
         self._places = Draws(seeds, "classifier rows", (rows,), device, uniform=True)
+        self.shown = {name: torch.zeros(m, device=device) for name in METRICS}
 
     def _bind(self) -> None:
         device = self.sa.flat.device
@@ -142,8 +147,8 @@ class DomainClassifiers:
         """Whether they are trained before update t."""
         return t >= self.shared.first_update and t % self.shared.train_every == 0
 
-    def train(self, t: int, source: Replay, target: Replay) -> dict[str, Tensor]:
-        """The training step before update t, on rows drawn uniformly from both domains; metrics as `update` has them.
+    def train(self, t: int, source: Replay, target: Replay) -> None:
+        """The training step before update t, on rows drawn uniformly from both domains.
 
         Args:
             source, target: what each member may draw from: the real rows and its ring, at least one row of each.
@@ -152,7 +157,7 @@ class DomainClassifiers:
         places_MR = self._places(step)
         halves = zip((source, target), places_MR.split(self.shared.batch_size, dim=1), strict=True)
         drawn = [replay.gather(_row_numbers(replay, places_MB)) for replay, places_MB in halves]
-        return self.update(drawn[0], drawn[1], self._noise(step))
+        self.shown = self.update(drawn[0], drawn[1], self._noise(step))
 
     @torch.inference_mode()
     def update(self, source_MBW: Tensor, target_MBW: Tensor, noise_MRZ: Tensor) -> dict[str, Tensor]:
@@ -189,9 +194,9 @@ class DomainClassifiers:
             self.optims[name].step()
         sign = 1.0 - 2.0 * is_target
         return {
-            "classifiers/sa_loss": softplus(sign * odds_sa).mean(1),
-            "classifiers/sas_loss": softplus(sign * odds_sas).mean(1),
-            "classifiers/sas_accuracy": (sign * odds_sas < 0).float().mean(1),
+            "sa_classifier_loss": softplus(sign * odds_sa).mean(1),
+            "sas_classifier_loss": softplus(sign * odds_sas).mean(1),
+            "sas_classifier_accuracy": (sign * odds_sas < 0).float().mean(1),
         }
 
     # ---- members and checkpoints ------------------------------------------------------------------------------
@@ -203,19 +208,22 @@ class DomainClassifiers:
         other.sa, other.sas = self.sa.select(members), self.sas.select(members)
         other.optims = {name: optim.select(getattr(other, name), members) for name, optim in self.optims.items()}
         other._noise, other._places = self._noise.select(members), self._places.select(members)
+        other.shown = {name: values[list(members)] for name, values in self.shown.items()}
         other._bind()
         return other
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes while learning."""
         networks = {name: getattr(self, name).flat for name in _NAMES}
-        return {**networks, **{f"{name}_optim": optim.state_dict() for name, optim in self.optims.items()}}
+        optims = {f"{name}_optim": optim.state_dict() for name, optim in self.optims.items()}
+        return {**networks, **optims, "shown": dict(self.shown)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load in place."""
         for name in _NAMES:
             getattr(self, name).flat.copy_(state[name])
             self.optims[name].load_state_dict(state[f"{name}_optim"])
+        self.shown = {name: values.to(self.sa.flat.device) for name, values in state["shown"].items()}
 
 
 def _log_odds(logits_MBD: Tensor) -> Tensor:

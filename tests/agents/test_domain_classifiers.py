@@ -83,10 +83,10 @@ def test_gradients_are_those_of_the_cross_entropies(form: str) -> None:
             assert leaf.grad is not None
             assert leaf.grad.abs().max() > 1e-4
             torch.testing.assert_close(mine, leaf.grad, rtol=1e-4, atol=1e-6)
-    assert float(metrics["classifiers/sa_loss"]) == pytest.approx(float(losses[0].detach()), rel=1e-5)
-    assert float(metrics["classifiers/sas_loss"]) == pytest.approx(float(losses[1].detach()), rel=1e-5)
+    assert float(metrics["sa_classifier_loss"]) == pytest.approx(float(losses[0].detach()), rel=1e-5)
+    assert float(metrics["sas_classifier_loss"]) == pytest.approx(float(losses[1].detach()), rel=1e-5)
     found = (z_sas.argmax(1) == labels).float().mean()
-    assert float(metrics["classifiers/sas_accuracy"]) == pytest.approx(float(found))
+    assert float(metrics["sas_classifier_accuracy"]) == pytest.approx(float(found))
 
 
 def gaussian_domains(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -555,3 +555,20 @@ def test_a_stage_whose_data_cannot_be_learned_leaves_nothing(workdir: Path):
     (failure,) = LearnerProcess(IN_PROCESS).build_stages([to_dict(config)], "dynamics", dataset_of(config))
     assert "diverged" in str(failure)
     assert set((workdir / "artifacts").rglob("content.pt")) == before
+
+
+def test_a_policy_of_recorded_rows_is_evaluated_in_the_environment_that_is_named(workdir: Path):
+    """Zero-shot transfer: CQL learns from Pendulum's rows and is evaluated where gravity is another."""
+    target = "offsweep/Pendulum-gravity-0.5-v1"
+    values = []
+    for name, words in (("here", []), ("there", [f"evaluation.env_id={target}"])):
+        small = ["method.hidden=[8]", "method.num_actions=2", "method.batch_size=16"]
+        small += ["method.num_updates=20", "method.updates_per_epoch=10", "evaluation.every_epochs=2"]
+        config = load_config([], ["method=cql", f"dataset={DATASET}", f"workdir={workdir}", *small, *words])
+        run = RunSpec("t0000-s0", 0, 0, to_dict(run_config(config, {}, 0)), {"study": name})
+        learner = make_learner(PackSpec("pack", str(workdir / "studies" / name), (run,)))
+        advance_to_the_end(learner)
+        values.append(learner.evaluations["t0000-s0"][-1])
+    digests = [policy_digest(workdir / "studies" / n / "runs" / "t0000-s0" / "policy.npz") for n in ("here", "there")]
+    assert digests[0] == digests[1]
+    assert values[0] != values[1]

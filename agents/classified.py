@@ -1,0 +1,69 @@
+"""What cross-domain methods with domain classifiers share: their training beside actor and critics.
+
+Shapes: M member, B row of a batch, W columns of a row (see `agents.replay`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from agents.cross_domain import CrossDomain, CrossDomainConfig
+from agents.domain_classifiers import ClassifierConfig, DomainClassifiers
+from agents.domain_sac import DomainSACConfig
+from agents.method import TrainingData
+from envs.errors import UserError
+
+
+@dataclass
+class ClassifiedConfig(CrossDomainConfig, DomainSACConfig):
+    """Soft actor-critic from two domains beside classifiers."""
+
+    classifiers: ClassifierConfig = field(default_factory=ClassifierConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.updates_per_target_step < 1:
+            raise UserError(
+                "method.updates_per_target_step=0 takes no steps in the target, of which the classifiers need rows; "
+                "set it to at least 1, such as 10"
+            )
+
+    @property
+    def work_period(self) -> int:
+        return math.lcm(super().work_period, self.classifiers.train_every)
+
+
+class Classified(CrossDomain):
+    """A pack whose classifiers are trained as soon as both domains hold a batch."""
+
+    configs: list[Any]
+
+    def __init__(
+        self,
+        configs: Sequence[Any],
+        seeds: Sequence[int],
+        data: TrainingData,
+        artifacts: Mapping[str, dict[str, Any]],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(configs, seeds, data, artifacts, device)
+        own = [c.classifiers for c in configs]
+        self.parts["classifiers"] = DomainClassifiers(own, seeds, self.observation_dim, self.action_dim, device)
+
+    @property
+    def classifiers(self) -> DomainClassifiers:
+        return cast(DomainClassifiers, self.parts["classifiers"])
+
+    def refit(self, t: int) -> None:
+        if self.classifiers.due(t) and self._ready(t):
+            self.classifiers.train(t, self.source, self.target)
+
+    def with_classifiers(self, metrics: dict[str, Tensor] | None, **further: Tensor) -> dict[str, Tensor] | None:
+        """Metrics with those of the classifiers and further ones `(M,)`; None if none are wanted."""
+        return None if metrics is None else {**metrics, **self.classifiers.shown, **further}
