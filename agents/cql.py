@@ -43,9 +43,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from agents.config import check_choice, check_not_negative, check_positive
+from agents.conservative import conservative_term, squashed_log_density, uniform_actions, uniform_log_density
 from agents.critics import min_value_and_gradient
 from agents.method import TrainingData, per_member
 from agents.model_free import (
@@ -67,8 +67,6 @@ LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
 LOG_STD_OFFSET = -1.0  # what is added to the network's output at the start
 MAX_ALPHA_PRIME = 1e6
 _LARGEST_ACTION = 1.0 - 1e-6  # a squashed density is infinite, or 0, at the bounds
-_HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
-_LOG_2 = math.log(2.0)
 _LAST_GAIN = 1e-2  # of every network's last layer
 
 
@@ -194,7 +192,6 @@ class CQLUpdater(NetworkUpdater):
         self._weight_M1 = member_values([c.cql_alpha for c in self.configs], device).squeeze(-1)
         self._temperature_M11 = member_values([c.cql_temperature for c in self.configs], device)
         self._gap_goal_M = member_values([c.target_action_gap for c in self.configs], device).view(-1)
-        self._has_bounds = shared.min_gap is not None or shared.max_gap is not None
         self._entropy_goal = -float(self.action_dim) if shared.target_entropy is None else shared.target_entropy
         self._scale_M11, self._offset_M11 = (
             stack.flat.view(-1, 1, 1) for stack in (self.log_std_scale, self.log_std_offset)
@@ -240,7 +237,7 @@ class CQLUpdater(NetworkUpdater):
         draws = own_KMnBA[3] if shared.max_target_backup else noise_KMBA[1].unsqueeze(1)
         value = self._next_value(next_obs, _sample(next_policy, draws), with_entropy)
         target = bellman_target(reward, done, value, shared.gamma)
-        uniform = torch.erf(own_KMnBA[0] * math.sqrt(0.5))  # of a standard normal number: uniform in (-1, 1)
+        uniform = uniform_actions(own_KMnBA[0])
         others = (_sample(policy, own_KMnBA[1]), _sample(next_policy, own_KMnBA[2]))
         metrics |= self._write_critic_gradient(obs, action, target, uniform, others)
 
@@ -264,7 +261,7 @@ class CQLUpdater(NetworkUpdater):
             u = action.clamp(-_LARGEST_ACTION, _LARGEST_ACTION).atanh_()
             inverse_std = policy.log_std_MBA.neg().exp_()
             z = (u - policy.mean_MBA).mul_(inverse_std)
-            value, log_prob = -_log_prob(z, policy.log_std_MBA, u), sample.log_prob
+            value, log_prob = -squashed_log_density(z, policy.log_std_MBA, u), sample.log_prob
             grad_u = own * alpha * 2.0
             grad_log_std = torch.addcmul(-alpha, grad_u, sample.scaled_noise) + (1.0 - z * z)
             grad_mean = grad_u - z * inverse_std
@@ -301,7 +298,9 @@ class CQLUpdater(NetworkUpdater):
         actions = torch.cat((action.unsqueeze(1), uniform, *(x.action for x in drawn)), dim=1)  # (M, K, B, A)
         states = obs.unsqueeze(1).expand(m, 1 + 3 * n, batch, self.observation_dim)
         x_GRX = self.critic.spread(torch.cat((states, actions), dim=-1).view(m, (1 + 3 * n) * batch, -1))
-        log_density = torch.cat((uniform.new_full((m, n, batch), -a * _LOG_2), *(x.log_prob for x in drawn)), dim=1)
+        log_density = torch.cat(
+            (uniform.new_full((m, n, batch), uniform_log_density(a)), *(x.log_prob for x in drawn)), dim=1
+        )
         weight_M1 = self._weight_M1
         if shared.lagrange:
             alpha_prime_M1 = self.log_alpha_prime.flat.exp().clamp_(max=MAX_ALPHA_PRIME).unsqueeze(1)
@@ -309,23 +308,18 @@ class CQLUpdater(NetworkUpdater):
         of_members = (log_density, self._temperature_M11, weight_M1, target)
         of_critics = [t.repeat_interleave(2, dim=0) for t in of_members]  # (G, ...)
         values, gaps = [], []
+        bounds = shared.min_gap, shared.max_gap
         for place, part in self.critic.parts(x_GRX.shape[1]):
             log_p, temperature, weight, y = (t[place] for t in of_critics)
             out, inputs = part.forward(x_GRX[place])
             q_GKB = out.view(-1, 1 + 3 * n, batch)
-            q = q_GKB[:, 0]
-            scores = (q_GKB[:, 1:] - log_p if shared.importance_sampling else q_GKB) / temperature
-            gap = torch.logsumexp(scores, dim=1) * temperature.squeeze(1) - q
-            bounded = gap.clamp(shared.min_gap, shared.max_gap) if self._has_bounds else gap
-            pull = (weight / batch) * (bounded == gap)  # a gap beyond its bounds passes no gradient
-            c_GKB = torch.zeros_like(q_GKB)
-            pushed = c_GKB[:, 1:] if shared.importance_sampling else c_GKB
-            torch.mul(scores.softmax(dim=1), pull.unsqueeze(1), out=pushed)
-            c_GKB[:, 0].add_(q - y, alpha=2.0 / batch).sub_(pull)
+            density = log_p if shared.importance_sampling else None
+            gap, c_GKB = conservative_term(q_GKB, density, temperature, weight / batch, bounds)
+            c_GKB[:, 0].add_(q_GKB[:, 0] - y, alpha=2.0 / batch)
             c = c_GKB.view_as(out)
             part.write_gradients(inputs, part.hidden_gradients(inputs, c), c)
             values.append(q_GKB)
-            gaps.append(bounded)
+            gaps.append(gap)
         q_MCKB, gap_M2B = torch.cat(values).view(m, 2, -1, batch), torch.cat(gaps).view(m, 2, batch)
         metrics = {
             "q_mean": q_MCKB[:, :, 0].flatten(1),
@@ -358,13 +352,7 @@ def _sample(policy: _Policy, noise: Tensor) -> _Sample:
         mean, log_std = mean.unsqueeze(1), log_std.unsqueeze(1)
     scaled = log_std.exp() * noise
     u = mean + scaled
-    return _Sample(u.tanh(), _log_prob(noise, log_std, u), scaled)
-
-
-def _log_prob(z: Tensor, log_std: Tensor, u: Tensor) -> Tensor:
-    """log pi of a = tanh(u) with u = mu + sigma z, summed over action dimensions."""
-    terms = torch.addcmul(log_std, z, z, value=0.5).add_((_LOG_2 - u - softplus(-2.0 * u)).mul_(2.0))
-    return terms.add_(_HALF_LOG_2PI).sum(-1).neg_()
+    return _Sample(u.tanh(), squashed_log_density(noise, log_std, u), scaled)
 
 
 class CQL(ModelFree):

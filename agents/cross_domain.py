@@ -28,6 +28,7 @@ Shapes: M member, B row of a batch, K noise, S observation, A action, W columns 
 from __future__ import annotations
 
 import copy
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -83,11 +84,6 @@ class CrossDomainConfig(ScheduleConfig):
         super().__post_init__()
         check_positive(self, "collect_every", "replay_rows")
         check_not_negative(self, "updates_per_target_step", "random_steps")
-        if not self.target:
-            raise UserError(
-                "method.target is missing: name the environment to adapt to, such as "
-                "method.target=offsweep/HalfCheetah-kinematic-v5"
-            )
         if self.updates_per_epoch % self.collect_every:
             raise UserError(
                 f"method.collect_every={self.collect_every} must divide "
@@ -121,6 +117,17 @@ class CrossDomainConfig(ScheduleConfig):
     def learns_from(self, t: int) -> tuple[bool, bool]:
         """Whether update t takes rows of the source, and of the target."""
         return self.uses_source, self.uses_target
+
+    def domain_rows(self, source_is_online: bool) -> int:
+        """Rows of a member's rings, once they are full."""
+        source = self.source_steps(self.num_updates) if source_is_online else 0
+        return min(self.replay_rows, source) + min(self.replay_rows, self.target_steps(self.num_updates))
+
+    @property
+    def work_period(self) -> int:
+        """Iterations after which the work of an iteration repeats: a method that refits models every so often says
+        so."""
+        return math.lcm(self.collect_every, self.updates_per_target_step or 1)
 
     @property
     def batch_rows(self) -> int:
@@ -240,7 +247,12 @@ class CrossDomain(ABC):
 
     @staticmethod
     def check_environment(config: CrossDomainConfig, env_id: str) -> None:
-        """Make sure that both domains exist and have equal spaces."""
+        """Make sure that both domains are named, exist and have equal spaces."""
+        if not config.target:
+            raise UserError(
+                "method.target is missing: name the environment to adapt to, such as "
+                "method.target=offsweep/HalfCheetah-kinematic-v5"
+            )
         check_spaces(env_id, config.target)
 
     @property
@@ -273,19 +285,27 @@ class CrossDomain(ABC):
         return [{} for _ in self.seeds]
 
     def train_epoch(self, epoch: int) -> list[dict[str, float]]:
+        every = self.shared.updates_per_epoch
+        return self.iterate(epoch * every, every)
+
+    def iterate(self, first: int, count: int) -> list[dict[str, float]]:
+        """Some iterations; metrics per member.
+
+        Args:
+            first: number of the first one, a multiple of `collect_every`, as `count` is.
+        """
         cfg: CrossDomainConfig = self.shared
-        first = epoch * cfg.updates_per_epoch
         timer = _Timer()
         sums: dict[str, Tensor] = {}
         looks = 0
-        for t in range(first, first + cfg.updates_per_epoch):
+        for t in range(first, first + count):
             if t % cfg.collect_every == 0:
                 self._interact(t // cfg.collect_every, timer)
             with record_function("refit"):
                 self.refit(t)
             if not self._ready(t):
                 continue
-            look = (t + 1) % METRICS_EVERY == 0 or t + 1 == first + cfg.updates_per_epoch
+            look = (t + 1) % METRICS_EVERY == 0 or t + 1 == first + count
             with matrix_precision(cfg.precision):
                 metrics = self.update(t, *self._batch(t), look)
             self.updates_done += 1
@@ -297,7 +317,7 @@ class CrossDomain(ABC):
         return [
             {
                 **{f"train/{name}": value for name, value in row.items()}, **self.extra_metrics[m],
-                **self._domain_metrics(m, first + cfg.updates_per_epoch), **timer.metrics(self.num_members),
+                **self._domain_metrics(m, first + count), **timer.metrics(self.num_members),
             }
             for m, row in enumerate(table)
         ]  # fmt: skip
@@ -319,12 +339,12 @@ class CrossDomain(ABC):
         with record_function("interaction"):
             started = time.perf_counter()
             if self._ahead is None:
-                collect = self._start(chunk, self._actors())
-                kept = list(range(self.num_members))
+                steps, kept = self._steps_of(chunk), list(range(self.num_members))
+                collect = self._start(steps, self._actors())
             else:
-                collect, kept = self._ahead.collect, self._ahead.kept
+                collect, kept, steps = self._ahead.collect, self._ahead.kept, self._steps_of(self._ahead.chunk)
                 self._ahead = None
-            for domain, result in zip(self._domains(chunk), collect(), strict=True):
+            for (domain, _, _), result in zip(steps, collect(), strict=True):
                 self._take(domain, result, kept, timer)
             last = (chunk + 1) * self.shared.collect_every >= self.shared.num_updates
             if self.shared.asynchronous and not last:
@@ -334,26 +354,25 @@ class CrossDomain(ABC):
 
     def _ask(self, chunk: int, actors: dict[str, Actor]) -> None:
         """Begin a chunk's steps by policies that stay as they are."""
-        self._ahead = _Ahead(chunk, actors, self._start(chunk, actors), list(range(self.num_members)))
+        self._ahead = _Ahead(chunk, actors, self._start(self._steps_of(chunk), actors), list(range(self.num_members)))
 
     def _actors(self) -> dict[str, Actor]:
         return {"source": self.source_policy(), "target": self.target_policy()}
 
-    def _domains(self, chunk: int) -> list[str]:
-        """Those that a chunk has steps in."""
-        return [domain for domain in DOMAINS if self._chunk_steps(domain, chunk)[1]]
+    def _steps_of(self, chunk: int) -> list[tuple[str, int, int]]:
+        """What a chunk has of each domain: the number of its first step there, and how many."""
+        every, steps = self.shared.collect_every, []
+        for domain in DOMAINS:
+            first = self._steps_before(domain, chunk * every)
+            if (count := self._steps_before(domain, (chunk + 1) * every) - first) > 0:
+                steps.append((domain, first, count))
+        return steps
 
-    def _chunk_steps(self, domain: str, chunk: int) -> tuple[int, int]:
-        """Number of the first step of a chunk, and how many it has."""
-        first, end = (self._steps_before(domain, c * self.shared.collect_every) for c in (chunk, chunk + 1))
-        return first, end - first
-
-    def _start(self, chunk: int, actors: Mapping[str, Actor]) -> Collect:
-        jobs = [self._job(domain, chunk, actors[domain]) for domain in self._domains(chunk)]
+    def _start(self, steps: Sequence[tuple[str, int, int]], actors: Mapping[str, Actor]) -> Collect:
+        jobs = [self._job(actors[domain], domain, first, count) for domain, first, count in steps]
         return self.start_jobs(jobs, self.environments) if jobs else list
 
-    def _job(self, domain: str, chunk: int, actor: Actor) -> InteractionJob:
-        first, count = self._chunk_steps(domain, chunk)
+    def _job(self, actor: Actor, domain: str, first: int, count: int) -> InteractionJob:
         return InteractionJob(
             domain, tuple(range(self.num_members)), tuple(self._places), tuple(self.seeds),
             tuple(one.episode for one in self._progress[domain]), on_cpu(actor),
@@ -444,6 +463,40 @@ class CrossDomain(ABC):
             return numbers
         own = numbers + torch.arange(self.num_members, device=self.device).unsqueeze(1) * replay.capacity
         return torch.where(numbers < replay.num_real, numbers, own) if replay.num_real else own
+
+    # ---- measuring ----------------------------------------------------------------------------------------------
+
+    def stand_in(self, t: int, most_bytes: int) -> int:
+        """Fill the rings with copies of a few rows as they are filled at iteration t, so that what follows takes as
+        long; for measurements.
+
+        Args:
+            most_bytes: of the rows of a domain.
+
+        Returns:
+            Bytes that the rings will hold beyond these, in the end.
+        """
+        for domain in DOMAINS:
+            replay = self.replay_of(domain)
+            row_bytes = (4 * replay.width + 2) * self.num_members
+            count = min(self._steps_before(domain, t), replay.capacity - replay.sizes[0], most_bytes // row_bytes)
+            if count > 0:
+                for member, rows in enumerate(self._few_rows(domain)):
+                    replay.add(member, rows.repeat(-(-count // len(rows)), 1)[:count])
+        return sum(
+            (replay.capacity - replay.sizes[0]) * (4 * replay.width + 2) * self.num_members
+            for replay in (self.source, self.target)
+        )
+
+    def _few_rows(self, domain: str) -> list[Tensor]:
+        """Some rows of every member, by uniform actions."""
+        draws = [torch.rand((256, self.action_dim), generator=generator(seed, "stand-in")) for seed in self.seeds]
+        begun = Episode(0, np.empty((0, self.action_dim), np.float32))
+        job = InteractionJob(
+            domain, tuple(range(self.num_members)), tuple(self._places), tuple(self.seeds), (begun,) * self.num_members,
+            on_cpu(self.target_policy()), torch.stack(draws, 1) * 2.0 - 1.0, len(draws[0]),
+        )  # fmt: skip
+        return [torch.from_numpy(rows) for rows in job.run(self.environments).rows_MTW]
 
     # ---- metrics ------------------------------------------------------------------------------------------------
 

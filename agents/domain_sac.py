@@ -117,6 +117,8 @@ class DomainBatch(NamedTuple):
     rows_MBW: Tensor  # source rows first, then target rows
     num_source: int  # of B
     weight_MB: Tensor  # w, of each row in the critics' loss
+    # (M, R) row numbers: those of a member whose weight is not 0, or more. The critics look at no others; None: at all
+    learned_MR: Tensor | None = None
 
 
 class Targets(NamedTuple):
@@ -304,7 +306,12 @@ class DomainSAC:
     ) -> dict[str, Tensor]:  # fmt: skip
         """Step of the critics; metrics."""
         m, n, size = self.num_members, self.settings.num_critics, target_MB.shape[1]
-        rows = batch.rows_MBW[..., : self.observation_dim + self.action_dim]
+        rows, weight_MB = batch.rows_MBW[..., : self.observation_dim + self.action_dim], batch.weight_MB
+        learned = batch.learned_MR
+        if learned is not None:
+            size = learned.shape[1]
+            rows = rows.gather(1, learned.unsqueeze(-1).expand(m, size, rows.shape[-1]))
+            weight_MB, target_MB = weight_MB.gather(1, learned), target_MB.gather(1, learned)
         if penalty is not None:
             rows = torch.cat((rows, penalty.rows(self, batch, noise_KMBA)), 1)
         x_GBX, parts = self.critic.spread(rows), self.critic.parts(rows.shape[1])
@@ -316,7 +323,7 @@ class DomainSAC:
         q_all = (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).view(m, n, -1)
         q_MNB = q_all[..., :size]
         error_MNB = q_MNB - target_MB.unsqueeze(1)
-        grad, shown = (error_MNB * batch.weight_MB.unsqueeze(1)).mul_(self._scalars.two), {}
+        grad, shown = (error_MNB * weight_MB.unsqueeze(1)).mul_(self._scalars.two), {}
         if penalty is not None:
             of_batch, of_rows, measured = penalty.gradient(q_MNB, q_all[..., size:])
             grad, shown = torch.cat((grad.add_(of_batch), of_rows), -1), dict(measured)
@@ -329,10 +336,14 @@ class DomainSAC:
             return {}
         if norm is not None:
             shown["critic_grad_norm"] = norm
-        weighted = error_MNB.square().mul_(batch.weight_MB.unsqueeze(1))
+        weighted_MB = error_MNB.square().mul_(weight_MB.unsqueeze(1)).sum(1)
+        if learned is None:
+            of_source = weighted_MB[:, : batch.num_source]
+        else:
+            of_source = weighted_MB.masked_fill(learned >= batch.num_source, 0.0)
         return shown | {
-            "q_mean": q_MNB.mean((1, 2)), "target_q": target_MB.mean(1), "critic_loss": weighted.sum((1, 2)),
-            "critic_loss_source": weighted[..., : batch.num_source].sum((1, 2)),
+            "q_mean": q_MNB.mean((1, 2)), "target_q": target_MB.mean(1), "critic_loss": weighted_MB.sum(1),
+            "critic_loss_source": of_source.sum(1),
         }  # fmt: skip
 
     def _learn_policies(

@@ -53,14 +53,21 @@ class Replay:
         if len(rows) > self.capacity:
             raise ValueError(f"{len(rows)} rows do not fit a ring of {self.capacity}")
         start, cursor = self._start(member), self._cursors[member]
-        first = min(len(rows), self.capacity - cursor)
-        if tags is None:
-            tags = torch.zeros(len(rows), dtype=torch.int16, device=rows.device)
-        for ring, new in ((self._rows, rows), (self.tags, tags)):
-            ring[start + cursor : start + cursor + first] = new[:first].to(ring.device)
-            ring[start : start + len(new) - first] = new[first:].to(ring.device)
-        self._cursors[member] = (cursor + len(rows)) % self.capacity
-        self.sizes[member] = min(self.sizes[member] + len(rows), self.capacity)
+        count = len(rows)
+        if count == 0:
+            return
+        first = min(count, self.capacity - cursor)
+        for at, begin, end in ((start + cursor, 0, first), (start, first, count)):
+            if begin == end:
+                continue
+            self._rows[at : at + end - begin].copy_(rows[begin:end])
+            place = self.tags[at : at + end - begin]
+            if tags is None:
+                place.zero_()
+            else:
+                place.copy_(tags[begin:end])
+        self._cursors[member] = (cursor + count) % self.capacity
+        self.sizes[member] = min(self.sizes[member] + count, self.capacity)
 
     def keep_newest(self, member: int, count: int) -> None:
         """Forget all rows of a member's ring but the `count` added last."""

@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from agents.domain_sac import DomainSAC, Targets
+from agents.domain_sac import DomainBatch, DomainSAC, Targets
 from agents.model_free import bellman_target
 
 FORMS = ("code", "paper")
@@ -111,18 +111,26 @@ def proximity(value_MB: Tensor, fictitious_MEB: Tensor) -> Proximity:
     return Proximity(log_density.nan_to_num_(nan=-math.inf), mean_MB, std_MB, value_MB)
 
 
-def accept(log_density_MB: Tensor, keep_fraction: float, gate: str) -> tuple[Tensor, Tensor]:
-    """Which rows pass, `(M, B)` of 1 and 0, and the log Lambda from which on they do, `(M,)`.
+class Accepted(NamedTuple):
+    """What the gate lets through."""
+
+    passes_MB: Tensor  # 1 or 0
+    threshold_M: Tensor  # log Lambda from which on rows do
+    index_MR: Tensor | None  # numbers of the rows, where it is known how many they are
+
+
+def accept(log_density_MB: Tensor, keep_fraction: float, gate: str) -> Accepted:
+    """Which rows pass.
 
     Args:
         gate: one of GATES.
     """
     if gate == "topk":
         best, index = log_density_MB.topk(num_kept(keep_fraction, log_density_MB.shape[1]), dim=1)
-        return torch.zeros_like(log_density_MB).scatter_(1, index, 1.0), best[:, -1]
+        return Accepted(torch.zeros_like(log_density_MB).scatter_(1, index, 1.0), best[:, -1], index)
     density = log_density_MB.exp()
     threshold = torch.quantile(density, 1.0 - keep_fraction, dim=1, keepdim=True)
-    return (density > threshold).float(), threshold.squeeze(1).clamp(min=_SMALLEST).log()
+    return Accepted((density > threshold).float(), threshold.squeeze(1).clamp(min=_SMALLEST).log(), None)
 
 
 def num_kept(keep_fraction: float, num_rows: int) -> int:
@@ -130,19 +138,19 @@ def num_kept(keep_fraction: float, num_rows: int) -> int:
     return max(1, round(keep_fraction * num_rows))
 
 
-def gate_metrics(near: Proximity, accepted_MB: Tensor, threshold_M: Tensor) -> dict[str, Tensor]:
+def gate_metrics(near: Proximity, accepted: Accepted) -> dict[str, Tensor]:
     """What the gate does, each `(M,)`: finite as long as values are."""
-    count = accepted_MB.sum(1).clamp(min=1.0)
+    passes_MB = accepted.passes_MB
     quarter = max(1, near.std.shape[1] // 4)
-    smallest = torch.zeros_like(accepted_MB).scatter_(1, near.std.topk(quarter, dim=1, largest=False).indices, 1.0)
+    smallest = torch.zeros_like(passes_MB).scatter_(1, near.std.topk(quarter, dim=1, largest=False).indices, 1.0)
     return {
-        "gate/accepted": accepted_MB.mean(1),
+        "gate/accepted": passes_MB.mean(1),
         "gate/log_density": near.log_density.mean(1),
-        "gate/threshold": threshold_M,
+        "gate/threshold": accepted.threshold_M,
         "gate/fictitious_std": near.std.mean(1),
         "gate/value_gap": (near.value - near.mean).abs().mean(1),
         # the density is the greater the smaller the spread: what share of those that pass is of the smallest quarter
-        "gate/small_spread_share": (accepted_MB * smallest).sum(1) / count,
+        "gate/small_spread_share": (passes_MB * smallest).sum(1) / passes_MB.sum(1).clamp(min=1.0),
     }
 
 
@@ -165,26 +173,19 @@ class ValueGate:
     loss_weight: str
     termination: Callable[[Tensor], Tensor]
 
-    def open_weights(self, rows_MBW: Tensor, num_source: int) -> Tensor:
-        """Weights `(M, B)` of a minibatch of both domains all of whose source rows count."""
-        m, batch, _ = rows_MBW.shape
-        weight = rows_MBW.new_full((m, batch), 1.0 / (batch - num_source))
-        weight[:, :num_source] = 1.0 / num_source
-        return weight
-
-    def weights(
-        self, sac: DomainSAC, predict: Prediction, rows_MBW: Tensor, num_source: int, targets: Targets,
+    def __call__(
+        self, sac: DomainSAC, predict: Prediction, batch: DomainBatch, targets: Targets,
         noise_KMBA: Tensor, with_metrics: bool,
-    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """Weights `(M, B)` of a minibatch of both domains whose source rows are filtered; metrics `(M,)`.
+    ) -> tuple[DomainBatch, dict[str, Tensor]]:  # fmt: skip
+        """The minibatch with its source rows filtered, and metrics `(M,)`.
 
         Args:
             predict: the target's dynamics of `[s, a]` (see `agents.target_dynamics`).
-            rows_MBW: source rows first.
+            batch: of both domains; each row's weight is 1 over the number of its domain's.
             targets: of all of them.
             noise_KMBA: draws, at least `num_fictitious_noises`.
         """
-        s, a = sac.observation_dim, sac.action_dim
+        s, a, num_source, rows_MBW = sac.observation_dim, sac.action_dim, batch.num_source, batch.rows_MBW
         source = rows_MBW[:, :num_source]
         fictitious = fictitious_values(
             sac, source[..., :s], predict(source[..., : s + a]), self.termination, self.form, noise_KMBA
@@ -195,10 +196,15 @@ class ValueGate:
         else:
             value = torch.addcmul(value, done, value, value=-1.0)
         near = proximity(value, fictitious)
-        accepted, threshold = accept(near.log_density, self.keep_fraction, self.gate)
-        weight = self.open_weights(rows_MBW, num_source)
+        accepted = accept(near.log_density, self.keep_fraction, self.gate)
+        weight_MB = batch.weight_MB.clone()
         if self.loss_weight == "accepted":
-            weight[:, :num_source] = accepted / num_kept(self.keep_fraction, num_source)
+            weight_MB[:, :num_source] = accepted.passes_MB / num_kept(self.keep_fraction, num_source)
         else:
-            weight[:, :num_source] *= accepted
-        return weight, gate_metrics(near, accepted, threshold) if with_metrics else {}
+            weight_MB[:, :num_source] *= accepted.passes_MB
+        learned = None
+        if accepted.index_MR is not None:
+            of_target = torch.arange(num_source, rows_MBW.shape[1], device=rows_MBW.device)
+            learned = torch.cat((accepted.index_MR, of_target.expand(len(rows_MBW), -1)), 1)
+        filtered = batch._replace(weight_MB=weight_MB, learned_MR=learned)
+        return filtered, gate_metrics(near, accepted) if with_metrics else {}

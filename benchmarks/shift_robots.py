@@ -2,7 +2,8 @@
 
 Cases: `<robot>/random`, mean return of whole episodes in 3,000 uniform random steps (action space and first reset
 seeded with 0), beside the source's, with mean length and steps per CPU second; `<robot>/zero`, mean length of 20
-episodes of at most 200 steps without any torque, resets seeded with 0 to 19.
+episodes of at most 200 steps without any torque, resets seeded with 0 to 19; `<robot>/<joint>`, for VGDF's kinematic
+shifts the share of the same random steps in which the joint is beyond its limits, which in MuJoCo are soft.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.common import print_line, record
 from envs import shifts
@@ -67,6 +69,53 @@ def zero_action_lengths(env_id: str, episodes: int, limit: int) -> list[int]:
     return lengths
 
 
+class Joint(NamedTuple):
+    """A hinge with edited limits under random actions; degrees."""
+
+    name: str
+    limits: tuple[float, float]
+    visited: tuple[float, float]
+    outside: float  # share of the steps
+    resets_outside: float  # share of the resets
+
+
+def edited_joints(env_id: str, steps: int, resets: int) -> list[Joint]:
+    """Where the joints of a kinematic shift are under uniform random actions, as in `random_policy`."""
+    shift = shifts.parse(env_id)
+    assert shift is not None
+    env = make_env(env_id)
+    robot: Any = env.unwrapped
+    names = [edit.joint for edit in shift.change.edits if isinstance(edit, shifts.JointRange)]
+    limits = np.degrees([robot.model.joint(name).range for name in names])  # (J, 2)
+
+    def angles() -> NDArray[np.float64]:
+        return np.degrees([robot.data.joint(name).qpos[0] for name in names])
+
+    at_resets = []
+    for seed in range(resets):
+        env.reset(seed=seed)
+        at_resets.append(angles())
+    env.reset(seed=0)
+    env.action_space.seed(0)
+    seen = []
+    with quiet_mujoco():
+        for _ in range(steps):
+            _, _, terminated, truncated, _ = env.step(env.action_space.sample())
+            seen.append(angles())
+            if terminated or truncated:
+                env.reset()
+    visited, first = np.array(seen), np.array(at_resets)  # (steps, J), (resets, J)
+    outside = [((a < limits[:, 0]) | (a > limits[:, 1])).mean(axis=0) for a in (visited, first)]
+    low, high = visited.min(axis=0), visited.max(axis=0)
+    return [
+        Joint(
+            name, (float(limits[j, 0]), float(limits[j, 1])), (float(low[j]), float(high[j])), float(outside[0][j]),
+            float(outside[1][j]),
+        )
+        for j, name in enumerate(names)
+    ]  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="ODRL's shifts, too")
@@ -96,6 +145,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 least=min(lengths), limit=200,
             )
         )  # fmt: skip
+        joints = edited_joints(env_id, 3000, 100) if env_id.endswith("-kinematic-v5") else []
+        for joint in joints:
+            print_line(
+                record(
+                    BENCHMARK, f"{env_id}/{joint.name}", joint.outside, "share of steps beyond the limits", None, 1,
+                    command, limits_degrees=joint.limits, visited_degrees=joint.visited,
+                    resets_beyond=joint.resets_outside,
+                )
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

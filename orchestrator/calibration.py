@@ -28,6 +28,7 @@ import torch
 
 from agents.chunk import own_noise_updates
 from agents.cpu import cpu_name
+from agents.cross_domain import CrossDomain, CrossDomainConfig
 from agents.method import Method, RolloutJob, RolloutResult, Stage, TrainingData, common_settings, load_method
 from agents.policies import in_environment
 from agents.replay import Replay
@@ -135,7 +136,8 @@ def median_of(calibrations: Sequence[Calibration]) -> Calibration:
 
 def work_key(config: Config, dataset: Dataset) -> str:
     """Runs with equal keys have equal work per update, rollout phase, step and stage epoch."""
-    common = {name: value for name, value in common_settings(config.method).items() if name not in SCHEDULE_FIELDS}
+    schedule = () if isinstance(config.method, CrossDomainConfig) else SCHEDULE_FIELDS  # its rings depend on them
+    common = {name: value for name, value in common_settings(config.method).items() if name not in schedule}
     shape = [dataset.num_transitions, dataset.observation_dim, dataset.action_dim]
     workers = [config.compute.num_rollout_workers, config.compute.num_evaluators]
     return digest([VERSION, config.method_name, common, shape, evaluation_env(config, dataset), workers])
@@ -164,7 +166,7 @@ def update_work(config: Config, dataset: Dataset) -> float:
         return sum(n_in * n_out for n_in, n_out in pairwise(widths))
 
     networks = getattr(method, "num_critics", 2) * size([s + a, *hidden, 1]) + size([s, *hidden, 2 * a])
-    rows = getattr(method, "batch_size", 256)
+    rows = getattr(method, "batch_rows", getattr(method, "batch_size", 256))
     # a row of which the networks' values are only looked at costs a third of one that they learn from
     looked_at = method.own_noises(s, a) / (s + a) / 3
     return float((rows + looked_at) * networks)
@@ -173,7 +175,10 @@ def update_work(config: Config, dataset: Dataset) -> float:
 def ring_bytes(config: Config, dataset: Dataset) -> int:
     """Of a member's model rows, once the ring is full."""
     names = ("rollout_batch", "rollout_length", "rollout_epochs_retained")
-    rows = math.prod(getattr(config.method, name, 0) for name in names) + getattr(config.method, "ring_rows", 0)
+    if isinstance(config.method, CrossDomainConfig):
+        rows = config.method.domain_rows(dataset.num_transitions == 0)
+    else:
+        rows = math.prod(getattr(config.method, name, 0) for name in names) + getattr(config.method, "ring_rows", 0)
     return rows * (4 * (2 * dataset.observation_dim + dataset.action_dim + 2) + 2)
 
 
@@ -245,7 +250,8 @@ def measure(
                 if known(size) > memory_limit or (i > 1 and clock.over) or _pays_no_more(packs):
                     break
             share = max(0.2, (seconds - clock.spent) / (len(sizes) - i))
-            packs.append(bench.pack(size, share, base, data_seconds, packs[-1] if packs else None))
+            measured = bench.cross_domain_pack if isinstance(config.method, CrossDomainConfig) else bench.pack
+            packs.append(measured(size, share, base, data_seconds, packs[-1] if packs else None))
     except Exception as error:
         if not memory.is_out_of_memory(error):
             raise
@@ -400,6 +406,41 @@ class _Bench:
         needed = max(training, saving) + allocated - base
         return PackMeasurement(size, data_seconds + setup, rollout_seconds, statistics.median(times), needed)
 
+    def cross_domain_pack(
+        self, size: int, seconds: float, base: int, data_seconds: float, smaller: PackMeasurement | None
+    ) -> PackMeasurement:
+        """`pack` for methods that sample environments: iterations in the middle of a run, rings filled as there, whole
+        periods of what is done every so often."""
+        memory.release(self.device)
+        memory.reset_peak(self.device)
+        config = self.config.method
+        begun = self.now()
+        method = load_method(self.config.method_name)([config] * size, range(size), self.data, {}, self.device)
+        assert isinstance(method, CrossDomain)
+        method.start_jobs = self.workers.start_interaction
+        setup = self.now() - begun
+        # what other processes do while this one waits is no time of its processor
+        now = time.perf_counter if self.config.compute.num_rollout_workers else self.now
+        period = config.work_period
+        first = config.num_updates // 2 // period * period
+        missing = method.stand_in(first, RING_FILL_BYTES)
+        method.iterate(first, config.collect_every)  # makes the environments, allocates
+        per_call = min(period * max(1, UPDATES_AT_ONCE // period), config.num_updates)
+        timing, times = Clock(seconds / 2), []
+        while not times or not timing.over:
+            begun = now()
+            method.iterate(first, per_call)
+            times.append((now() - begun) / per_call)
+        if smaller is None:
+            self._evaluate(method)
+        training = memory.peak(self.device)
+        memory.reset_peak(self.device)
+        self._checkpoint(method, size if smaller is None else None, missing)
+        saving = memory.peak(self.device) + max(missing, 2 * missing // size)
+        allocated = missing if self.device.type == "cpu" else 0
+        needed = max(training, saving) + allocated - base
+        return PackMeasurement(size, data_seconds + setup, 0.0, statistics.median(times), needed)
+
     def _build(self, size: int, updates: int) -> Method:
         schedule: dict[str, Any] = {"updates_per_epoch": updates, "num_updates": 1000 * updates}
         if isinstance(synthetic := getattr(self.config.method, "synthetic", None), SyntheticConfig):
@@ -492,15 +533,21 @@ class _Bench:
         except _Enough:
             self.step_seconds = (self.now() - begun) / max(1, steps)
 
-    def _checkpoint(self, method: Method, timed: int | None) -> None:
-        """Write a checkpoint, and time it for a pack of `timed` members."""
+    def _checkpoint(self, method: Method, timed: int | None, missing: int | None = None) -> None:
+        """Write a checkpoint, and time it for a pack of `timed` members.
+
+        Args:
+            missing: bytes of the rings that are not filled, where that is known.
+        """
         with tempfile.TemporaryDirectory() as folder:
             path, timing = Path(folder) / "checkpoint.pt", Clock(0.0)  # the disk's time counts, too
             save_tensors(path, {"method": method.state_dict()})
             spent, written = timing.spent, path.stat().st_size
         method.select([0]).state_dict()  # what a run leaves at its end
         if timed is not None:
-            full = max(written, written + ring_bytes(self.config, self.dataset) * timed - RING_FILL_BYTES)
+            if missing is None:
+                missing = max(0, ring_bytes(self.config, self.dataset) * timed - RING_FILL_BYTES)
+            full = written + missing
             self.save_seconds = spent / timed * full / written
 
 

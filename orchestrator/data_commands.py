@@ -34,6 +34,18 @@ def load(name: str, workdir: Path) -> Dataset:
     return load_dataset(name, workdir, shown)
 
 
+def load_rows(name: str, workdir: Path) -> Dataset:
+    """A dataset that has rows.
+
+    Raises:
+        UserError: it is an environment that is sampled while learning.
+    """
+    dataset = load(name, workdir)
+    if dataset.num_transitions == 0:
+        raise UserError(f"{name} has no rows: it is an environment that is sampled while learning")
+    return dataset
+
+
 def show_info(name: str, workdir: Path, as_json: bool) -> None:
     """Print what a dataset holds."""
     summary = load(name, workdir).summary()
@@ -143,7 +155,7 @@ def _state(entry: Entry) -> str:
 def download(names: Sequence[str], workdir: Path) -> None:
     """Have datasets on this machine, converted to the flat store."""
     for name in names:
-        dataset = load(name, workdir)
+        dataset = load_rows(name, workdir)
         print(f"{name}: {dataset.num_transitions:,} transitions, content hash {dataset.content_hash[:16]}")
 
 
@@ -153,7 +165,7 @@ def export(name: str, path: Path, workdir: Path) -> None:
         raise UserError(f"{path} must end in .hdf5")
     if path.exists():
         raise UserError(f"{path} exists already; choose another place or remove it")
-    write_hdf5(load(name, workdir), path)
+    write_hdf5(load_rows(name, workdir), path)
     print(f"written to {path}")
 
 
@@ -162,7 +174,7 @@ def verify_dataset(name: str, workdir: Path, as_json: bool, replay_rows: int) ->
     from envs.verify import verify  # loads torch, for the termination rules
     from orchestrator.verify_display import print_report
 
-    report = verify(load(name, workdir), replay_rows=replay_rows)
+    report = verify(load_rows(name, workdir), replay_rows=replay_rows)
     if as_json:
         print(report.to_json())
     else:

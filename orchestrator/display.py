@@ -16,7 +16,7 @@ from envs.dataset import Dataset
 from envs.scores import reference_scores
 from orchestrator.config import Config
 from orchestrator.driver import Progress
-from orchestrator.learner import evaluation_env
+from orchestrator.learner import evaluation_env, target_of
 from sweeps.study import Study
 from sweeps.summary import collapse_sentences, collapsing_runs, trial_rows
 
@@ -119,7 +119,11 @@ def score_label(config: Config, dataset: Dataset) -> str:
     env_id = evaluation_env(config, dataset)
     reference = reference_scores(env_id)
     label = f"mean returns in {env_id}" if reference is None else reference.label
-    return label if env_id == dataset.env_id else f"{label}; the data is of {dataset.env_id}"
+    if env_id == dataset.env_id:
+        return label
+    return f"{label}; " + (
+        f"the source is {config.dataset}" if target_of(config) else f"the data is of {dataset.env_id}"
+    )
 
 
 def print_summary(console: Console, study: Study, config: Config, dataset: Dataset, store: str) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch.profiler import record_function
 
 from agents.cpu import configure_cpu
-from agents.cross_domain import CrossDomain
+from agents.cross_domain import CrossDomain, CrossDomainConfig
 from agents.diagnostics import collapse, expert_value, growth_metrics
 from agents.method import Method, RolloutResult, Stage, TrainingData, effective_settings, load_method
 from agents.policies import in_environment
@@ -172,9 +172,14 @@ class PendingRollouts:
         return [part for result in self.collect() if (part := result.renumbered(place)).members]
 
 
+def target_of(config: Config) -> str | None:
+    """The Gymnasium id of the target domain, of cross-domain methods."""
+    return config.method.target if isinstance(config.method, CrossDomainConfig) else None
+
+
 def evaluation_env(config: Config, dataset: Dataset) -> str:
     """The Gymnasium id of the environment that policies are evaluated in."""
-    return config.evaluation.env_id or getattr(config.method, "target", None) or dataset.env_id
+    return config.evaluation.env_id or target_of(config) or dataset.env_id
 
 
 def action_bounds(env_id: str) -> tuple[np.ndarray, np.ndarray]:
@@ -488,6 +493,7 @@ class Learner:
             "dataset": config.dataset, "pack": self.pack.pack_id, "environment": self.env_id, "device":
             str(self.device), "config_hash": digest(identity(config, self.dataset.content_hash)),
             "score_reference": self.reference.label if self.reference else "none: values are raw returns",
+            **({"source": config.dataset, "target": target} if (target := target_of(config)) else {}),
         }  # fmt: skip
         info = RunInfo(self._name(run.run_key), params, tags, [dataset_record(self.dataset)])
         self._spools[run.run_key].start(info)

@@ -6,6 +6,10 @@ A laboratory is a module here and a study in `sweeps/studies` of the same name. 
 - `options(seeds, updates)`: what the numbers of the command line change of the study, as a configuration;
 - `show(config, study, spool, console)`: called when all trials have ended; prints the table and leaves `lab.csv` and
   the figure in the study's folder, both also as artifacts.
+
+A laboratory that takes seconds needs no study: instead of `options` and `show` it has
+
+- `run(workdir, seeds, updates, console)`: does it all, in this process, and leaves both files in a folder of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from orchestrator.config import load_config
 from orchestrator.spool import RunSpool
 from sweeps.study import Study
 
-LABS = ("edge-of-reach", "refrigerator")
+LABS = ("edge-of-reach", "grid-world", "refrigerator")
 STUDIES = Path(__file__).parent.parent.parent / "sweeps" / "studies"
 
 
@@ -52,6 +56,9 @@ def run_lab(name: str, workdir: str, seeds: int | None, updates: int | None, con
         if value is not None and value < 1:
             raise UserError(f"{option} {value} must be at least 1")
     lab, file = _module(name), STUDIES / f"{name.replace('-', '_')}.yaml"
+    if hasattr(lab, "run"):
+        results: Sequence[Any] = lab.run(workdir, seeds, updates, console)
+        return results
     config = load_config([{"workdir": workdir}, file, lab.options(seeds, updates)], [])
     rows: list[Any] = []
 

@@ -25,8 +25,11 @@ ROWS_FILE = "lab.csv"
 Row = TypeVar("Row")
 
 
-def keep_rows(folder: Path, rows: Sequence[Any], row_type: type, spool: RunSpool, name: str = ROWS_FILE) -> None:
-    """Write rows, of a dataclass whose fields are texts, numbers, truth values or tuples of floats, to a .csv."""
+def keep_rows(folder: Path, rows: Sequence[Any], row_type: type, spool: RunSpool | None, name: str = ROWS_FILE) -> None:
+    """Write rows, of a dataclass whose fields are texts, numbers, truth values or tuples of floats, to a .csv.
+
+    It becomes an artifact of the spool's run, if there is one.
+    """
     columns = [f.name for f in fields(row_type)]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -35,7 +38,8 @@ def keep_rows(folder: Path, rows: Sequence[Any], row_type: type, spool: RunSpool
         values = (getattr(row, column) for column in columns)
         writer.writerow([" ".join(f"{x:.6g}" for x in v) if isinstance(v, tuple) else v for v in values])
     write_text(folder / name, buffer.getvalue())
-    spool.artifact(folder / name)
+    if spool is not None:
+        spool.artifact(folder / name)
 
 
 def read_rows(folder: Path, row_type: type[Row], name: str = ROWS_FILE) -> list[Row]:
@@ -58,8 +62,9 @@ def _value(text: str, kind: Any) -> Any:
     return kind(text) if kind in (str, int, float) else tuple(map(float, text.split()))
 
 
-def keep_figure(path: Path, figure: Figure, spool: RunSpool, console: Console) -> None:
+def keep_figure(path: Path, figure: Figure, spool: RunSpool | None, console: Console) -> None:
     """Write a figure as .png and say where it is."""
     write_atomically(path, lambda p: figure.savefig(p, format="png", dpi=75))
-    spool.artifact(path, "plots")
+    if spool is not None:
+        spool.artifact(path, "plots")
     console.print(f"figure: {path}", highlight=False, soft_wrap=True)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from agents.cross_domain import joined
 from agents.domain_sac import DomainSAC, DomainSACHyperparameters, DomainSACSettings
 from agents.value_proximity import (
+    Accepted,
     Proximity,
     ValueGate,
     accept,
@@ -93,21 +95,20 @@ def test_a_row_without_numbers_never_passes():
     fictitious = torch.randn(1, E, B)
     fictitious[0, 1, 3] = math.nan
     near = proximity(torch.zeros(1, B), fictitious)
-    accepted, _ = accept(near.log_density, 0.5, "topk")
-    assert accepted[0, 3] == 0
-    assert accepted.sum() == 4
+    passes_MB = accept(near.log_density, 0.5, "topk").passes_MB
+    assert passes_MB[0, 3] == 0
+    assert passes_MB.sum() == 4
 
 
 def test_as_many_rows_as_asked_for_pass_where_densities_are_zero():
     log_density = torch.linspace(-400.0, -200.0, B).unsqueeze(0)  # every density is 0 in float32
-    accepted, threshold = accept(log_density, 0.25, "topk")
-    assert accepted[0].tolist() == [0] * 6 + [1] * 2
-    assert threshold[0] == log_density[0, 6]
-    released, least = accept(log_density, 0.25, "quantile")
-    assert released.sum() == 0
-    assert torch.isfinite(least).all()
-    within, _ = accept(log_density / 100, 0.25, "quantile")
-    assert torch.equal(within, accepted)
+    ranked = accept(log_density, 0.25, "topk")
+    assert ranked.passes_MB[0].tolist() == [0] * 6 + [1] * 2
+    assert ranked.threshold_M[0] == log_density[0, 6]
+    released = accept(log_density, 0.25, "quantile")
+    assert released.passes_MB.sum() == 0
+    assert torch.isfinite(released.threshold_M).all()
+    assert torch.equal(accept(log_density / 100, 0.25, "quantile").passes_MB, ranked.passes_MB)
 
 
 @pytest.mark.parametrize(("loss_weight", "of_accepted"), [("batch", 1 / B), ("accepted", 1 / 2)])
@@ -117,7 +118,8 @@ def test_accepted_rows_weigh_and_others_do_not(loss_weight: str, of_accepted: fl
     rows[..., S + A + 1] = 0.0
     targets = sac.targets(rows, noise[0])
     gate = ValueGate("code", "topk", 0.25, loss_weight, never_done)
-    weight, shown = gate.weights(sac, lambda _: prediction, rows, B, targets, noise, True)
+    batch, shown = gate(sac, lambda _: prediction, joined(rows[:, :B], rows[:, B:]), targets, noise, True)
+    weight = batch.weight_MB
     reward, value = rows[0, :B, S + A], targets.value_MB[0, :B]
     fictitious = fictitious_values(sac, rows[:, :B, :S], prediction, never_done, "code", noise)
     best = proximity((reward + 0.99 * value).unsqueeze(0), fictitious).log_density[0].topk(2).indices
@@ -126,14 +128,15 @@ def test_accepted_rows_weigh_and_others_do_not(loss_weight: str, of_accepted: fl
     torch.testing.assert_close(weight[0, :B], expected)
     torch.testing.assert_close(weight[0, B:], torch.full((5,), 0.2))
     assert float(shown["gate/accepted"][0]) == 0.25
-    torch.testing.assert_close(gate.open_weights(rows, B)[0, :B], torch.full((B,), 1 / B))
+    assert batch.learned_MR is not None
+    assert sorted(batch.learned_MR[0].tolist()) == weight[0].nonzero().flatten().tolist()
 
 
 def test_the_gate_says_how_much_it_prefers_agreement():
     std = torch.tensor([[0.1, 0.2, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]])
     near = Proximity(torch.zeros(1, B), torch.zeros(1, B), std, torch.ones(1, B))
-    accepted = torch.tensor([[1.0, 0, 0, 0, 0, 1, 1, 1]])
-    shown = gate_metrics(near, accepted, torch.zeros(1))
+    passes = torch.tensor([[1.0, 0, 0, 0, 0, 1, 1, 1]])
+    shown = gate_metrics(near, Accepted(passes, torch.zeros(1), None))
     assert float(shown["gate/small_spread_share"][0]) == 0.25
     assert float(shown["gate/value_gap"][0]) == 1.0
     assert float(shown["gate/fictitious_std"][0]) == pytest.approx(float(std.mean()))

@@ -20,10 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
-from agents.domain_sac import DomainBatch, DomainSAC, DomainSACHyperparameters, DomainSACSettings
+from agents.cloning import BehaviourCloning
+from agents.cross_domain import joined
+from agents.domain_sac import DomainSAC, DomainSACHyperparameters, DomainSACSettings
 from agents.value_proximity import ValueGate, fictitious_values, proximity
 from envs.termination import termination_rule
 from tests.agents.golden_values import assert_moved_alike, close, drawn_layers, fill
@@ -68,7 +71,8 @@ def tensor(values: Any) -> Tensor:
     return torch.from_numpy(np.asarray(values)).unsqueeze(0)
 
 
-def test_the_whole_update() -> None:
+@pytest.mark.parametrize("form", ["quantile", "topk"])
+def test_the_whole_update(form: str) -> None:
     x, golden = draw(), np.load(GOLDEN)
     sac = learner(x, optimistic=True)
     gate = ValueGate("code", "quantile", 0.25, "batch", termination_rule("Walker2d-v5"))
@@ -83,21 +87,22 @@ def test_the_whole_update() -> None:
         near = proximity(value, fictitious)
         close(near.log_density.exp().mean(), golden[f"likelihood.{t}"], 1e-5, f"density at {t}")
         close((near.mean - near.value).abs().mean(), golden[f"value_difference.{t}"], 1e-5, f"gap at {t}")
-        weight = gate.open_weights(rows, BATCH)
+        batch = joined(rows[:, :BATCH], rows[:, BATCH:])
         if t > START_GATE:
 
             def predict(rows: Tensor, made: tuple[Tensor, Tensor] = prediction) -> tuple[Tensor, Tensor]:
                 return made
 
-            weight, shown = gate.weights(sac, predict, rows, BATCH, targets, noise[:0], True)
+            even = batch
+            batch, shown = gate(sac, predict, batch, targets, noise[:0], True)
             torch.testing.assert_close(shown["gate/value_gap"][0], (near.mean - near.value).abs().mean())
             # rows that rank the same by topk
-            ranked, _ = ValueGate("code", "topk", 0.25, "batch", gate.termination).weights(
-                sac, predict, rows, BATCH, targets, noise[:0], False
-            )
-            assert torch.equal(ranked, weight)
-        assert weight[0, :BATCH].nonzero().flatten().tolist() == golden[f"chosen.{t}"].tolist()
-        batch = DomainBatch(rows, BATCH, weight)
+            by_rank = ValueGate("code", "topk", 0.25, "batch", gate.termination)
+            ranked, _ = by_rank(sac, predict, even, targets, noise[:0], False)
+            assert torch.equal(ranked.weight_MB, batch.weight_MB)
+            if form == "topk":
+                batch = ranked
+        assert batch.weight_MB[0, :BATCH].nonzero().flatten().tolist() == golden[f"chosen.{t}"].tolist()
         metrics = sac.update(batch, noise, t % 2, with_metrics=True, targets=targets)
         assert metrics is not None
         close(metrics["critic_loss"], golden[f"loss_value.{t}"], 1e-5, f"critic loss at {t}")
@@ -112,3 +117,23 @@ def test_the_whole_update() -> None:
     assert [len(golden[f"chosen.{t}"]) for t in range(UPDATES)] == [16, 16, 4, 4, 4, 4]
     norms = [float(golden[f"value_total_norm.{t}"]) for t in range(UPDATES)]
     assert min(norms) < CLIP < max(norms)  # some are clipped, some not
+
+
+@pytest.mark.parametrize(("case", "scale"), [("bc", "none"), ("bc_decay", "value")])
+def test_the_policy_that_also_clones(case: str, scale: str) -> None:
+    x, golden = draw(), np.load(GOLDEN)
+    sac, cloning = learner(x, optimistic=False), BehaviourCloning([5.0], scale)
+    gate = ValueGate("code", "topk", 0.25, "batch", termination_rule("Walker2d-v5"))
+    for t in range(UPDATES):
+        rows, prediction = tensor(x["rows"][t]), (tensor(x["mean"][t]), tensor(x["variance"][t]))
+        noise = torch.from_numpy(x["noise"][t]).unsqueeze(1)
+        targets, batch = sac.targets(rows, noise[0]), joined(rows[:, :BATCH], rows[:, BATCH:])
+        if t > START_GATE:
+            batch, _ = gate(sac, lambda _, made=prediction: made, batch, targets, noise[:0], False)
+        metrics = sac.update(batch, noise, t % 2, True, None, cloning, targets)
+        assert metrics is not None
+        if t % 2 == 0:
+            loss = metrics["policy_weight"] * metrics["actor_loss"] + metrics["cloning_loss"]
+            close(loss, golden[f"{case}.loss_policy.{t}"], 1e-5, f"policy's loss at {t}")
+    for name in ("actor", "critic"):
+        assert_moved_alike(getattr(sac, name), x[name], [golden[f"{case}.{name}.{i}"] for i in range(6)], name)

@@ -11,11 +11,13 @@ import multiprocessing
 import pickle
 from pathlib import Path
 
+import gymnasium
 import mujoco
 import numpy as np
 import pytest
 
 from envs import shifts
+from envs.environments import register
 from envs.episodes import make_env, quiet_mujoco
 
 GOLDEN = Path(__file__).parent / "golden" / "shifted_robots.npz"
@@ -199,6 +201,18 @@ def test_a_shifted_robot_can_be_sent_to_another_process():
         np.testing.assert_array_equal(there, roll(env, 5)[0])
 
 
+def test_making_and_copying_a_robot_says_nothing_and_leaves_no_log_file(tmp_path, monkeypatch, recwarn, capfd):
+    monkeypatch.chdir(tmp_path)
+    register()
+    env = gymnasium.make("offsweep/HalfCheetah-kinematic-v5")  # its file has an attribute that MuJoCo warns about
+    pickle.loads(pickle.dumps(env.unwrapped))
+    assert env.spec is not None
+    assert env.spec.max_episode_steps == 1000
+    assert list(tmp_path.iterdir()) == []
+    assert not recwarn.list
+    assert capfd.readouterr() == ("", "")
+
+
 def test_any_factor_scales_gravity_and_friction():
     model, stock = model_of("offsweep/Ant-gravity-0.3-v5"), stock_model("Ant")
     assert changed_fields(model, stock) - {"narena", "nbuffer"} == {"opt.gravity"}
@@ -209,6 +223,17 @@ def test_any_factor_scales_gravity_and_friction():
     np.testing.assert_allclose(hopper.geom_friction[1:, 0], 0.25 * stock.geom_friction[1:, 0])
     np.testing.assert_array_equal(hopper.geom_friction[:, 1:], stock.geom_friction[:, 1:])
     np.testing.assert_array_equal(hopper.geom("floor").friction, stock.geom("floor").friction)
+
+
+def test_hopper_s_friction_on_the_floor_is_at_least_the_floor_s():
+    """As in ODRL's files: a contact has the larger of two coefficients, and the floor's stays 1."""
+    low, half, source, double = (
+        roll(make_env(f"offsweep/Hopper{shift}-v5"), 200)[0]
+        for shift in ("-friction-0.1", "-friction-0.5", "", "-friction-2")
+    )
+    np.testing.assert_array_equal(low, half)
+    assert not np.array_equal(half, source)
+    assert not np.array_equal(source, double)
 
 
 # Of 3,000 uniform random steps, action space and first reset seeded with 0: mean return and length of whole episodes.

@@ -6,7 +6,9 @@ import torch
 from envs import shifts
 from envs.environments import specification
 from envs.episodes import EpisodeError, make_env
+from envs.errors import UserError
 from envs.names import env_id_of
+from envs.simulate import versions
 from envs.termination import termination_rule
 
 
@@ -45,3 +47,37 @@ def test_an_unknown_shift_is_refused_with_the_nearest():
     make_env("offsweep/Pendulum-gravity-0.5-v1")
     with pytest.raises(EpisodeError, match=r"nearest: .*offsweep/Pendulum-gravity"):
         make_env("offsweep/Pendulum-gravty-0.5-v1")
+
+
+def test_every_id_is_known_and_has_a_source_and_a_rule():
+    robots = {f"offsweep/{robot}-v{version}" for robot in shifts.ROBOTS for version in (4, 5)}
+    for env_id in shifts.ids():
+        assert specification(env_id) is not None
+        termination_rule(env_id)
+        assert env_id_of(env_id) == env_id
+        assert shifts.source_id(env_id) in (robots | {"Pendulum-v1"} if env_id not in robots else {None})
+    assert len(shifts.ids()) == 8 + 2 * 4 * (2 + 12 + 8) + 4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [
+        ("offsweep/Hopper-kinematc-v5", "offsweep/Hopper-kinematic-v5"),
+        ("offsweep/Ant-kinematic-hip-easy-v5", "offsweep/Ant-kinematic-hips-easy-v5"),
+        ("offsweep/Walker2d-gravity-0-v4", "offsweep/Walker2d-gravity-0.5-v4"),
+        ("offsweep/Ant-friction--2-v5", "offsweep/Ant-friction-2-v5"),
+    ],
+)
+def test_a_wrong_id_is_answered_with_the_nearest(wrong, near):
+    assert shifts.parse(wrong) is None
+    with pytest.raises(EpisodeError, match=f"no Gymnasium environment '{wrong}'; nearest: .*{near}"):
+        make_env(wrong)
+    with pytest.raises(UserError, match=f"no termination rule for environment '{wrong}'.*nearest: .*{near}"):
+        termination_rule(wrong)
+
+
+def test_the_other_version_of_a_factor_is_made_known_with_it():
+    for version in (4, 5):
+        gymnasium.registry.pop(f"offsweep/Ant-gravity-0.77-v{version}", None)
+    specification("offsweep/Ant-gravity-0.77-v5")
+    assert versions("offsweep/Ant-gravity-0.77-v5") == [f"offsweep/Ant-gravity-0.77-v{v}" for v in (4, 5)]

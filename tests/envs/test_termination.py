@@ -30,7 +30,7 @@ from envs.termination import terminated, termination_rule
         ("offsweep/Hopper-morphology-v4", True),
         ("offsweep/Walker2d-gravity-0.3-v5", True),
         ("offsweep/HalfCheetah-friction-2-v5", False),
-        ("offsweep/Ant-morphology-alllegs-hard-v5", True),
+        ("offsweep/Ant-gravity-0.3-v5", True),
         ("offsweep/Pendulum-gravity-0.5-v1", False),
     ],
 )

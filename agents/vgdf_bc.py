@@ -1,0 +1,72 @@
+"""VGDF with behaviour cloning, for a recorded source domain (Xu et al., NeurIPS 2023, arXiv 2305.17625, section 5.2 and
+algorithm 2).
+
+Critics and filter are those of `agents.vgdf`. There is no source policy; the policy is also drawn to the source's
+actions:
+
+    J(pi) = c mean_{both domains} [ alpha log pi(a~|s) - min_k Q_k(s, a~) ] + mean_{source} (pi(s) - a)^2
+
+with c = coef / mean |min_k Q_k|, the scaling of TD3+BC (variant `paper`), or c = coef (variant `code`: the release
+scales only if `--use_q_decay` is passed). The release clones with an action drawn from the policy, the paper writes
+pi(s): here the policy's mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from agents.cloning import CLONED_ACTIONS, SCALES, BehaviourCloning
+from agents.config import check_choice, check_not_negative
+from agents.domain_sac import ActorPenalty
+from agents.method import TrainingData, per_member
+from agents.vgdf import VGDF, VGDFConfig
+
+
+@dataclass
+class VGDFBCConfig(VGDFConfig):
+    """Hyperparameters; per-dataset values in agents/vgdf_bc.yaml. Fields marked per member may differ in a pack."""
+
+    coef: float = per_member(5.0)  # weight of the value against the distance to the data
+    scale: str = "value"  # value: coef / mean |Q| | none: coef as it is
+    cloned_action: str = "mean"  # mean | sample: what of the policy is drawn to the data
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_not_negative(self, "coef")
+        check_choice(self, "scale", SCALES)
+        check_choice(self, "cloned_action", CLONED_ACTIONS)
+
+
+class VGDFBC(VGDF):
+    """A pack of runs."""
+
+    Config = VGDFBCConfig
+    shared: VGDFBCConfig
+
+    def __init__(
+        self,
+        configs: Sequence[VGDFBCConfig],
+        seeds: Sequence[int],
+        data: TrainingData,
+        artifacts: Mapping[str, dict[str, Any]],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(configs, seeds, data, artifacts, device)
+        shared = self.shared
+        self._cloning = BehaviourCloning([c.coef for c in configs], shared.scale, shared.cloned_action, self.device)
+
+    def actor_penalty(self) -> ActorPenalty:
+        return self._cloning
+
+    def select(self, members: Sequence[int]) -> VGDFBC:
+        other = super().select(members)
+        assert isinstance(other, VGDFBC)
+        other._cloning = self._cloning.select(members)
+        return other
+
+
+METHOD = VGDFBC
