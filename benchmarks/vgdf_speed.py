@@ -38,7 +38,8 @@ import torch
 
 from agents.chunk import PRECISIONS, matrix_precision
 from agents.cpu import configure_cpu
-from agents.domain_sac import DomainBatch, DomainSAC, DomainSACConfig, make_domain_sac
+from agents.cross_domain import joined
+from agents.domain_sac import DomainSAC, DomainSACConfig, make_domain_sac
 from agents.method import TrainingData, load_method
 from agents.randomness import generator
 from agents.replay import Replay, transition_rows
@@ -111,13 +112,11 @@ def updating(gate: str, pack: int, precision: str) -> Work:
             indices = torch.randint(20_000, (UPDATES, 2, pack, BATCH), generator=draw) + starts
             for i in range(UPDATES):
                 drawn = [replay.gather(at) for replay, at in zip(replays, indices[i], strict=True)]
-                rows = torch.cat(drawn, 1)
-                targets = sac.targets(rows, noise[i, 0])
+                batch = joined(drawn[0], drawn[1])
+                targets = sac.targets(batch.rows_MBW, noise[i, 0])
                 if filtered:
-                    weight, _ = values.weights(sac, dynamics.predict, rows, BATCH, targets, noise[i], False)
-                else:
-                    weight = values.open_weights(rows, BATCH)
-                sac.update(DomainBatch(rows, BATCH, weight), noise[i], i % 2, targets=targets)
+                    batch, _ = values(sac, dynamics.predict, batch, targets, noise[i], False)
+                sac.update(batch, noise[i], i % 2, targets=targets)
         return UPDATES * pack
 
     return work
