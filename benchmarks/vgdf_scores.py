@@ -103,7 +103,7 @@ def overrides(case: Case, args: argparse.Namespace) -> list[str]:
             words.append("method.variant=mix")
         else:
             settings |= {
-                "gate_from": scaled(SHUT, args.scale), "dynamics.patience_decay": scaled(PATIENCE_DECAY, args.scale),
+                "start_gate": scaled(SHUT, args.scale), "dynamics.patience_decay": scaled(PATIENCE_DECAY, args.scale),
                 "dynamics.precision": args.precision,
             }  # fmt: skip
     else:

@@ -413,6 +413,18 @@ def test_finetune_takes_the_source_steps_and_then_a_tenth_of_them_in_the_target(
     assert (m.source_steps(m.num_updates), m.target_steps(m.num_updates)) == (0, 10_000)
 
 
+def test_vgdfs_constants_in_steps_are_scaled_with_its_steps():
+    args = vgdf_args()
+    cases = [case for case in vgdf_scores.cases_of(args) if case.shift == "kinematic"]
+    configs = {case.method: load_config([], vgdf_scores.overrides(case, args)).method for case in cases}
+    m = configs["vgdf"]
+    assert (m.source_steps(m.num_updates), m.target_steps(m.num_updates)) == (100_000, 10_000)
+    assert (m.start_gate, m.dynamics.patience_decay, m.dynamics.refit_every) == (10_000, 15_000, 250)
+    assert m.filters
+    assert not configs["mix"].filters
+    assert configs["mix"].num_updates == m.num_updates
+
+
 def test_claims_are_counted_over_the_targets():
     kinematic, morphology = (f"offsweep/Hopper-{shift}-v5" for shift in vgdf_scores.SHIFTS)
     scores = {
