@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ from agents.method import TrainingData, per_member
 class BCSACConfig(CrossDomainConfig, DomainSACConfig):
     """BC-SAC's hyperparameters; values with sources in agents/bc_sac.yaml. Fields marked per member may differ inside a
     pack."""
+
+    recorded_source_only: ClassVar[bool] = True
 
     bc_coef: float = per_member(2.5)  # weight of the reinforcement learning term: the larger, the less cloning
     cloned_action: str = "sample"  # sample | mean: what of the policy is drawn to the data

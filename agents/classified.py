@@ -17,7 +17,6 @@ from agents.cross_domain import CrossDomain, CrossDomainConfig
 from agents.domain_classifiers import ClassifierConfig, DomainClassifiers
 from agents.domain_sac import DomainSACConfig
 from agents.method import TrainingData
-from envs.errors import UserError
 
 
 @dataclass
@@ -25,14 +24,6 @@ class ClassifiedConfig(CrossDomainConfig, DomainSACConfig):
     """Soft actor-critic from two domains beside classifiers."""
 
     classifiers: ClassifierConfig = field(default_factory=ClassifierConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.updates_per_target_step < 1:
-            raise UserError(
-                "method.updates_per_target_step=0 takes no steps in the target, of which the classifiers need rows; "
-                "set it to at least 1, such as 10"
-            )
 
     @property
     def work_period(self) -> int:

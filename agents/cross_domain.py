@@ -33,7 +33,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -71,8 +71,10 @@ STEPS_AT_ONCE = 1_000  # environment steps whose noise is
 class CrossDomainConfig(ScheduleConfig):
     """What every cross-domain method has. `num_updates` counts iterations (see the module)."""
 
+    recorded_source_only: ClassVar[bool] = False  # whether the method makes no sense with a source that is sampled
+
     target: str = ""  # Gymnasium id of the target domain
-    updates_per_target_step: int = 10  # Gamma with an online source, K with a recorded one; 0: no steps in the target
+    updates_per_target_step: int = 10  # Gamma with an online source, K with a recorded one
     batch_size: int = 128  # of each domain
     random_steps: int = 0  # first steps in each domain, by uniform actions
     collect_every: int = 1  # updates between interactions; the papers' is 1
@@ -83,7 +85,9 @@ class CrossDomainConfig(ScheduleConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "collect_every", "replay_rows")
-        check_not_negative(self, "updates_per_target_step", "random_steps")
+        check_not_negative(self, "random_steps")
+        if self.steps_in_target:
+            check_positive(self, "updates_per_target_step")
         if self.updates_per_epoch % self.collect_every:
             raise UserError(
                 f"method.collect_every={self.collect_every} must divide "
@@ -94,6 +98,11 @@ class CrossDomainConfig(ScheduleConfig):
                 raise UserError(
                     f"method.replay_rows={self.replay_rows} must be at least method.{name}={getattr(self, name)}"
                 )
+
+    @property
+    def steps_in_target(self) -> bool:
+        """Whether steps are ever taken in the target."""
+        return True
 
     @property
     def uses_source(self) -> bool:
@@ -111,8 +120,7 @@ class CrossDomainConfig(ScheduleConfig):
 
     def target_steps(self, t: int) -> int:
         """Steps taken in the target in the iterations before t."""
-        every = self.updates_per_target_step
-        return -(-t // every) if every else 0
+        return -(-t // self.updates_per_target_step) if self.steps_in_target else 0
 
     def learns_from(self, t: int) -> tuple[bool, bool]:
         """Whether update t takes rows of the source, and of the target."""
@@ -127,7 +135,7 @@ class CrossDomainConfig(ScheduleConfig):
     def work_period(self) -> int:
         """Iterations after which the work of an iteration repeats: a method that refits models every so often says
         so."""
-        return math.lcm(self.collect_every, self.updates_per_target_step or 1)
+        return math.lcm(self.collect_every, self.updates_per_target_step if self.steps_in_target else 1)
 
     @property
     def batch_rows(self) -> int:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from agents.classified import Classified, ClassifiedConfig
 from agents.config import check_not_negative, check_positive
-from agents.domain_sac import DomainSAC, even_batch, make_domain_sac
+from agents.cross_domain import joined
+from agents.domain_sac import DomainSAC, make_domain_sac
 from agents.method import per_member
 from agents.model_free import member_values
 
@@ -67,7 +68,7 @@ class DARC(Classified):
     ) -> dict[str, Tensor] | None:
         rows, delta_r = self.corrected(t, source_MBW)
         size, turn = rows.shape[1], self.updates_done % self.updater.period
-        metrics = self.updater.update(even_batch(rows, size), noise_KMBA[:, :, :size], turn, with_metrics)
+        metrics = self.updater.update(joined(rows, target_MBW[:, :0]), noise_KMBA[:, :, :size], turn, with_metrics)
         return self.with_classifiers(metrics, delta_r=delta_r.mean(1))
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from agents.config import check_choice, check_positive
+from agents.config import check_choice
 from agents.cross_domain import CrossDomain, CrossDomainConfig
 from agents.domain_sac import DomainSAC, DomainSACConfig, make_domain_sac
 from agents.replay import Replay
@@ -38,8 +38,6 @@ class OnlineSACConfig(CrossDomainConfig, DomainSACConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self, "learn_from", PHASES)
-        if self.uses_target:
-            check_positive(self, "updates_per_target_step")
         if self.learn_from == "source-then-target" and not (
             0 < self.source_updates < self.num_updates and self.source_updates % self.collect_every == 0
         ):
@@ -47,6 +45,10 @@ class OnlineSACConfig(CrossDomainConfig, DomainSACConfig):
                 f"method.source_updates={self.source_updates} must be greater than 0, less than "
                 f"method.num_updates={self.num_updates} and a multiple of method.collect_every={self.collect_every}"
             )
+
+    @property
+    def steps_in_target(self) -> bool:
+        return self.uses_target
 
     @property
     def uses_source(self) -> bool:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ from agents.model_free import member_values
 class SymmetricSamplingConfig(CrossDomainConfig, DomainSACConfig):
     """Hyperparameters; values with sources in agents/symmetric_sampling.yaml. Fields marked per member may differ
     inside a pack."""
+
+    recorded_source_only: ClassVar[bool] = True
 
     cql_alpha: float = per_member(10.0)  # weight of the conservative term
     num_actions: int = 10  # of each of the three kinds

@@ -17,11 +17,7 @@ the environment's termination rule (a terminal state is worth nothing; the paper
 is what the released code (Kavka1/VGDF 9f65d60, agent/vgdf.py) computes: it adds the variance to the mean, draws
 nothing, and takes a mean action on one side and a drawn one on the other.
 
-The gate lets the share `keep_fraction` of a minibatch's source rows through:
-
-    topk      the rows of greatest log Lambda, exactly so many of them
-    quantile  the rows with Lambda above its quantile, as the released code has it: a density in float32 is 0 more than
-              some 14 standard deviations away, and where most rows are, fewer pass or none
+The rows of greatest Lambda pass (`agents.source_filters`).
 
 Shapes: M member, E ensemble member, N critic, B source row, S observation, A action, K noise.
 """
@@ -38,14 +34,12 @@ from torch import Tensor
 
 from agents.domain_sac import DomainBatch, DomainSAC, Targets
 from agents.model_free import bellman_target
+from agents.source_filters import Accepted, accept, filtered
 
 FORMS = ("code", "paper")
-GATES = ("topk", "quantile")
-LOSS_WEIGHTS = ("batch", "accepted")
 Prediction = Callable[[Tensor], tuple[Tensor, Tensor]]
 _STD_OFFSET = 1e-8
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
-_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 class Proximity(NamedTuple):
@@ -111,33 +105,6 @@ def proximity(value_MB: Tensor, fictitious_MEB: Tensor) -> Proximity:
     return Proximity(log_density.nan_to_num_(nan=-math.inf), mean_MB, std_MB, value_MB)
 
 
-class Accepted(NamedTuple):
-    """What the gate lets through."""
-
-    passes_MB: Tensor  # 1 or 0
-    threshold_M: Tensor  # log Lambda from which on rows do
-    index_MR: Tensor | None  # numbers of the rows, where it is known how many they are
-
-
-def accept(log_density_MB: Tensor, keep_fraction: float, gate: str) -> Accepted:
-    """Which rows pass.
-
-    Args:
-        gate: one of GATES.
-    """
-    if gate == "topk":
-        best, index = log_density_MB.topk(num_kept(keep_fraction, log_density_MB.shape[1]), dim=1)
-        return Accepted(torch.zeros_like(log_density_MB).scatter_(1, index, 1.0), best[:, -1], index)
-    density = log_density_MB.exp()
-    threshold = torch.quantile(density, 1.0 - keep_fraction, dim=1, keepdim=True)
-    return Accepted((density > threshold).float(), threshold.squeeze(1).clamp(min=_SMALLEST).log(), None)
-
-
-def num_kept(keep_fraction: float, num_rows: int) -> int:
-    """Rows that the gate `topk` lets through."""
-    return max(1, round(keep_fraction * num_rows))
-
-
 def gate_metrics(near: Proximity, accepted: Accepted) -> dict[str, Tensor]:
     """What the gate does, each `(M,)`: finite as long as values are."""
     passes_MB = accepted.passes_MB
@@ -160,10 +127,7 @@ class ValueGate:
 
     Args:
         form: of the values compared, one of FORMS.
-        gate: one of GATES.
-        keep_fraction: xi, of a minibatch's source rows.
-        loss_weight: one of LOSS_WEIGHTS: an accepted row counts 1 / B ("batch", the paper's equation 7 and the released
-            code) or 1 over the number of rows that pass ("accepted", the paper's Algorithm 1).
+        gate, keep_fraction, loss_weight: see `agents.source_filters`.
         termination: the target's rule, of states `(..., S)`.
     """
 
@@ -185,8 +149,8 @@ class ValueGate:
             targets: of all of them.
             noise_KMBA: draws, at least `num_fictitious_noises`.
         """
-        s, a, num_source, rows_MBW = sac.observation_dim, sac.action_dim, batch.num_source, batch.rows_MBW
-        source = rows_MBW[:, :num_source]
+        s, a, num_source = sac.observation_dim, sac.action_dim, batch.num_source
+        source = batch.rows_MBW[:, :num_source]
         fictitious = fictitious_values(
             sac, source[..., :s], predict(source[..., : s + a]), self.termination, self.form, noise_KMBA
         )
@@ -197,14 +161,5 @@ class ValueGate:
             value = torch.addcmul(value, done, value, value=-1.0)
         near = proximity(value, fictitious)
         accepted = accept(near.log_density, self.keep_fraction, self.gate)
-        weight_MB = batch.weight_MB.clone()
-        if self.loss_weight == "accepted":
-            weight_MB[:, :num_source] = accepted.passes_MB / num_kept(self.keep_fraction, num_source)
-        else:
-            weight_MB[:, :num_source] *= accepted.passes_MB
-        learned = None
-        if accepted.index_MR is not None:
-            of_target = torch.arange(num_source, rows_MBW.shape[1], device=rows_MBW.device)
-            learned = torch.cat((accepted.index_MR, of_target.expand(len(rows_MBW), -1)), 1)
-        filtered = batch._replace(weight_MB=weight_MB, learned_MR=learned)
-        return filtered, gate_metrics(near, accepted) if with_metrics else {}
+        batch = filtered(batch, accepted, self.loss_weight)
+        return batch, gate_metrics(near, accepted) if with_metrics else {}

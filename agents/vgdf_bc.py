@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -29,6 +29,8 @@ from agents.vgdf import VGDF, VGDFConfig
 @dataclass
 class VGDFBCConfig(VGDFConfig):
     """Hyperparameters; per-dataset values in agents/vgdf_bc.yaml. Fields marked per member may differ in a pack."""
+
+    recorded_source_only: ClassVar[bool] = True
 
     coef: float = per_member(5.0)  # weight of the value against the distance to the data
     scale: str = "value"  # value: coef / mean |Q| | none: coef as it is

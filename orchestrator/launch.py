@@ -159,6 +159,11 @@ def check_rows(config: Config, dataset: Dataset) -> None:
                 f"with rows, or a method that samples environments: {', '.join(online_methods())}"
             )
         return
+    if online and method.recorded_source_only:
+        raise UserError(
+            f"method={config.method_name} is for a recorded source, and dataset={config.dataset} has no rows; name a "
+            "dataset with rows, or another method, such as vgdf"
+        )
     ends = method.num_updates
     if method.asynchronous and not method.target_steps(ends) and not (online and method.source_steps(ends)):
         raise UserError("method.asynchronous=true has no effect where no environment is sampled; leave it out")
@@ -166,7 +171,11 @@ def check_rows(config: Config, dataset: Dataset) -> None:
 
 def online_methods() -> list[str]:
     """The methods that sample environments while learning."""
-    return [name for name in method_names() if issubclass(load_method(name).Config, CrossDomainConfig)]
+    configs = {name: load_method(name).Config for name in method_names()}
+    return [
+        name for name, config in configs.items()
+        if issubclass(config, CrossDomainConfig) and not config.recorded_source_only
+    ]  # fmt: skip
 
 
 def _run(config: Config, study: Study, dataset: Dataset, console: Console, report: Report | None) -> Outcome:

@@ -199,7 +199,7 @@ def test_the_weights_of_a_batch_are_means_over_either_domain():
     [
         ({"collect_every": 30}, "must divide method.updates_per_epoch=100"),
         ({"replay_rows": 4}, "at least method.batch_size=8"),
-        ({"updates_per_target_step": -1}, "must be 0 or greater"),
+        ({"updates_per_target_step": 0}, "must be greater than 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], words: str):

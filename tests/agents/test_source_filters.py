@@ -6,7 +6,7 @@ import torch
 
 from agents.domain_classifiers import ClassifierConfig, DomainClassifiers
 from agents.domain_sac import DomainSAC, DomainSACHyperparameters, DomainSACSettings
-from agents.source_filters import DomainRatioScore, ValueScore
+from agents.source_filters import accept, value_score
 
 S, A, B = 2, 1, 5
 
@@ -28,15 +28,16 @@ def test_domain_ratio_prefers_the_targets_dynamics() -> None:
     for _ in range(400):
         target = rows(128, torch.full((128,), 0.5))
         classifiers.update(of_source(128), target, torch.zeros(1, 256, classifiers.noise_width))
-    score = DomainRatioScore(classifiers)(of_source(400))[0]
-    kept = score.topk(100).indices  # a quarter
+    kept = accept(classifiers.log_ratio(of_source(400)), 0.25).index_MR
+    assert kept is not None
+    assert kept.shape == (1, 100)
     assert float((kept % 2 == 0).float().mean()) > 0.95
 
 
 def test_value_is_the_least_of_the_critics() -> None:
     sac = DomainSAC([0, 1], [DomainSACHyperparameters()] * 2, DomainSACSettings(hidden=(8,)), S, A)
     rows = torch.randn(2, B, 2 * S + A + 2)
-    score = ValueScore(sac)(rows)
+    score = value_score(sac, rows)
     for m in range(2):
         x = rows[m, :, : S + A]
         values = []

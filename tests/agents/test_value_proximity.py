@@ -10,11 +10,10 @@ from torch import Tensor
 
 from agents.cross_domain import joined
 from agents.domain_sac import DomainSAC, DomainSACHyperparameters, DomainSACSettings
+from agents.source_filters import Accepted, accept
 from agents.value_proximity import (
-    Accepted,
     Proximity,
     ValueGate,
-    accept,
     fictitious_values,
     gate_metrics,
     num_fictitious_noises,
@@ -136,7 +135,7 @@ def test_the_gate_says_how_much_it_prefers_agreement():
     std = torch.tensor([[0.1, 0.2, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]])
     near = Proximity(torch.zeros(1, B), torch.zeros(1, B), std, torch.ones(1, B))
     passes = torch.tensor([[1.0, 0, 0, 0, 0, 1, 1, 1]])
-    shown = gate_metrics(near, Accepted(passes, torch.zeros(1), None))
+    shown = gate_metrics(near, Accepted(passes, torch.zeros(1), 4, None))
     assert float(shown["gate/small_spread_share"][0]) == 0.25
     assert float(shown["gate/value_gap"][0]) == 1.0
     assert float(shown["gate/fictitious_std"][0]) == pytest.approx(float(std.mean()))

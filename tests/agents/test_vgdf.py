@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from agents.cross_domain import joined
+from agents.domain_classifiers import ClassifierConfig
 from agents.domain_sac import DomainSAC, DomainSACHyperparameters, DomainSACSettings
 from agents.method import TrainingData, load_method, method_settings
 from agents.target_dynamics import TargetDynamics, TargetDynamicsConfig
@@ -63,6 +64,18 @@ def test_without_a_filter_there_is_no_ensemble():
     assert vgdf().shared.idle_setting("dynamics.refit_every") is None
 
 
+@pytest.mark.parametrize("name", ["classifiers", "value"])
+def test_the_papers_other_filters_keep_as_many_rows(name: str):
+    method = vgdf(filter=name, classifiers=ClassifierConfig(hidden=[8], batch_size=8))
+    before, after = (train(method, 1, epoch)[0][0] for epoch in (1, 2))
+    assert list(method.parts) == (["classifiers"] if name == "classifiers" else [])
+    assert "train/gate/score" in after
+    assert "train/gate/score" not in before
+    assert ("train/sas_classifier_loss" in after) == (name == "classifiers")
+    assert method.shared.idle_setting("dynamics.refit_every") is not None
+    assert method.shared.idle_setting("keep_fraction") is None
+
+
 @pytest.mark.parametrize("make", [vgdf, vgdf_bc])
 def test_a_member_learns_the_same_alone_and_in_a_pack(make: Any):
     pack, alone = make((0, 5), proximity="paper"), make((5,), proximity="paper")
@@ -103,7 +116,7 @@ def test_cloning_draws_the_policy_to_the_sources_actions():
     ("settings", "words"),
     [
         ({"keep_fraction": 1.0}, "method.filter=none"), ({"gate": "top"}, "method.gate"),
-        ({"proximity": "text"}, "method.proximity"), ({"updates_per_target_step": 0}, "never steps in the target"),
+        ({"proximity": "text"}, "method.proximity"), ({"updates_per_target_step": 0}, "must be greater than 0"),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], words: str):
@@ -123,7 +136,7 @@ def test_every_block_of_settings_is_a_config(name: str, dataset: str):
         _, block = method_settings(name, dataset, variant)
         dynamics = TargetDynamicsConfig(**block.pop("dynamics"))
         config = load_method(name).Config(target="Pendulum-v1", dynamics=dynamics, **block)
-        assert config.filters == (variant != "mix")
+        assert (config.filter == "none") == (variant == "mix")
     if name == "vgdf_bc" and dataset == "hopper-medium-v2":
         assert [method_settings(name, dataset, v)[1]["coef"] for v in ("code", "paper")] == [10.0, 5.0]
 
