@@ -6,9 +6,9 @@ Every row counts alike, whatever its domain; only the policy is held near the re
     J(pi) = c mean_{b of both} [ alpha log pi(a~|s) - min_k Q_k(s, a~) ] + mean_{b of the source} (pi(s) - a)^2
     c     = bc_coef / mean |min_k Q_k(s, a~)|
 
-(`agents.cloning`; the scaling is that of TD3+BC, arXiv 2106.06860.) It is BCSAC of ODRL (Lyu et al., NeurIPS 2024,
-arXiv 2410.20750; OffDynamicsRL/off-dynamics-rl 34bba73, algo/offline_online/bc_sac.py), and what CompositeFlow (arXiv
-2505.23062) found ahead of VGDF with cloning: VGDF+BC without its filter.
+(`agents.behaviour_cloning`; the scaling is that of TD3+BC, arXiv 2106.06860.) It is BCSAC of ODRL (Lyu et al., NeurIPS
+2024, arXiv 2410.20750; OffDynamicsRL/off-dynamics-rl 34bba73, algo/offline_online/bc_sac.py), and what CompositeFlow
+(arXiv 2505.23062) found ahead of VGDF with cloning: VGDF+BC without its filter.
 
 Shapes: M member, K noise, B batch row, A action, W column of a row.
 """
@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from agents.cloning import CLONED_ACTIONS, BehaviourCloning
+from agents.behaviour_cloning import CLONED_ACTIONS, BehaviourCloning
 from agents.config import check_choice, check_positive
 from agents.cross_domain import CrossDomain, CrossDomainConfig
 from agents.domain_sac import DomainBatch, DomainSAC, DomainSACConfig, make_domain_sac

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from agents.cloning import CLONED_ACTIONS, SCALES, BehaviourCloning
+from agents.behaviour_cloning import CLONED_ACTIONS, SCALES, BehaviourCloning
 from agents.config import check_choice, check_not_negative
 from agents.domain_sac import ActorPenalty
 from agents.method import TrainingData, per_member

@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents.cloning import BehaviourCloning
+from agents.behaviour_cloning import BehaviourCloning
 from agents.cross_domain import joined
 from agents.domain_sac import DomainSAC, DomainSACHyperparameters, DomainSACSettings
 from agents.value_proximity import ValueGate, fictitious_values, proximity

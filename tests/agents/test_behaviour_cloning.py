@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents.cloning import CLONED_ACTIONS, SCALES, BehaviourCloning
+from agents.behaviour_cloning import CLONED_ACTIONS, SCALES, BehaviourCloning
 from agents.domain_sac import DomainBatch, DomainSAC, DomainSACHyperparameters, DomainSACSettings
 from agents.replay import transition_rows
 
