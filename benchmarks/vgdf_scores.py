@@ -95,7 +95,7 @@ def overrides(case: Case, args: argparse.Namespace) -> list[str]:
     """The words behind `offsweep train` for a case; what is not named keeps the method's settings."""
     source = scaled(SOURCE_STEPS, args.scale)
     target, every = source // GAMMA, max(1, source // EVALUATIONS)
-    settings: dict[str, Any] = {"target": case.target, "precision": args.precision}
+    settings: dict[str, Any] = {"target": case.target, "precision": precision_of(case.method, args)}
     if case.method in ("vgdf", "mix"):
         updates, words = source, ["method=vgdf"]
         settings["updates_per_target_step"] = GAMMA
@@ -116,6 +116,11 @@ def overrides(case: Case, args: argparse.Namespace) -> list[str]:
         *words, f"dataset=online/{case.source}", *pack_words(args, updates, every),
         *(f"method.{key}={value}" for key, value in settings.items()),
     ]  # fmt: skip
+
+
+def precision_of(method: str, args: argparse.Namespace) -> str:
+    """Of a method's updates: the products of the others are too small to gain by another one."""
+    return str(args.precision) if method in ("vgdf", "mix") else "float32"
 
 
 def runs_of(case: Case, folder: Path, config: Config) -> Iterator[Run]:
@@ -143,12 +148,13 @@ def line_of(run: Run, config: Config, args: argparse.Namespace, command: str) ->
         config.compute.threads, command, target=run.target, method=run.method, seed=run.seed,
         source_steps=source_steps, target_steps=target_steps, target_return=run.value, outcome=run.summary["outcome"],
         **wall, seeds_in_pack=config.num_seeds, episodes=config.evaluation.episodes, hidden=config.method.hidden,
-        log_density=run.log_density, **scale_fields(args),
+        log_density=run.log_density,
+        precision=precision_of(run.method, args), **scale_fields(args),
     )  # fmt: skip
 
 
 def scale_fields(args: argparse.Namespace) -> dict[str, Any]:
-    return {"scale": args.scale, "papers_source_steps": SOURCE_STEPS, "precision": args.precision}
+    return {"scale": args.scale, "papers_source_steps": SOURCE_STEPS}
 
 
 def mean_lines(scores: Scores, target: str, args: argparse.Namespace, command: str) -> Iterator[dict[str, Any]]:
@@ -242,7 +248,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shifts", nargs="+", choices=SHIFTS, default=list(SHIFTS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--version", choices=("v4", "v5"), default="v5", help="of the robots (default: %(default)s)")
-    parser.add_argument("--precision", choices=("float32", "mixed"), default="float32", help="of updates and refits")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "mixed"),
+        default="float32",
+        help="of VGDF's and Mix's updates and refits; the other methods' are float32",
+    )
     parser.add_argument("--curves", type=Path, help="CSV file of all evaluations")
     return parser
 
