@@ -420,8 +420,8 @@ def test_vgdfs_constants_in_steps_are_scaled_with_its_steps():
     m = configs["vgdf"]
     assert (m.source_steps(m.num_updates), m.target_steps(m.num_updates)) == (100_000, 10_000)
     assert (m.start_gate, m.dynamics.patience_decay, m.dynamics.refit_every) == (10_000, 15_000, 250)
-    assert m.filters
-    assert not configs["mix"].filters
+    assert m.filter == "proximity"
+    assert configs["mix"].filter == "none"
     assert configs["mix"].num_updates == m.num_updates
 
 
