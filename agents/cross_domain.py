@@ -676,11 +676,17 @@ def check_spaces(source_id: str, target_id: str) -> None:
         assert isinstance(action, Box)
         widths.append((observation.shape[0], action.shape[0]))
         bounds.append((action.low.tolist(), action.high.tolist()))
-    if widths[0] != widths[1] or bounds[0] != bounds[1]:
+    advice = "choose a target of the same robot and version"
+    if widths[0] != widths[1]:
         (s, a), (u, b) = widths
         raise UserError(
-            f"method.target={target_id} has {u} observations and {b} actions of bounds {bounds[1]}, the source "
-            f"{source_id} {s} and {a} of bounds {bounds[0]}; choose a target of the same robot and version"
+            f"method.target={target_id} has {u} observations and {b} actions, the source {source_id} {s} and {a}; "
+            f"{advice}"
+        )
+    if bounds[0] != bounds[1]:
+        raise UserError(
+            f"method.target={target_id} has actions of bounds {bounds[1]}, the source {source_id} of {bounds[0]}; "
+            f"{advice}"
         )
 
 

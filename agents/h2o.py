@@ -1,9 +1,8 @@
-"""H2O with the domains in VGDF's places (Niu et al., NeurIPS 2022, arXiv 2206.13464; Xu et al. 2023, arXiv 2305.17625,
-section 6.3).
+"""H2O: hybrid offline-and-online reinforcement learning (Niu et al., NeurIPS 2022, arXiv 2206.13464).
 
 The original learns from recorded rows of the real domain and from a simulator that is sampled. Here, as in VGDF's
-experiments and in ODRL, the recorded rows are of the source and the target is sampled, so it is the source's rows that
-count by how likely the target would be to make them:
+experiments (Xu et al. 2023, arXiv 2305.17625, section 6.3) and in ODRL, the recorded rows are of the source and the
+target is sampled, so it is the source's rows that count by how likely the target would be to make them:
 
     w    = clip( P_target(s'|s,a) / P_source(s'|s,a) ),    of the domain classifiers (`agents.domain_classifiers`)
     J(Q) = mean_{b of the target} sum_k (Q_k(s, a) - y)^2 + mean_{b of the source} w_b sum_k (Q_k(s, a) - y)^2

@@ -1,4 +1,4 @@
-"""Value-guided data filtering (VGDF; Xu, Bai, Ma, Wang, Zhao, Wang, Li and Li, NeurIPS 2023, arXiv 2305.17625).
+"""VGDF: value-guided data filtering (Xu, Bai, Ma, Wang, Zhao, Wang, Li and Li, NeurIPS 2023, arXiv 2305.17625).
 
 Source transitions are shared with the target domain where they lead to states that are worth what the states are that
 the target's dynamics would lead to:

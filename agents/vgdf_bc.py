@@ -1,8 +1,7 @@
-"""VGDF with behaviour cloning, for a recorded source domain (Xu et al., NeurIPS 2023, arXiv 2305.17625, section 5.2 and
-algorithm 2).
+"""VGDF+BC: VGDF with behaviour cloning, for a recorded source domain (Xu et al., NeurIPS 2023, arXiv 2305.17625).
 
-Critics and filter are those of `agents.vgdf`. There is no source policy; the policy is also drawn to the source's
-actions:
+Section 5.2 and algorithm 2 of the paper: critics and filter are those of `agents.vgdf`, there is no source policy, and
+the policy is also drawn to the source's actions:
 
     J(pi) = c mean_{both domains} [ alpha log pi(a~|s) - min_k Q_k(s, a~) ] + mean_{source} (pi(s) - a)^2
 

@@ -304,9 +304,10 @@ def _data(args: argparse.Namespace) -> int:
 def _methods() -> int:
     from agents.method import load_method, method_names, settings_file
 
+    width = max(map(len, method_names()))
     for name in method_names():
         content = settings_file(name)
         variants = ", ".join(f"{v} (default)" if v == content["default_variant"] else v for v in content["variants"])
-        print(f"{name:<8} {(sys.modules[load_method(name).__module__].__doc__ or '').splitlines()[0]}")
-        print(f"{'':<8} variants: {variants}")
+        print(f"{name:<{width}} {(sys.modules[load_method(name).__module__].__doc__ or '').splitlines()[0]}")
+        print(f"{'':<{width}} variants: {variants}")
     return 0
