@@ -15,9 +15,8 @@ Shapes: M member, K noise, B batch row, A action, W column of a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from agents.behaviour_cloning import CLONED_ACTIONS, BehaviourCloning
 from agents.config import check_choice, check_positive
 from agents.cross_domain import CrossDomain, CrossDomainConfig
 from agents.domain_sac import DomainBatch, DomainSAC, DomainSACConfig, make_domain_sac
-from agents.method import TrainingData, per_member
+from agents.method import per_member
 
 
 @dataclass
@@ -52,17 +51,9 @@ class BCSAC(CrossDomain):
     configs: list[BCSACConfig]
     shared: BCSACConfig
 
-    def __init__(
-        self,
-        configs: Sequence[BCSACConfig],
-        seeds: Sequence[int],
-        data: TrainingData,
-        artifacts: Mapping[str, dict[str, Any]],
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(configs, seeds, data, artifacts, device)
-        action = self.shared.cloned_action
-        self._cloning = BehaviourCloning([c.bc_coef for c in configs], action=action, device=self.device)
+    def bind(self) -> None:
+        coefs = [c.bc_coef for c in self.configs]
+        self._cloning = BehaviourCloning(coefs, action=self.shared.cloned_action, device=self.device)
 
     def make_updater(self) -> DomainSAC:
         return make_domain_sac(self.configs, self.seeds, self.observation_dim, self.action_dim, self.device)
@@ -78,12 +69,6 @@ class BCSAC(CrossDomain):
         weight = rows.new_full(rows.shape[:2], 1.0 / rows.shape[1])
         batch = DomainBatch(rows, source_MBW.shape[1], weight)
         return self.updater.update(batch, noise_KMBA, turn, with_metrics, actor_penalty=self._cloning)
-
-    def select(self, members: Sequence[int]) -> Self:
-        other = super().select(members)
-        assert isinstance(other, type(self))
-        other._cloning = self._cloning.select(members)
-        return other
 
 
 METHOD = BCSAC

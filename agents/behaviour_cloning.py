@@ -59,7 +59,3 @@ class BehaviourCloning:
         added[:, :n, :a] = grad_u
         added[:, :n, a:] = (grad_u * spread).masked_fill_(raw != log_std, 0.0)
         return weight, added, {"cloning_loss": error.square().mean((1, 2)), "policy_weight": weight.view(-1)}
-
-    def select(self, members: Sequence[int]) -> BehaviourCloning:
-        """The penalty of some members only."""
-        return BehaviourCloning([self.coefs[m] for m in members], self.scale, self.action, self._coef_M11.device)

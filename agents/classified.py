@@ -6,17 +6,14 @@ Shapes: M member, B row of a batch, W columns of a row (see `agents.replay`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
-from agents.cross_domain import CrossDomain, CrossDomainConfig
+from agents.cross_domain import CrossDomain, CrossDomainConfig, Part
 from agents.domain_classifiers import ClassifierConfig, DomainClassifiers
 from agents.domain_sac import DomainSACConfig
-from agents.method import TrainingData
 
 
 @dataclass
@@ -35,17 +32,10 @@ class Classified(CrossDomain):
 
     configs: list[Any]
 
-    def __init__(
-        self,
-        configs: Sequence[Any],
-        seeds: Sequence[int],
-        data: TrainingData,
-        artifacts: Mapping[str, dict[str, Any]],
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(configs, seeds, data, artifacts, device)
-        own = [c.classifiers for c in configs]
-        self.parts["classifiers"] = DomainClassifiers(own, seeds, self.observation_dim, self.action_dim, device)
+    def make_parts(self) -> dict[str, Part]:
+        own = [c.classifiers for c in self.configs]
+        sizes = self.observation_dim, self.action_dim
+        return {**super().make_parts(), "classifiers": DomainClassifiers(own, self.seeds, *sizes, self.device)}
 
     @property
     def classifiers(self) -> DomainClassifiers:

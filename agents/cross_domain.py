@@ -164,7 +164,7 @@ class CrossDomain(ABC):
     Attributes:
         source, target: the rows of either domain, a ring for each member; a recorded source's are `real`.
         updater: actor and critics.
-        parts: further models by name, selected, saved and restored with the rest; `__init__` of a method adds them.
+        parts: further models by name, selected, saved and restored with the rest.
         extra_metrics: of each member, logged at the end of the epoch and then forgotten; `refit` may add to them.
         updates_done: gradient updates so far.
         start_jobs: what steps are taken with.
@@ -191,7 +191,7 @@ class CrossDomain(ABC):
             for domain, real in zip(DOMAINS, (rows, rows[:0]), strict=True)
         )
         self.updater = self.make_updater()
-        self.parts: dict[str, Part] = {}
+        self.parts = self.make_parts()
         self.extra_metrics: list[dict[str, float]] = [{} for _ in self.seeds]
         self.updates_done = 0
         self.start_jobs: StartJobs = start_here
@@ -202,12 +202,20 @@ class CrossDomain(ABC):
         self._ahead: _Ahead | None = None
         self._drawn: tuple[int, list[Tensor], Tensor] | None = None  # block, u (U, M, B) of each domain, noise
         self._steps_drawn: dict[str, tuple[int, Tensor]] = {}
+        self.bind()
 
     # ---- what a method says -------------------------------------------------------------------------------------
 
     @abstractmethod
     def make_updater(self) -> DomainSAC:
         """Actor and critics of the pack."""
+
+    def make_parts(self) -> dict[str, Part]:
+        """The models that the pack begins with beside these, if any."""
+        return {}
+
+    def bind(self) -> None:  # noqa: B027 - many methods have nothing to make
+        """Make what follows from the members' configs alone: called at first and when members have left."""
 
     def target_policy(self) -> Actor:
         """The policies as they are, not copied: they act in the target and are evaluated."""
@@ -533,6 +541,7 @@ class CrossDomain(ABC):
         other._progress = {domain: [of[m].copy() for m in members] for domain, of in self._progress.items()}
         other._ahead = None if self._ahead is None else self._ahead.select(members)
         other._drawn, other._steps_drawn = None, {}
+        other.bind()
         return other
 
     def state_dict(self) -> dict[str, Any]:

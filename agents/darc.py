@@ -51,16 +51,20 @@ class DARC(Classified):
     def make_updater(self) -> DomainSAC:
         return make_domain_sac(self.configs, self.seeds, self.observation_dim, self.action_dim, self.device)
 
+    def bind(self) -> None:
+        super().bind()
+        scales = [c.delta_r_scale for c in self.configs], [c.reward_scale for c in self.configs]
+        self._delta_r_M1, self._reward_M1 = (member_values(of, self.device).squeeze(-1) for of in scales)
+
     @torch.inference_mode()
     def corrected(self, t: int, source_MBW: Tensor) -> tuple[Tensor, Tensor]:
         """Source rows with the rewards of update t, and Delta r `(M, B)` of the rows as they were."""
         delta_r, column = self.classifiers.log_ratio(source_MBW), self.observation_dim + self.action_dim
         reward = source_MBW[..., column]
         if t >= self.shared.warm_up:
-            coef_M1 = member_values([c.delta_r_scale for c in self.configs], self.device).squeeze(-1)
-            reward = torch.addcmul(reward, coef_M1, delta_r)
+            reward = torch.addcmul(reward, self._delta_r_M1, delta_r)
         rows = source_MBW.clone()
-        rows[..., column] = reward * member_values([c.reward_scale for c in self.configs], self.device).squeeze(-1)
+        rows[..., column] = reward * self._reward_M1
         return rows, delta_r
 
     def update(

@@ -14,9 +14,8 @@ Shapes: M member, K noise, B batch row, A action, W column of a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from agents.conservative import SourcePenalty
 from agents.cross_domain import CrossDomain, CrossDomainConfig
 from agents.domain_sac import DomainBatch, DomainSAC, DomainSACConfig, make_domain_sac
 from agents.draws import Draws
-from agents.method import TrainingData, per_member
+from agents.method import per_member
 from agents.model_free import member_values
 
 
@@ -55,20 +54,10 @@ class SymmetricSampling(CrossDomain):
     configs: list[Any]
     shared: Any
 
-    def __init__(
-        self,
-        configs: Sequence[Any],
-        seeds: Sequence[int],
-        data: TrainingData,
-        artifacts: Mapping[str, dict[str, Any]],
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(configs, seeds, data, artifacts, device)
+    def bind(self) -> None:
+        super().bind()
         size = SourcePenalty.noise_size(self.shared.num_actions, self.shared.batch_size, self.action_dim)
-        self._draws = Draws(seeds, "conservative actions", (size,), device)
-        self._bind()
-
-    def _bind(self) -> None:
+        self._draws = Draws(self.seeds, "conservative actions", (size,), self.device)
         self._cql_alpha_M1 = member_values([c.cql_alpha for c in self.configs], self.device).squeeze(-1)
         self._temperature_M11 = member_values([c.cql_temperature for c in self.configs], self.device)
 
@@ -93,13 +82,6 @@ class SymmetricSampling(CrossDomain):
         )  # fmt: skip
         turn = self.updates_done % self.updater.period
         return self.updater.update(DomainBatch(rows, size, weight), noise_KMBA, turn, with_metrics, penalty)
-
-    def select(self, members: Sequence[int]) -> Self:
-        other = super().select(members)
-        assert isinstance(other, type(self))
-        other._draws = self._draws.select(members)
-        other._bind()
-        return other
 
 
 METHOD = SymmetricSampling

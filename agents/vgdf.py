@@ -23,18 +23,16 @@ Shapes: M member, K noise, B batch, S observation, A action, W columns of a row.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from agents.config import check_choice, check_not_negative
-from agents.cross_domain import CrossDomain, CrossDomainConfig, joined
+from agents.cross_domain import CrossDomain, CrossDomainConfig, Part, joined
 from agents.domain_classifiers import ClassifierConfig, DomainClassifiers
 from agents.domain_sac import ActorPenalty, DomainBatch, DomainSAC, DomainSACConfig, Targets, make_domain_sac
-from agents.method import Termination, TrainingData
+from agents.method import Termination
 from agents.source_filters import GATES, LOSS_WEIGHTS, accept, filtered, value_score
 from agents.target_dynamics import TargetDynamics, TargetDynamicsConfig
 from agents.value_proximity import FORMS, ValueGate, num_fictitious_noises
@@ -103,21 +101,17 @@ class VGDF(CrossDomain):
     Config: type[VGDFConfig] = VGDFConfig
     shared: VGDFConfig
 
-    def __init__(
-        self,
-        configs: Sequence[VGDFConfig],
-        seeds: Sequence[int],
-        data: TrainingData,
-        artifacts: Mapping[str, dict[str, Any]],
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(configs, seeds, data, artifacts, device)
+    def make_parts(self) -> dict[str, Part]:
         cfg, sizes = self.shared, (self.observation_dim, self.action_dim)
         if cfg.filter == "classifiers":
-            own = [c.classifiers for c in configs]
-            self.parts["classifiers"] = DomainClassifiers(own, self.seeds, *sizes, self.device)
+            own = [c.classifiers for c in self.configs]
+            return {"classifiers": DomainClassifiers(own, self.seeds, *sizes, self.device)}
         if cfg.filter == "proximity":
-            self.parts["dynamics"] = TargetDynamics(cfg.dynamics, self.seeds, *sizes, self.device)
+            return {"dynamics": TargetDynamics(cfg.dynamics, self.seeds, *sizes, self.device)}
+        return {}
+
+    def bind(self) -> None:
+        cfg, data = self.shared, self.data
         moments = (None if x is None else x.to(self.device) for x in (data.observation_mean, data.observation_std))
         self._gate = ValueGate(
             cfg.proximity, cfg.gate, cfg.keep_fraction, cfg.loss_weight, Termination(cfg.target, *moments)

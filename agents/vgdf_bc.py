@@ -12,16 +12,13 @@ pi(s): here the policy's mean.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
+from typing import ClassVar
 
 from agents.behaviour_cloning import CLONED_ACTIONS, SCALES, BehaviourCloning
 from agents.config import check_choice, check_not_negative
 from agents.domain_sac import ActorPenalty
-from agents.method import TrainingData, per_member
+from agents.method import per_member
 from agents.vgdf import VGDF, VGDFConfig
 
 
@@ -48,26 +45,13 @@ class VGDFBC(VGDF):
     Config = VGDFBCConfig
     shared: VGDFBCConfig
 
-    def __init__(
-        self,
-        configs: Sequence[VGDFBCConfig],
-        seeds: Sequence[int],
-        data: TrainingData,
-        artifacts: Mapping[str, dict[str, Any]],
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(configs, seeds, data, artifacts, device)
-        shared = self.shared
-        self._cloning = BehaviourCloning([c.coef for c in configs], shared.scale, shared.cloned_action, self.device)
+    def bind(self) -> None:
+        super().bind()
+        coefs = [c.coef for c in self.configs]
+        self._cloning = BehaviourCloning(coefs, self.shared.scale, self.shared.cloned_action, self.device)
 
     def actor_penalty(self) -> ActorPenalty:
         return self._cloning
-
-    def select(self, members: Sequence[int]) -> VGDFBC:
-        other = super().select(members)
-        assert isinstance(other, VGDFBC)
-        other._cloning = self._cloning.select(members)
-        return other
 
 
 METHOD = VGDFBC

@@ -69,7 +69,7 @@ def test_policy_is_drawn_to_the_source_actions() -> None:
 def test_member_of_a_pack_as_alone() -> None:
     rows, penalty, draw = batch(4, 2), BehaviourCloning([0.1, 5.0]), torch.Generator().manual_seed(5)
     pack = learner(2)
-    alone, own = pack.select([1]), penalty.select([1])
+    alone, own = pack.select([1]), BehaviourCloning([5.0])
     for _ in range(10):
         noise = torch.randn(3, 2, B, A, generator=draw)
         pack.update(rows, noise, actor_penalty=penalty)
