@@ -49,10 +49,8 @@ def in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.usefixtures("in_place")
 def test_the_method_is_trained_from_the_command_line(workdir: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["methods"]) == 0
-    assert (
-        "cloning  Behaviour cloning, as small as a method gets.\n         variants: plain (default), fast\n"
-        in capsys.readouterr().out
-    )
+    listed = " ".join(capsys.readouterr().out.split())
+    assert "cloning Behaviour cloning, as small as a method gets. variants: plain (default), fast" in listed
     words = [
         "train",
         "method=cloning",
