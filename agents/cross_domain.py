@@ -126,6 +126,16 @@ class CrossDomainConfig(ScheduleConfig):
         """Whether update t takes rows of the source, and of the target."""
         return self.uses_source, self.uses_target
 
+    def learns_at(self, t: int, recorded_rows: int) -> bool:
+        """Whether update t takes place: whether every domain that it takes rows of holds a batch by then.
+
+        Args:
+            recorded_rows: of the source; 0 where it is online.
+        """
+        met = (t // self.collect_every + 1) * self.collect_every
+        held = recorded_rows or self.source_steps(met), self.target_steps(met)
+        return all(rows >= self.batch_size for rows, uses in zip(held, self.learns_from(t), strict=True) if uses)
+
     def domain_rows(self, source_is_online: bool) -> int:
         """Rows of a member's rings, once they are full."""
         source = self.source_steps(self.num_updates) if source_is_online else 0

@@ -6,6 +6,7 @@ import numpy as np
 
 from envs.dataset import COLUMNS, Dataset, Scaling
 from envs.episodes import borrow_envs
+from envs.errors import UserError
 
 PREFIX = "online/"
 
@@ -22,8 +23,11 @@ def read_online(name: str) -> Dataset:
 
     Raises:
         EpisodeError: the environment cannot be made, or has other spaces than vectors (see `envs.episodes.make_env`).
+        UserError: none is named.
     """
     env_id = name.removeprefix(PREFIX)
+    if not env_id:
+        raise UserError(f"dataset={name} names no environment; give its Gymnasium id, such as {PREFIX}HalfCheetah-v5")
     with borrow_envs(env_id, 1) as (env,):
         observation_shape, action_shape = env.observation_space.shape, env.action_space.shape
     assert observation_shape is not None

@@ -409,8 +409,8 @@ class _Bench:
     def cross_domain_pack(
         self, size: int, seconds: float, base: int, data_seconds: float, smaller: PackMeasurement | None
     ) -> PackMeasurement:
-        """`pack` for methods that sample environments: iterations in the middle of a run, rings filled as there, whole
-        periods of what is done every so often."""
+        """`pack` for methods that sample environments: iterations in the middle of those that learn, rings filled as
+        there, whole periods of what is done every so often, and those before, in which rows are only collected."""
         memory.release(self.device)
         memory.reset_peak(self.device)
         config = self.config.method
@@ -423,17 +423,29 @@ class _Bench:
         # workers do while this process waits is no time of its processor at all
         alone = self.now is time.process_time and not self.config.compute.num_rollout_workers
         now = time.thread_time if alone else time.perf_counter
-        period = config.work_period
-        middle = first = config.num_updates // 2 // period * period
+        some = range(0, config.num_updates, max(1, config.num_updates // 1000))
+        learning = [t for t in some if config.learns_at(t, len(self.data.observations))] or [some[-1]]
+        share = len(learning) / len(some)
+        every = config.collect_every
+        method.iterate(0, every)  # makes the environments, allocates
+        collecting = 0.0
+        if share < 1.0:
+            count = math.ceil(min(learning[0], UPDATES_AT_ONCE) / every) * every
+            begun = now()
+            method.iterate(0, count)
+            collecting = (now() - begun) / count
+        middle = first = learning[len(learning) // 2] // every * every
         missing = method.stand_in(first, RING_FILL_BYTES)
-        method.iterate(first, config.collect_every)  # makes the environments, allocates
-        per_call = min(period * max(1, UPDATES_AT_ONCE // period), config.num_updates)
+        method.iterate(first, every)
+        period = config.work_period
+        per_call = period * max(1, UPDATES_AT_ONCE // period)
         timing, times = Clock(seconds / 2), []
         while not times or not timing.over:
             begun = now()
             method.iterate(first, per_call)
             times.append((now() - begun) / per_call)
-            first = first + per_call if first + 2 * per_call <= config.num_updates else middle // 2 // period * period
+            first = first + per_call if first + 2 * per_call <= config.num_updates else middle
+        update_seconds = share * statistics.median(times) + (1.0 - share) * collecting
         if smaller is None:
             self._evaluate(method)
         training = memory.peak(self.device)
@@ -442,7 +454,7 @@ class _Bench:
         saving = memory.peak(self.device) + max(missing, 2 * missing // size)
         allocated = missing if self.device.type == "cpu" else 0
         needed = max(training, saving) + allocated - base
-        return PackMeasurement(size, data_seconds + setup, 0.0, statistics.median(times), needed)
+        return PackMeasurement(size, data_seconds + setup, 0.0, update_seconds, needed)
 
     def _build(self, size: int, updates: int) -> Method:
         schedule: dict[str, Any] = {"updates_per_epoch": updates, "num_updates": 1000 * updates}

@@ -164,7 +164,7 @@ def _check_effect(config: Config, keys: Iterable[str]) -> None:
     idle_setting = getattr(config.method, "idle_setting", lambda key: None)
     for key in keys:
         if key.startswith("method.") and (why := idle_setting(key.removeprefix("method."))) is not None:
-            raise UserError(f"{why}; leave it out, or change that")
+            raise UserError(f"{why}; leave it out, or change what it depends on")
 
 
 def _resolve(given: DictConfig) -> Config:

@@ -149,7 +149,8 @@ def check_rows(config: Config, dataset: Dataset) -> None:
     """Make sure that a method has something to learn from.
 
     Raises:
-        UserError: it needs rows and the dataset has none, or it is to collect ahead and never collects.
+        UserError: it needs rows and the dataset has none, it takes none of those there are, no update would ever have
+            a batch, or it is to collect ahead and never collects.
     """
     method, online = config.method, dataset.num_transitions == 0
     if not isinstance(method, CrossDomainConfig):
@@ -164,7 +165,18 @@ def check_rows(config: Config, dataset: Dataset) -> None:
             f"method={config.method_name} is for a recorded source, and dataset={config.dataset} has no rows; name a "
             "dataset with rows, or another method, such as vgdf"
         )
+    if not online and not method.uses_source:
+        raise UserError(
+            f"these settings of method={config.method_name} learn from the target alone and would ignore the rows of "
+            f"dataset={config.dataset}; name the source's environment instead, dataset=online/{dataset.env_id}"
+        )
     ends = method.num_updates
+    if not method.learns_at(ends - 1, dataset.num_transitions):
+        raise UserError(
+            f"method.num_updates={ends} iterations end before every domain that the method learns from holds "
+            f"method.batch_size={method.batch_size} rows (the target gets {method.target_steps(ends)}), and so nothing "
+            "would be learned; raise method.num_updates or lower method.batch_size"
+        )
     if method.asynchronous and not method.target_steps(ends) and not (online and method.source_steps(ends)):
         raise UserError("method.asynchronous=true has no effect where no environment is sampled; leave it out")
 
