@@ -236,7 +236,7 @@ class TargetDynamics:
         x_MBX = (state_action_MBX - self._mean_MX.unsqueeze(1)) / self._std_MX.unsqueeze(1)
         out_GBO = self._training.outputs(self.networks.spread(x_MBX))
         mean, raw = out_GBO.view(m, -1, b, out_GBO.shape[-1]).chunk(2, dim=-1)
-        return mean, bounded_logvar(raw)[0].exp_()
+        return mean, _bounded_logvar(raw)[0].exp_()
 
     # ---- copies -----------------------------------------------------------------------------------------------------
 
@@ -284,7 +284,7 @@ def _initialise(networks: StackedMLP, member: int, draw: torch.Generator, scheme
         of_member.copy_(drawn)
 
 
-def bounded_logvar(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _bounded_logvar(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The log-variance that is softly kept in its fixed range, and the arguments of the two softplus that do so.
 
     The bounds are numbers: as tensors that spread over the rows they made each pass twice as long on a CPU.
@@ -294,11 +294,11 @@ def bounded_logvar(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return softplus(above_lower).add_(MIN_LOGVAR), below_upper, above_lower
 
 
-def likelihood_loss(out_GBO: Tensor, y_GBD: Tensor) -> tuple[Tensor, Tensor]:
+def _likelihood_loss(out_GBO: Tensor, y_GBD: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of the module docstring without its weight decay, of every network `(G,)`, and its gradient with respect
     to the outputs [mean, raw log-variance], `(G, B, 2 D)`."""
     mean, raw = out_GBO.chunk(2, dim=-1)
-    logvar, below_upper, above_lower = bounded_logvar(raw)
+    logvar, below_upper, above_lower = _bounded_logvar(raw)
     error, count = mean - y_GBD, y_GBD.shape[1] * y_GBD.shape[2]
     weighted = torch.exp(-logvar).mul_(error)
     squares = error.mul_(weighted)
@@ -488,7 +488,7 @@ class _Training:
         """Fill the networks' `grad`, weight decay left out; returns the loss of every network, `(G,)`."""
         acting = self._acting
         inputs, before = self._hidden(x_GBX)
-        loss_G, grad_out = likelihood_loss(self._last(inputs[-1]), y_GBD)
+        loss_G, grad_out = _likelihood_loss(self._last(inputs[-1]), y_GBD)
         delta = grad_out.to(acting.flat.dtype)
         for layer in range(len(acting.weights) - 1, -1, -1):
             torch.bmm(inputs[layer].mT, delta, out=acting.weight_grads[layer])
