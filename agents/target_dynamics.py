@@ -33,9 +33,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu, softplus
 
 from agents.chunk import PRECISIONS
-from agents.dynamics import bounded_logvar, gaussian_nll
 from agents.networks import StackedMLP, gather_members
 from agents.products import affine, product
 from agents.randomness import generator
@@ -236,8 +236,7 @@ class TargetDynamics:
         x_MBX = (state_action_MBX - self._mean_MX.unsqueeze(1)) / self._std_MX.unsqueeze(1)
         out_GBO = self._training.outputs(self.networks.spread(x_MBX))
         mean, raw = out_GBO.view(m, -1, b, out_GBO.shape[-1]).chunk(2, dim=-1)
-        bounds = (torch.full((), bound, device=self.device) for bound in (MAX_LOGVAR, MIN_LOGVAR))
-        return mean, bounded_logvar(raw, *bounds).exp_()
+        return mean, _bounded_logvar(raw)[0].exp_()
 
     # ---- copies -----------------------------------------------------------------------------------------------------
 
@@ -283,6 +282,29 @@ def _initialise(networks: StackedMLP, member: int, draw: torch.Generator, scheme
         else:
             drawn.normal_(0.0, std, generator=draw)
         of_member.copy_(drawn)
+
+
+def _bounded_logvar(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The log-variance that is softly kept in its fixed range, and the arguments of the two softplus that do so.
+
+    The bounds are numbers: as tensors that spread over the rows they made each pass twice as long on a CPU.
+    """
+    below_upper = MAX_LOGVAR - raw
+    above_lower = softplus(below_upper).neg_().add_(MAX_LOGVAR - MIN_LOGVAR)
+    return softplus(above_lower).add_(MIN_LOGVAR), below_upper, above_lower
+
+
+def _likelihood_loss(out_GBO: Tensor, y_GBD: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of the module docstring without its weight decay, of every network `(G,)`, and its gradient with respect
+    to the outputs [mean, raw log-variance], `(G, B, 2 D)`."""
+    mean, raw = out_GBO.chunk(2, dim=-1)
+    logvar, below_upper, above_lower = _bounded_logvar(raw)
+    error, count = mean - y_GBD, y_GBD.shape[1] * y_GBD.shape[2]
+    weighted = torch.exp(-logvar).mul_(error)
+    squares = error.mul_(weighted)
+    loss_G = logvar.add_(squares).sum((1, 2)).div_(count)
+    grad_raw = squares.neg_().add_(1.0).mul_(1.0 / count).mul_(above_lower.sigmoid_()).mul_(below_upper.sigmoid_())
+    return loss_G, torch.cat((weighted.mul_(2.0 / count), grad_raw), dim=-1)
 
 
 @dataclass
@@ -374,10 +396,6 @@ class _Training:
         device, num = networks.flat.device, networks.lead[0]
         self.first, self.second = torch.zeros_like(networks.flat), torch.zeros_like(networks.flat)
         self.steps_P = torch.zeros(num, device=device)
-        self._upper, self._lower = (
-            torch.full((networks.num_stacked, 1, networks.sizes[-1] // 2), bound, device=device)
-            for bound in (MAX_LOGVAR, MIN_LOGVAR)
-        )
         self._rounded: StackedMLP | None = None
         if config.precision == "mixed":
             self._rounded = StackedMLP(networks.lead, networks.sizes, device, torch.bfloat16)
@@ -451,12 +469,15 @@ class _Training:
         acting, inputs, before = self._acting, [x_GBX.to(self._acting.flat.dtype)], []
         for weight, bias in zip(acting.weights[:-1], acting.biases[:-1], strict=True):
             before.append(affine(bias, inputs[-1], weight, relu=False))
-            inputs.append(torch.nn.functional.silu(before[-1]))
+            inputs.append(silu(before[-1]))
         return inputs, before
 
     def outputs(self, x_GBX: Tensor) -> Tensor:
         """Means and raw log-variances `(G, B, 2 D)`, float32, of standardised inputs."""
-        return self._last(self._hidden(x_GBX)[0][-1])
+        acting, hidden = self._acting, x_GBX.to(self._acting.flat.dtype)
+        for weight, bias in zip(acting.weights[:-1], acting.biases[:-1], strict=True):
+            hidden = silu(affine(bias, hidden, weight, relu=False), inplace=True)
+        return self._last(hidden)
 
     def _last(self, hidden_GBH: Tensor) -> Tensor:
         # in float32 whatever the precision: an output's rounding would be an error of the prediction
@@ -467,7 +488,7 @@ class _Training:
         """Fill the networks' `grad`, weight decay left out; returns the loss of every network, `(G,)`."""
         acting = self._acting
         inputs, before = self._hidden(x_GBX)
-        loss_G, grad_out, *_ = gaussian_nll(self._last(inputs[-1]), y_GBD, self._upper, self._lower)
+        loss_G, grad_out = _likelihood_loss(self._last(inputs[-1]), y_GBD)
         delta = grad_out.to(acting.flat.dtype)
         for layer in range(len(acting.weights) - 1, -1, -1):
             torch.bmm(inputs[layer].mT, delta, out=acting.weight_grads[layer])
