@@ -5,19 +5,19 @@ HalfCheetah's 17 observations and 6 actions, the released settings, one thread:
 
 - `refit/<rows>/<precision>`: gradient steps per CPU-second of a refit of 7 networks of 4 x 200 on so many target rows,
   its draws, gathers and holdout errors included; two epochs, the fewest that the released schedule takes;
-- `update/<gate>/<pack>/<precision>`: updates of runs per CPU-second on 128 source and 128 target rows, gathered, with
-  the policies every second time; while the gate is `shut` nobody asks for fictitious values, and behind it (`open`)
-  they filter the source rows;
+- `update/<which>/<pack>/<precision>`: updates of runs per CPU-second on 128 source and 128 target rows, gathered, with
+  the policies every second time; `unfiltered` as in the beginning of a run, when nobody asks for fictitious values, and
+  `filtered` by these as behind `start_gate`;
 - `step/<domain>`: environment steps per CPU-second, the policy's draw of an action included;
 - `loop/<pack>/<precision>`: iterations of runs per CPU-second of all of it together, 250 of them from iteration 200,000
-  on: a step in the source each, every tenth time one in the target, one refit on 20,000 rows, updates behind the gate;
+  on: a step in the source each, every tenth time one in the target, one refit on 20,000 rows, filtered updates;
 - `full/<precision>`: CPU hours of a run, by its parts.
 
 Data are drawn: how long a product takes does not depend on what is learned, and targets that cannot be learned end
 every refit after its fewest epochs. The first `full` line is therefore a lower bound, as is the reference's.
 
 `float32` and `mixed` take turns, and with them another implementation, if `--peer COMMAND` names one: a program that
-answers each line of its standard input, a case without its pack and precision (`refit 2000`, `update open`,
+answers each line of its standard input, a case without its pack and precision (`refit 2000`, `update filtered`,
 `step source`, `loop`), by doing that once and printing a JSON object with `done` and `cpu_seconds`. `--peer-name` says
 what it is. Without a peer the reference is `float32`.
 """
@@ -59,11 +59,11 @@ UPDATES, STEPS = 50, 1_000  # of a measurement
 ENVIRONMENTS = {"source": "offsweep/HalfCheetah-v5", "target": "offsweep/HalfCheetah-kinematic-v5"}
 LOOP_AT, LOOP = 200_000, 250  # iterations: the first, and of a measurement
 LATE = 10_000_000  # an update at which the schedule has no patience left
-# a full run: source steps, of which so many before the gate; steps per target step; evaluation every so many updates
-FULL, SHUT, GAMMA, EVALUATE_EVERY, EVALUATION_STEPS = 1_000_000, 100_000, 10, 10_000, 5_000
+# a full run: source steps, of which so many before the filter; steps per target step; evaluation every so many updates
+FULL, UNFILTERED, GAMMA, EVALUATE_EVERY, EVALUATION_STEPS = 1_000_000, 100_000, 10, 10_000, 5_000
 PARTS = tuple(
     [f"refit {rows}" for rows in ROWS]
-    + [f"update {gate} {pack}" for gate in ("shut", "open") for pack in PACKS]
+    + [f"update {which} {pack}" for which in ("unfiltered", "filtered") for pack in PACKS]
     + [f"step {domain}" for domain in ENVIRONMENTS]
 )
 CASES = (*PARTS, *(f"loop {pack}" for pack in PACKS))
@@ -96,9 +96,9 @@ def learner(pack: int) -> DomainSAC:
     return make_domain_sac([config] * pack, range(pack), OBS, ACT, optimistic=True)
 
 
-def updating(gate: str, pack: int, precision: str) -> Work:
+def updating(which: str, pack: int, precision: str) -> Work:
     sac, dynamics = learner(pack), TargetDynamics(TargetDynamicsConfig(precision=precision), range(pack), OBS, ACT)
-    filtered, values = gate == "open", ValueGate("code", "topk", 0.25, "batch", never_done)
+    filtered, values = which == "filtered", ValueGate("code", "topk", 0.25, "batch", never_done)
     replays = [Replay(torch.empty(0, 2 * OBS + ACT + 2), pack, 20_000) for _ in range(2)]
     for replay in replays:
         for m in range(pack):
@@ -233,7 +233,8 @@ def full_run(lines: Sequence[dict[str, Any]], side: str, precision: str) -> dict
             refits += steps * float(np.interp(rows, ROWS, seconds))
     parts = {
         "refits": refits,
-        "updates": SHUT / rates[f"update/shut/1/{precision}"] + (FULL - SHUT) / rates[f"update/open/1/{precision}"],
+        "updates": UNFILTERED / rates[f"update/unfiltered/1/{precision}"]
+        + (FULL - UNFILTERED) / rates[f"update/filtered/1/{precision}"],
         "environments": FULL / rates["step/source/float32"] + FULL / GAMMA / rates["step/target/float32"],
         "evaluations": FULL / EVALUATE_EVERY * EVALUATION_STEPS / rates["step/target/float32"],
     }

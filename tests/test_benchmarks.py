@@ -381,7 +381,8 @@ def test_learners_with_a_synthetic_source_are_those_without_and_share_its_stage(
 def test_a_full_run_of_vgdf_is_the_sum_of_its_parts():
     """The number of gradient steps is counted anew here: every refit's epochs times its minibatches."""
     lines = [{"case": f"refit/{rows}/float32", "value": 100.0} for rows in vgdf_speed.ROWS]
-    lines += [{"case": f"update/{gate}/1/float32", "value": rate} for gate, rate in (("shut", 200.0), ("open", 50.0))]
+    rates = {"unfiltered": 200.0, "filtered": 50.0}
+    lines += [{"case": f"update/{which}/1/float32", "value": rate} for which, rate in rates.items()]
     lines += [{"case": f"step/{domain}/float32", "value": 1000.0} for domain in ("source", "target")]
     hours = vgdf_speed.full_run(lines, "value", "float32")
     steps = 0
