@@ -59,7 +59,7 @@ class VGDFConfig(CrossDomainConfig, DomainSACConfig):
     proximity: str = "code"  # code | paper: the values compared (see agents.value_proximity)
     gate: str = "topk"  # topk | quantile (as released)
     keep_fraction: float = 0.25  # xi, of a minibatch's source rows
-    start_gate: int = 100_000  # the iteration after which the gate shuts
+    start_gate: int = 100_000  # the iteration after which rows are filtered
     loss_weight: str = "batch"  # of a source row that passes: batch (1 / B) | accepted (1 / (xi B))
     optimistic: bool = True  # an online source is sampled by a policy of its own, toward the largest critic
     dynamics: TargetDynamicsConfig = field(default_factory=TargetDynamicsConfig)

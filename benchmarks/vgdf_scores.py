@@ -7,7 +7,7 @@
     vgdf         VGDF
 
 `--scale 0.1` means 100,000 source and 10,000 target steps instead of the paper's 1,000,000 and 100,000, with every
-constant of the schedule that is counted in steps scaled alike (gate shut at first, patience's decay, evaluations);
+constant of the schedule that is counted in steps scaled alike (the filter's beginning, patience's decay, evaluations);
 what is drawn in batches, networks and the refits' distance stay. Such runs show the direction of an effect, not the
 paper's levels, and every line says so.
 
@@ -44,7 +44,7 @@ METHODS = ("zero-shot", "target-only", "finetune", "mix", "vgdf")
 COLUMNS = ("target", "method", "seed", "source_steps", "target_steps", "target_return")
 ROBOTS, SHIFTS = ("HalfCheetah", "Hopper"), ("kinematic", "morphology")
 SOURCE_STEPS, GAMMA = 1_000_000, 10  # the paper's
-SHUT, PATIENCE_DECAY, EVALUATIONS = 100_000, 150_000, 50  # of source steps, and of a run
+UNFILTERED, PATIENCE_DECAY, EVALUATIONS = 100_000, 150_000, 50  # of source steps, and of a run
 Scores = dict[tuple[str, str], list[float]]  # by target and method, in the order of the seeds
 
 
@@ -103,8 +103,8 @@ def overrides(case: Case, args: argparse.Namespace) -> list[str]:
             words.append("method.variant=mix")
         else:
             settings |= {
-                "start_gate": scaled(SHUT, args.scale), "dynamics.patience_decay": scaled(PATIENCE_DECAY, args.scale),
-                "dynamics.precision": args.precision,
+                "start_gate": scaled(UNFILTERED, args.scale), "dynamics.precision": args.precision,
+                "dynamics.patience_decay": scaled(PATIENCE_DECAY, args.scale),
             }  # fmt: skip
     else:
         words = ["method=online_sac", f"method.variant={'finetune' if case.method == 'finetune' else 'oracle'}"]
