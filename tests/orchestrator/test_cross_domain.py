@@ -42,7 +42,7 @@ VGDF = (
     "method.updates_per_epoch=100", "method.updates_per_target_step=2", "method.start_gate=120",
     "method.dynamics.ensemble_size=2", "method.dynamics.hidden=[8]", "method.dynamics.weight_decay=[0,0]",
     "method.dynamics.refit_every=50", "method.dynamics.batch_size=16", "method.dynamics.schedule=released",
-    "evaluation.every_epochs=3", "evaluation.episodes=1",
+    "method.collect_every=10", "evaluation.every_epochs=3", "evaluation.episodes=1",
 )  # fmt: skip
 
 
@@ -86,8 +86,15 @@ def first_of(pool: Workers) -> Workers:
     return workers
 
 
-@pytest.mark.parametrize("ahead", ["false", "true"])
-@pytest.mark.parametrize("base", [WORDS, ("method=vgdf", *ONLINE, *VGDF)], ids=["online_sac", "vgdf"])
+@pytest.mark.parametrize(
+    ("base", "ahead"),
+    [
+        pytest.param(WORDS, "false", id="online_sac"),
+        pytest.param(("method=vgdf", *ONLINE, *VGDF), "true", id="vgdf asynchronous"),
+        pytest.param(WORDS, "true", id="online_sac asynchronous", marks=pytest.mark.slow),
+        pytest.param(("method=vgdf", *ONLINE, *VGDF), "false", id="vgdf", marks=pytest.mark.slow),
+    ],
+)
 def test_any_number_of_workers_gives_the_same_pack_even_one_that_dies(
     tmp_path: Path, pool: Workers, base: Sequence[str], ahead: str
 ):
