@@ -447,14 +447,9 @@ class CrossDomain(ABC):
 
     # ---- minibatches --------------------------------------------------------------------------------------------
 
-    def _rows_held(self, replay: Replay) -> int:
-        """Rows that minibatches of a member are drawn from; equal for all."""
-        return replay.num_real + replay.sizes[0]
-
     def _ready(self, t: int) -> bool:
         """Whether every domain that update t learns from holds a batch."""
-        used = zip(self.shared.learns_from(t), (self.source, self.target), strict=True)
-        return all(self._rows_held(replay) >= self.shared.batch_size for uses, replay in used if uses)
+        return self.shared.learns_at(t, self.source.num_real)
 
     @record_function("batch drawing")
     def _batch(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -465,7 +460,7 @@ class CrossDomain(ABC):
         _, uniform, noise = self._drawn
         used = self.shared.learns_from(t)
         rows = [
-            replay.gather(self._row_numbers(replay, u[at] if uses else u[at, :, :0]))
+            replay.gather(replay.row_numbers(u[at] if uses else u[at, :, :0]))
             for replay, u, uses in zip((self.source, self.target), uniform, used, strict=True)
         ]
         return rows[0], rows[1], noise[at]
@@ -482,14 +477,6 @@ class CrossDomain(ABC):
                 of_domain.append(torch.rand(size, generator=draw, device=self.device, dtype=torch.float64))
             noise.append(torch.randn(shape, generator=draw, device=self.device))
         return [torch.stack(of_domain, 1) for of_domain in uniform], torch.stack(noise, 2)
-
-    def _row_numbers(self, replay: Replay, u_MB: Tensor) -> Tensor:
-        """For `Replay.gather`: floor(u * size), of the real rows and each member's own."""
-        numbers = (u_MB * self._rows_held(replay)).long()
-        if not replay.sizes[0] or self.num_members == 1:
-            return numbers
-        own = numbers + torch.arange(self.num_members, device=self.device).unsqueeze(1) * replay.capacity
-        return torch.where(numbers < replay.num_real, numbers, own) if replay.num_real else own
 
     # ---- measuring ----------------------------------------------------------------------------------------------
 

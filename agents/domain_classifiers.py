@@ -156,7 +156,7 @@ class DomainClassifiers:
         step = t // self.shared.train_every
         places_MR = self._places(step)
         halves = zip((source, target), places_MR.split(self.shared.batch_size, dim=1), strict=True)
-        drawn = [replay.gather(_row_numbers(replay, places_MB)) for replay, places_MB in halves]
+        drawn = [replay.gather(replay.row_numbers(places_MB)) for replay, places_MB in halves]
         self.shown = self.update(drawn[0], drawn[1], self._noise(step))
 
     @torch.inference_mode()
@@ -229,13 +229,3 @@ class DomainClassifiers:
 def _log_odds(logits_MBD: Tensor) -> Tensor:
     """log q(target) - log q(source), `(M, B)`."""
     return logits_MBD[..., 1] - logits_MBD[..., 0]
-
-
-def _row_numbers(replay: Replay, places_MB: Tensor) -> Tensor:
-    """Row numbers for `replay.gather`: places in [0, 1) among the real rows and those of a member's ring."""
-    numbers = []
-    for member, places_B in enumerate(places_MB):
-        at = (places_B * (replay.num_real + replay.sizes[member])).long()
-        # the rings lie one behind the other
-        numbers.append(at + (at >= replay.num_real) * (member * replay.capacity))
-    return torch.stack(numbers)

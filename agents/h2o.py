@@ -56,10 +56,9 @@ class H2O(Classified, SymmetricSampling):
     def update(
         self, t: int, source_MBW: Tensor, target_MBW: Tensor, noise_KMBA: Tensor, with_metrics: bool
     ) -> dict[str, Tensor] | None:
-        metrics = super().update(t, source_MBW, target_MBW, noise_KMBA, with_metrics)
-        if metrics is None:
-            return None
-        return self.with_classifiers(metrics, source_weight=self.source_weights(source_MBW)[0].mean(1))
+        weights = self.source_weights(source_MBW)
+        metrics = self.weighted_update(t, source_MBW, target_MBW, weights, noise_KMBA, with_metrics)
+        return self.with_classifiers(metrics, source_weight=weights[0].mean(1))
 
 
 METHOD = H2O

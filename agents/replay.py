@@ -92,6 +92,21 @@ class Replay:
             parts.append(drawn + self._start(member))
         return torch.cat(parts, dim=1)
 
+    def row_numbers(self, places_MB: Tensor) -> Tensor:
+        """Row numbers for `gather`: places in [0, 1) among the real rows and those of each member's ring, which hold
+        equally many."""
+        numbers = (places_MB * self.rows_held).long()
+        if not self.sizes[0] or self.num_members == 1:
+            return numbers
+        # the rings lie one behind the other
+        own = numbers + torch.arange(self.num_members, device=self.device).unsqueeze(1) * self.capacity
+        return torch.where(numbers < self.num_real, numbers, own) if self.num_real else own
+
+    @property
+    def rows_held(self) -> int:
+        """Rows that minibatches of a member are drawn from, real ones included, where all rings hold equally many."""
+        return self.num_real + self.sizes[0]
+
     def gather(self, indices_MB: Tensor) -> Tensor:
         """Rows `(M, B, W)` for row numbers `(M, B)`."""
         return self._rows.index_select(0, indices_MB.reshape(-1)).view(*indices_MB.shape, self.width)

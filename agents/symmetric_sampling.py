@@ -72,8 +72,17 @@ class SymmetricSampling(CrossDomain):
     def update(
         self, t: int, source_MBW: Tensor, target_MBW: Tensor, noise_KMBA: Tensor, with_metrics: bool
     ) -> dict[str, Tensor] | None:
+        return self.weighted_update(
+            t, source_MBW, target_MBW, self.source_weights(source_MBW), noise_KMBA, with_metrics
+        )
+
+    def weighted_update(
+        self, t: int, source_MBW: Tensor, target_MBW: Tensor, weights: tuple[Tensor, Tensor], noise_KMBA: Tensor,
+        with_metrics: bool,
+    ) -> dict[str, Tensor] | None:  # fmt: skip
+        """`update` with the weights that `source_weights` gives."""
         shared, size = self.shared, source_MBW.shape[1]
-        of_errors, of_term = self.source_weights(source_MBW)
+        of_errors, of_term = weights
         of_target = target_MBW.new_full(target_MBW.shape[:2], 1.0 / target_MBW.shape[1])
         rows, weight = torch.cat((source_MBW, target_MBW), 1), torch.cat((of_errors / size, of_target), 1)
         penalty = SourcePenalty(

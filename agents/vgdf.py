@@ -164,7 +164,7 @@ class VGDF(CrossDomain):
     def refit(self, t: int) -> None:
         if self.shared.filter == "classifiers" and self.classifiers.due(t) and self._ready(t):
             self.classifiers.train(t, self.source, self.target)
-        if self.shared.filter != "proximity" or not self.dynamics.due(t, self.source.num_real + self.source.sizes[0]):
+        if self.shared.filter != "proximity" or not self.dynamics.due(t, self.source.rows_held):
             return
         rows = [self.target.member_rows(m) for m in range(self.num_members)]
         for kept, measured in zip(self.extra_metrics, self.dynamics.refit(rows, t), strict=True):

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from agents.cpu import cpu_name
+from agents.cpu import configure_cpu, cpu_name
 from envs.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,6 +197,44 @@ def peer_of(command: str | None) -> Iterator[Answer | None]:
     finally:
         lines.close()
         process.wait()
+
+
+Measure = Callable[[str, int, Answer | None, str, str], list[dict[str, Any]]]
+"""Lines of a case: of its name, the number of blocks, the peer, its name, and the command that measures the case."""
+
+
+def measure_cases(
+    benchmark: str, doc: str | None, cases: Sequence[str], blocks: int, measure: Measure, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[dict[str, Any]]]:
+    """Measure the cases that a command line names, beside the other implementation that it may name, and print them.
+
+    Args:
+        cases: those there are.
+        blocks: measurements of each thing, if the command line does not say.
+
+    Returns:
+        The command line (`cases`, `blocks`, `peer`, `peer_name`) and the lines printed.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{benchmark}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="+", choices=cases, default=list(cases), metavar="CASE")
+    parser.add_argument("--blocks", type=int, default=blocks, help="measurements of each thing (default: %(default)s)")
+    parser.add_argument("--peer", help="command of another implementation")
+    parser.add_argument("--peer-name", default="another implementation", help="repository and commit")
+    args = parser.parse_args(argv)
+    if args.blocks < 1:
+        parser.error("blocks must be greater than 0")
+    configure_cpu(1)
+    lines = []
+    with peer_of(args.peer) as peer:
+        for i, case in enumerate(args.cases, start=1):
+            print(f"[{i}/{len(args.cases)}] {case}", file=sys.stderr, flush=True)
+            command = f"python -m benchmarks.{benchmark} --blocks {args.blocks} --cases '{case}'"
+            for line in measure(case, args.blocks, peer, args.peer_name, command):
+                lines.append(line)
+                print_line(line)
+    return args, lines
 
 
 # ---- timing ---------------------------------------------------------------------------------------------------------

@@ -17,10 +17,8 @@ with `done` (updates or trajectories) and `cpu_seconds`. `--peer-name` says what
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,7 +27,6 @@ import torch
 
 from agents.actors import TanhActor
 from agents.chunk import PRECISIONS
-from agents.cpu import configure_cpu
 from agents.edm_sampler import SamplerConfig
 from agents.guidance import GuidanceConfig
 from agents.method import Termination, TrainingData
@@ -37,7 +34,7 @@ from agents.networks import StackedMLP, initialise
 from agents.randomness import generator
 from agents.trajectory_diffusion import DiffusionConfig, DiffusionTrainer, TrajectoryModel
 from agents.trajectory_rollout import TrajectoryJob
-from benchmarks.common import Answer, peer_of, print_line, record, spread
+from benchmarks.common import Answer, measure_cases, record, spread
 
 BENCHMARK = "pgd_speed"
 OBS, ACT, LENGTH, BATCH = 11, 3, 32, 32
@@ -139,24 +136,7 @@ def measure(case: str, blocks: int, peer: Answer | None, name: str, command: str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{BENCHMARK}", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
-    parser.add_argument("--blocks", type=int, default=5, help="measurements of each thing (default: %(default)s)")
-    parser.add_argument("--peer", help="command of another implementation")
-    parser.add_argument("--peer-name", default="another implementation", help="repository and commit")
-    args = parser.parse_args(argv)
-    if args.blocks < 1:
-        parser.error("blocks must be greater than 0")
-    configure_cpu(1)
-    with peer_of(args.peer) as peer:
-        for i, case in enumerate(args.cases, start=1):
-            print(f"[{i}/{len(args.cases)}] {case}", file=sys.stderr, flush=True)
-            command = f"python -m benchmarks.{BENCHMARK} --cases '{case}' --blocks {args.blocks}"
-            for line in measure(case, args.blocks, peer, args.peer_name, command):
-                print_line(line)
+    measure_cases(BENCHMARK, __doc__, CASES, 5, measure, argv)
     return 0
 
 

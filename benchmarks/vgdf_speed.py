@@ -24,10 +24,8 @@ what it is. Without a peer the reference is `float32`.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,7 +35,6 @@ import numpy as np
 import torch
 
 from agents.chunk import PRECISIONS, matrix_precision
-from agents.cpu import configure_cpu
 from agents.cross_domain import joined
 from agents.domain_sac import DomainSAC, DomainSACConfig, make_domain_sac
 from agents.method import TrainingData, load_method
@@ -45,7 +42,7 @@ from agents.randomness import generator
 from agents.replay import Replay, transition_rows
 from agents.target_dynamics import TargetDynamics, TargetDynamicsConfig
 from agents.value_proximity import ValueGate
-from benchmarks.common import Answer, peer_of, print_line, record, spread
+from benchmarks.common import Answer, measure_cases, print_line, record, spread
 from envs.episodes import make_env
 from envs.registry import load_dataset
 from envs.termination import never_done
@@ -254,26 +251,10 @@ def full_lines(lines: Sequence[dict[str, Any]], name: str, command: str) -> list
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{BENCHMARK}", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
-    parser.add_argument("--blocks", type=int, default=3, help="measurements of each thing (default: %(default)s)")
-    parser.add_argument("--peer", help="command of another implementation")
-    parser.add_argument("--peer-name", default="another implementation", help="repository and commit")
-    args = parser.parse_args(argv)
-    if args.blocks < 1:
-        parser.error("blocks must be greater than 0")
-    configure_cpu(1)
-    command, lines = f"python -m benchmarks.{BENCHMARK} --blocks {args.blocks}", []
-    with peer_of(args.peer) as peer, torch.inference_mode():
-        for i, case in enumerate(args.cases, start=1):
-            print(f"[{i}/{len(args.cases)}] {case}", file=sys.stderr, flush=True)
-            for line in measure(case, args.blocks, peer, args.peer_name, f"{command} --cases '{case}'"):
-                lines.append(line)
-                print_line(line)
+    with torch.inference_mode():
+        args, lines = measure_cases(BENCHMARK, __doc__, CASES, 3, measure, argv)
     if set(args.cases) >= set(PARTS):
+        command = f"python -m benchmarks.{BENCHMARK} --blocks {args.blocks}"
         for line in full_lines(lines, args.peer_name if args.peer else "ours in float32, in turns", command):
             print_line(line)
     return 0

@@ -129,8 +129,8 @@ def replays(members: int, offline: bool) -> tuple[Replay, Replay]:
     target = Replay(torch.empty(0, W), members, 30)
     for m in range(members):
         if not offline:
-            source.add(m, rows_of(10 + m, count=20 + m)[0])
-        target.add(m, rows_of(20 + m, count=9 + 2 * m)[0])
+            source.add(m, rows_of(10 + m, count=20)[0])
+        target.add(m, rows_of(20 + m, count=9)[0])
     return source, target
 
 
