@@ -76,6 +76,7 @@ SETTINGS: dict[str, Any] = {
     "study": {
         "name": STUDY,
         "num_trials": 3,
+        "confirm": {"top": 0},
         "space": {
             "method.eta": {"type": "float", "low": 0.01, "high": 10.0, "log": True},
             "method.rollout_length": {"type": "categorical", "choices": [1, 2]},

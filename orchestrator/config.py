@@ -23,6 +23,9 @@ from agents.cross_domain import CrossDomainConfig
 from agents.method import common_settings, effective_settings, load_method, method_settings
 from envs.errors import UserError
 from envs.transforms import base_name
+from sweeps.confirm import ConfirmSpec
+from sweeps.divergence import DivergenceSpec
+from sweeps.racing import RacingSpec
 from sweeps.spec import PrunerSpec, SamplerSpec, StudySpec
 
 
@@ -38,6 +41,9 @@ class StudyConfig:
     pruner: PrunerSpec = field(default_factory=PrunerSpec)
     enqueue: list[dict[str, Any]] = field(default_factory=list)  # trials to begin with: {config key: value}
     objective_evaluations: int = 1  # a run's value is its mean score over this many last evaluations
+    divergence: DivergenceSpec = field(default_factory=DivergenceSpec)
+    racing: RacingSpec = field(default_factory=RacingSpec)  # only of studies that search
+    confirm: ConfirmSpec = field(default_factory=ConfirmSpec)  # only of studies that search
 
 
 @dataclass
@@ -124,7 +130,7 @@ class Config:
         s = self.study
         spec = StudySpec(
             s.name, s.space, s.sampler, s.pruner, s.num_trials, self.num_seeds, total_steps=self.method.num_updates,
-            trials=s.trials,
+            trials=s.trials, divergence=s.divergence, racing=s.racing, confirm=s.confirm,
         )  # fmt: skip
         spec.validate()
         return spec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -22,10 +22,16 @@ from sweeps.summary import collapse_sentences, collapsing_runs, trial_rows
 
 
 class Display:
-    """Live table on a terminal, one line per finished trial elsewhere; use it in a `with` statement."""
+    """Live table on a terminal, one line per finished trial elsewhere; use it in a `with` statement.
 
-    def __init__(self, console: Console, unit: str) -> None:
-        self._console, self._unit = console, unit
+    Args:
+        console: where.
+        unit: what a trial's value is called.
+        numbers: what the study's trials are shown as, by number, if not by that: a confirm stage repeats the search's.
+    """
+
+    def __init__(self, console: Console, unit: str, numbers: Sequence[int] = ()) -> None:
+        self._console, self._unit, self._numbers = console, unit, numbers
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
         self._told: set[int] = set()
         self._stage: str | None = None
@@ -54,10 +60,13 @@ class Display:
             value = "" if record.value is None else f" {self._unit} {record.value:.1f}"
             left = _duration(_seconds_left(progress))
             self._console.print(
-                f"trial {record.number:>3} {state:<9}{value}  {show_params(record.active)}  "
+                f"trial {self._shown(record.number):>3} {state:<9}{value}  {show_params(record.active)}  "
                 f"({progress.study.num_finished}/{progress.study.spec.num_trials}, {left} left)",
                 highlight=False,
             )
+
+    def _shown(self, number: int) -> int:
+        return self._numbers[number] if self._numbers else number
 
     def _render(self, progress: Progress) -> RenderableType:
         done, planned = progress.updates_done(), progress.updates_planned()
@@ -65,7 +74,9 @@ class Display:
         elapsed = _duration(time.monotonic() - progress.started)
         best = progress.study.best
         best_text = (
-            f"best {self._unit} {best.value:.1f} (trial {best.number})" if best and best.value is not None else ""
+            f"best {self._unit} {best.value:.1f} (trial {self._shown(best.number)})"
+            if best and best.value is not None
+            else ""
         )
         bar.add_row(
             f"{progress.study.num_finished}/{progress.study.spec.num_trials} trials",
@@ -80,7 +91,7 @@ class Display:
             value = f"{trial.value_at(steps[-1]):.1f}" if steps else "-"
             done = min((trial.updates.get(key, 0) for key in trial.run_keys), default=0)
             updates = f"{done}/{progress.config.method.num_updates}"
-            table.add_row(str(trial.number), updates, value, show_params(trial.active))
+            table.add_row(str(self._shown(trial.number)), updates, value, show_params(trial.active))
         parts: list[RenderableType] = [bar, table]
         if progress.stage:
             parts.append(Text(f"building {progress.stage} (once, shared by all runs that need it)", style="dim"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from orchestrator.learner import PACK_FILE, Evaluation, PackReport, PackSpec, Ru
 from orchestrator.memory import is_out_of_memory
 from orchestrator.packing import COSTS_FILE, PackCosts, Packing, balanced, trials_at_once
 from orchestrator.spool import RunSpool, read_records
+from sweeps.confirm import FINAL_VALUES
+from sweeps.racing import is_contender
 from sweeps.study import Study, TrialRecord, TrialTicket
 from sweeps.summary import COLLAPSING
 
@@ -48,7 +50,8 @@ class TrialProgress:
 
     number: int
     active: dict[str, Any]
-    run_keys: list[str]
+    seeds: list[int]
+    run_keys: list[str]  # of these seeds
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
     diverged: dict[str, int] = field(default_factory=dict)
     collapsing: dict[str, dict[int, float]] = field(default_factory=dict)  # as a `PackReport` has it
@@ -106,6 +109,7 @@ class Driver:
         spool: of the study's own run.
         on_change: called with the progress whenever something happened, and every second or so.
         packing: sizes of the packs; None: as configured, else the seeds of a trial.
+        confirms: of a confirm stage: the search's trial that each of the study's trials repeats, by number.
     """
 
     def __init__(
@@ -118,11 +122,16 @@ class Driver:
         spool: RunSpool,
         on_change: Callable[[Progress], None] = lambda progress: None,
         packing: Packing | None = None,
+        confirms: Sequence[int] = (),
     ) -> None:
         self.config, self.study, self.dataset, self.slots = config, study, dataset, slots
         self.tags, self.on_change = tags, on_change
-        self.spool = spool
-        self.packing = packing or Packing(None, config.compute.runs_per_pack or config.num_seeds)
+        self.spool, self.confirms = spool, confirms
+        first = config.study.racing.first_seeds if study.spec.searches else None
+        self._first_seeds = config.seeds if first is None else config.seeds[:first]
+        divergence = config.study.divergence
+        self._q_bound = divergence.q_bound if study.spec.searches or divergence.always else None
+        self.packing = packing or Packing(None, config.compute.runs_per_pack or len(self._first_seeds))
         self.costs = PackCosts(study.folder / COSTS_FILE)
         self.progress = Progress(config, study, {}, time.monotonic())
         self._queue: deque[PackSpec] = deque()
@@ -171,8 +180,11 @@ class Driver:
         fresh |= {n for n, packs in made.items() if any(run.trial in fresh for pack in packs for run in pack.runs)}
         packs: dict[str, PackSpec] = {}
         for number in sorted(set(made) - fresh):
-            self._track(tickets[number])
             packs |= {pack.pack_id: pack for pack in made[number]}
+        for number in sorted(set(made) - fresh):
+            # of further seeds that it was given with other trials' the dead driver may not have told it
+            runs = [run for pack in packs.values() for run in pack.runs if run.trial == number]
+            self._track(tickets[number], sorted(run.seed for run in runs))
         for pack in packs.values():
             for part in self._parts(pack):
                 self._dropped |= {run.run_key for run in part.runs if run.trial not in tickets}
@@ -257,7 +269,7 @@ class Driver:
 
     @property
     def _at_once(self) -> int:
-        return trials_at_once(self.packing.runs_per_pack, self.config.num_seeds)
+        return trials_at_once(self.packing.runs_per_pack, len(self._first_seeds))
 
     def _ask(self, after: TrialTicket | None = None) -> list[TrialTicket]:
         """As many trials as fill a pack; their numbers begin at a multiple of that many, so that a batch that a dead
@@ -272,12 +284,12 @@ class Driver:
         return tickets
 
     def _make_packs(self, tickets: Sequence[TrialTicket]) -> list[PackSpec]:
-        """Group the runs of some trials by pack key, and write the packs down before anything is trained."""
+        """Group the first runs of some trials by pack key, and write the packs down before anything is trained."""
         groups: dict[str, list[RunSpec]] = {}
         examples: dict[str, Config] = {}
         for ticket in tickets:
             try:
-                runs = [run_config(self.config, ticket.active, seed) for seed in self.config.seeds]
+                runs = [run_config(self.config, ticket.active, seed) for seed in self._first_seeds]
             except UserError as error:
                 # a combination that the method refuses says something about its parameters
                 self.study.set_attr(ticket.number, "failure", str(error))
@@ -285,28 +297,59 @@ class Driver:
                 self._record_ended()
                 continue
             for run in runs:
-                name, key = run_key(ticket.number, run.seed), pack_key(run)
-                tags = {**self.tags, "study": self.study.spec.name}
-                groups.setdefault(key, []).append(RunSpec(name, ticket.number, run.seed, to_dict(run), tags))
-                examples.setdefault(key, run)
-        packs = []
-        for key, runs_of_group in groups.items():
-            start = 0
-            for size in balanced(len(runs_of_group), self.packing.limit(key, examples[key])):
-                packs.append(self._pack(key, runs_of_group[start : start + size]))
-                start += size
-        for pack in packs:
-            pack.save()
+                self._add_run(ticket.number, run, groups, examples)
+        packs = self._write_packs(groups, examples)
         for ticket in tickets:
             mine = [p.pack_id for p in packs if any(run.trial == ticket.number for run in p.runs)]
             if mine:
                 self.study.set_attr(ticket.number, "packs", mine)
-                self._track(ticket)
+                self._track(ticket, self._first_seeds)
+        return packs
+
+    def _further_packs(self, seeds: Mapping[int, Sequence[int]]) -> list[PackSpec]:
+        """Packs of the further seeds that some running trials have been given, by number."""
+        groups: dict[str, list[RunSpec]] = {}
+        examples: dict[str, Config] = {}
+        for number, further in seeds.items():
+            for seed in further:
+                run = run_config(self.config, self.progress.running[number].active, seed)
+                self._add_run(number, run, groups, examples)
+        packs = self._write_packs(groups, examples)
+        for number, further in seeds.items():
+            mine = [p.pack_id for p in packs if any(run.trial == number for run in p.runs)]
+            self.study.set_attr(number, "packs", [*self.study.attrs(number)["packs"], *mine])
+            trial = self.progress.running[number]
+            trial.seeds += further
+            trial.run_keys += [self._run_key(number, seed) for seed in further]
+        return packs
+
+    def _add_run(self, number: int, run: Config, groups: dict[str, list[RunSpec]], examples: dict[str, Config]) -> None:
+        """Add a run of a trial to those of its pack key."""
+        key = pack_key(run)
+        tags = {**self.tags, "study": self.study.spec.name}
+        if self.confirms:
+            tags["trial"] = str(self.confirms[number])
+        name = self._run_key(number, run.seed)
+        groups.setdefault(key, []).append(RunSpec(name, number, run.seed, to_dict(run), tags))
+        examples.setdefault(key, run)
+
+    def _write_packs(self, groups: Mapping[str, Sequence[RunSpec]], examples: Mapping[str, Config]) -> list[PackSpec]:
+        packs = []
+        for key, runs in groups.items():
+            start = 0
+            for size in balanced(len(runs), self.packing.limit(key, examples[key])):
+                packs.append(self._pack(key, runs[start : start + size]))
+                start += size
+        for pack in packs:
+            pack.save()
         return packs
 
     def _pack(self, key: str, runs: Sequence[RunSpec], parent: str | None = None) -> PackSpec:
         pack_id = f"{runs[0].run_key}-x{len(runs)}-{digest([run.run_key for run in runs])[:6]}"
-        return PackSpec(pack_id, str(self.study.folder), tuple(runs), key, parent)
+        return PackSpec(pack_id, str(self.study.folder), tuple(runs), key, parent, q_bound=self._q_bound)
+
+    def _run_key(self, number: int, seed: int) -> str:
+        return run_key(self.confirms[number], seed, "c") if self.confirms else run_key(number, seed)
 
     def _alive(self, pack: PackSpec) -> list[RunSpec]:
         """Its runs that still train, as far as is known here."""
@@ -326,11 +369,13 @@ class Driver:
         replace(pack, children=tuple(child.pack_id for child in children)).save()
         return children
 
-    def _track(self, ticket: TrialTicket) -> None:
-        keys = [run_key(ticket.number, seed) for seed in self.config.seeds]
+    def _track(self, ticket: TrialTicket, seeds: Sequence[int]) -> None:
+        keys = [self._run_key(ticket.number, seed) for seed in seeds]
         # a driver may have died between the last report and the pruner's answer: that step is judged again
         judged = max(sorted(self.study.trials()[ticket.number].intermediate)[:-1], default=-1)
-        self.progress.running[ticket.number] = TrialProgress(ticket.number, dict(ticket.active), keys, judged=judged)
+        self.progress.running[ticket.number] = TrialProgress(
+            ticket.number, dict(ticket.active), list(seeds), keys, judged=judged
+        )
 
     def _missing_stage(self, pack: PackSpec) -> MissingStage | None:
         """The first stage that has to be built before the pack can start."""
@@ -429,6 +474,7 @@ class Driver:
                 trial.finished.add(key)
         for trial in list(self.progress.running.values()):
             self._judge(trial)
+        self._race([t for t in self.progress.running.values() if t.finished == set(t.run_keys)])
 
     def _judge(self, trial: TrialProgress) -> None:
         number = trial.number
@@ -440,19 +486,66 @@ class Driver:
             if step < self.config.method.num_updates and self.study.should_prune(number):
                 # what evaluators have found out beyond this step would not be known without them
                 self._keep(trial, until=step)
+                self._account(trial)
                 self.study.tell_pruned(number)
                 self._end(trial)
                 return
         # every common step comes before a run diverged, so it is judged first, however late its evaluation came in
         if trial.diverged:
             self._keep(trial)
+            self._account(trial)
             self.study.tell_diverged(number, self._bad_value())
             self._end(trial)
             return
-        if trial.finished == set(trial.run_keys):
-            self._keep(trial)
-            self.study.tell(number, trial.final_value(self.config.study.objective_evaluations))
-            self._end(trial)
+        if trial.finished == set(trial.run_keys) and len(trial.seeds) == self.config.num_seeds:
+            self._complete(trial)
+
+    def _complete(self, trial: TrialProgress) -> None:
+        self._keep(trial)
+        self._account(trial)
+        self.study.set_attr(trial.number, FINAL_VALUES, self._final_values(trial))
+        self.study.tell(trial.number, trial.final_value(self.config.study.objective_evaluations))
+        self._end(trial)
+
+    def _race(self, trials: Sequence[TrialProgress]) -> None:
+        """Give trials whose runs have all ended one more seed each, or tell the study of them.
+
+        What is decided follows from the study's journal and these trials alone, and is written down before anything is
+        trained, so that a resumed driver goes on likewise.
+        """
+        if not trials:
+            return
+        complete = [record for record in self.study.trials() if record.state == "complete" and not record.diverged]
+        told = {record.number: record.attrs.get(FINAL_VALUES, {}) for record in complete}
+        known = told | {trial.number: self._final_values(trial) for trial in trials}
+        values = {number: list(by_run.values()) for number, by_run in known.items() if by_run}
+        further: dict[int, list[int]] = {}
+        for trial in trials:
+            given = self.study.attrs(trial.number).get("seeds", trial.seeds)
+            if given == trial.seeds:
+                others = [other for number, other in values.items() if number != trial.number]
+                racing, direction = self.config.study.racing, self.study.spec.direction
+                if is_contender(values[trial.number], others, racing.alpha, direction):
+                    given = self.config.seeds[: len(trial.seeds) + 1]
+            if given != trial.seeds:
+                further[trial.number] = given[len(trial.seeds) :]
+        for number, seeds in further.items():
+            self.study.set_attr(number, "seeds", [*self.progress.running[number].seeds, *seeds])
+        for trial in trials:
+            if trial.number not in further:
+                self._complete(trial)
+        self._queue.extendleft(reversed(self._further_packs(further)))
+
+    def _final_values(self, trial: TrialProgress) -> dict[str, float]:
+        """Every run's own value by its key: the trial's is their mean."""
+        last = self.config.study.objective_evaluations
+        return {key: replace(trial, run_keys=[key]).final_value(last) for key in trial.run_keys}
+
+    def _account(self, trial: TrialProgress) -> None:
+        """Keep with a trial what it took."""
+        self.study.set_attr(trial.number, "seeds", trial.seeds)
+        updates = sum(trial.diverged.get(key, trial.updates.get(key, 0)) for key in trial.run_keys)
+        self.study.set_attr(trial.number, "updates", updates)
 
     def _keep(self, trial: TrialProgress, until: float = math.inf) -> None:
         """Each run's last evaluation, at no more than so many updates, and which runs were collapsing at it, kept with
@@ -481,7 +574,8 @@ class Driver:
         ended = [record for record in self.study.trials() if record.finished is not None]
         ended.sort(key=lambda record: (record.finished, record.number))
         for i in range(self._recorded, len(ended)):
-            values = {"trial/number": float(ended[i].number)}
+            number = ended[i].number
+            values = {"trial/number": float(self.confirms[number] if self.confirms else number)}
             told = ended[i].value
             if told is not None:
                 values["trial/value"] = told
@@ -495,7 +589,7 @@ class Driver:
         """End the runs of an ended trial whose learner could not."""
         failed = record.state == "failed"
         for seed in self.config.seeds:
-            path = self.spool.path.with_name(f"{run_key(record.number, seed)}.jsonl")
+            path = self.spool.path.with_name(f"{self._run_key(record.number, seed)}.jsonl")
             if not path.exists() or [r for r, _ in read_records(path) if r][-1]["type"] == "end":
                 continue
             with RunSpool(path.parent, path.stem) as run:
@@ -533,7 +627,7 @@ class Driver:
         ))  # fmt: skip
 
     def _trial_of(self, key: str) -> TrialProgress | None:
-        return self.progress.running.get(int(key[1:].partition("-")[0]))
+        return next((trial for trial in self.progress.running.values() if key in trial.run_keys), None)
 
     def _bad_value(self) -> float:
         """A finite value that keeps the sampler away from trials that diverged: no better than the worst one told,
@@ -552,9 +646,9 @@ def whole(pack: PackSpec, report: PackReport) -> bool:
     return not report.diverged and ends == [report.updates] * len(pack.runs)
 
 
-def run_key(trial: int, seed: int) -> str:
-    """The identity of a run in its study; `Driver._trial_of` reads the trial back."""
-    return f"t{trial:04d}-s{seed}"
+def run_key(trial: int, seed: int, kind: str = "t") -> str:
+    """The identity of a run in its study; `kind` is c in a confirm stage, where `trial` is the search's."""
+    return f"{kind}{trial:04d}-s{seed}"
 
 
 def _process_died(result: Any) -> bool:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import yaml
 from rich.console import Console
 
 from agents.cross_domain import CrossDomainConfig
@@ -22,8 +25,9 @@ from envs.dataset import Dataset
 from envs.errors import UserError
 from envs.files import write_atomically
 from envs.registry import check_shapes, load_dataset
+from orchestrator import confirm
 from orchestrator.artifacts import save_json, write_text
-from orchestrator.cluster import open_slots
+from orchestrator.cluster import Slots, open_slots
 from orchestrator.config import Config, check_space, corner_configs, load_config, to_dict, to_yaml
 from orchestrator.connection import cluster_address
 from orchestrator.display import Display, print_summary, score_label, show_params, value_unit
@@ -35,12 +39,16 @@ from orchestrator.profiling import TABLE, TRACE
 from orchestrator.progress import shown
 from orchestrator.spool import RunInfo, RunSpool, check_run_key
 from orchestrator.tracking import Tracker, check_reachable, default_tracking_uri
+from sweeps.confirm import FOLDER as CONFIRM_FOLDER
+from sweeps.confirm import Confirmation, confirmations
+from sweeps.pruners import warnings_of
 from sweeps.spec import StudySpec
 from sweeps.study import SPEC_FILE, Study
 from sweeps.summary import collapsing_runs, history_figure, parameter_importances, slice_figure, trial_rows
 
 DRAIN_SECONDS = 120.0  # how long the end of a study waits for MLflow
 RESUMABLE = ("compute.", "tracking_uri")  # what may change when a study is resumed: not the results
+UNTIL_CONFIRMED = "study.confirm."  # may change, too, while the confirm stage has not begun
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class Outcome:
     study: Study
     dataset: Dataset
     experiment: str
+    confirmed: Sequence[Confirmation] = ()  # best first
 
 
 Report = Callable[[Study, RunSpool], None]
@@ -100,13 +109,19 @@ def resume(
     if not file.exists():
         known = sorted(p.parent.name for p in folder.parent.glob("*/config.yaml"))
         raise UserError(f"there is no study {name!r} in {folder.parent}; it holds: {', '.join(known) or 'none'}")
-    stored = load_config([file], [])
-    config = asked or load_config([file], overrides)
+    made_before = _older_blocks(file)
+    stored = load_config([file, made_before], [])
+    config = asked or load_config([file, made_before], overrides)
     if asked:
         config.workdir = stored.workdir  # given by the command line, perhaps relative
+        for name in made_before["study"]:
+            setattr(config.study, name, getattr(stored.study, name))
+    resumable: tuple[str, ...] = RESUMABLE
+    if not (folder / CONFIRM_FOLDER / confirm.CONFIG_FILE).exists():
+        resumable += (UNTIL_CONFIRMED,)
     before, now = flatten(to_dict(stored)), flatten(to_dict(config))
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and not key.startswith(RESUMABLE):
+        if before.get(key) != now.get(key) and not key.startswith(resumable):
             raise UserError(
                 f"{key} was {before.get(key)} and is {now.get(key)}: it cannot change while a study is resumed; only "
                 "compute.* and tracking_uri can"
@@ -115,6 +130,13 @@ def resume(
     dataset = _check_before_compute(config)
     with Study.open(folder) as study:
         return _run(config, study, dataset, console, report)
+
+
+def _older_blocks(file: Path) -> dict[str, Any]:
+    """What a study does that was begun before these settings existed: nothing of them."""
+    content = yaml.safe_load(file.read_text()).get("study", {})
+    off = {"confirm": {"top": 0}, "divergence": {"q_bound": None}}
+    return {"study": {name: block for name, block in off.items() if name not in content}}
 
 
 def show(name: str, workdir: Path, console: Console) -> None:
@@ -202,19 +224,73 @@ def _run(config: Config, study: Study, dataset: Dataset, console: Console, repor
     with _tracking(tracker, console), RunSpool(study.folder / "spool", "study") as spool:
         tags = _tags()
         _announce(spool, config, dataset, tags)
+        warnings = [] if config.study.trials else warnings_of(study.spec)
+        for warning in warnings:
+            console.print(f"[yellow]{warning}[/yellow]", highlight=False)
+        if warnings:
+            spool.set_tags({"warnings": " ".join(warnings)})
         with open_slots(config.compute, dataset) as slots:
             packing = choose_packing(config, study.spec, dataset, slots, study.folder)
+            stage = {"stage": "search"} if study.spec.searches else {}
             with Display(console, value_unit(config, dataset)) as display:
-                driver = Driver(config, study, dataset, slots, tags, spool, display, packing)
+                driver = Driver(config, study, dataset, slots, tags | stage, spool, display, packing)
                 driver.run()
-        _compare_with_plan(console, spool, driver)
+            _compare_with_plan(console, spool, driver)
+            confirmed = _confirm(config, study, dataset, slots, tags, console)
+        _record_confirmed(spool, confirmed)
         if report is not None:
             report(study, spool)
         _conclude(spool, study, value_unit(config, dataset))
     print_summary(console, study, config, dataset, tracker.tracking_uri)
     if config.compute.profile:
         _show_profiles(console, study.folder / "packs")
-    return Outcome(study, dataset, study.spec.name)
+    return Outcome(study, dataset, study.spec.name, confirmed)
+
+
+def _confirm(
+    config: Config, study: Study, dataset: Dataset, slots: Slots, tags: Mapping[str, str], console: Console
+) -> list[Confirmation]:
+    """Train the best settings of an ended search again: a study of its own in the search's folder, whose runs are of
+    the same experiment."""
+    folder = study.folder / CONFIRM_FOLDER
+    made = confirm.prepare(config, study, folder)
+    if made is None:
+        return []
+    fresh, chosen = made
+    numbers = [candidate.number for candidate in chosen]
+    console.print(
+        f"confirming {'trials' if len(numbers) > 1 else 'trial'} {', '.join(map(str, numbers))} with "
+        f"{fresh.num_seeds} fresh seeds", highlight=False,
+    )  # fmt: skip
+    exists = (folder / SPEC_FILE).exists()
+    tracker = Tracker(_store_uri(config), study.spec.name, folder / "spool", folder / "tracker.json")
+    unit = value_unit(fresh, dataset)
+    with (
+        Study.open(folder) if exists else Study.create(folder, check_space(fresh)) as repeated,
+        _tracking(tracker, console),
+        RunSpool(folder / "spool", CONFIRM_FOLDER) as spool,
+    ):
+        _announce(spool, fresh, dataset, {**tags, "stage": "confirm"})
+        packing = choose_packing(fresh, repeated.spec, dataset, slots, folder)
+        with Display(console, unit, numbers) as display:
+            stage = {**tags, "stage": "confirm"}
+            Driver(fresh, repeated, dataset, slots, stage, spool, display, packing, numbers).run()
+        spool.end("FINISHED")
+    return confirmations(study.folder)
+
+
+def _record_confirmed(spool: RunSpool, confirmed: Sequence[Confirmation]) -> None:
+    """Of each confirmed trial, best first, what the search and the fresh seeds have found; the best as tags."""
+    for rank, one in enumerate(confirmed):
+        spool.metrics(rank, {
+            "confirm/trial": float(one.number), "confirm/searched": one.searched, "confirm/confirmed": one.mean,
+        })  # fmt: skip
+    for one in [one for one in confirmed if not one.diverged][:1]:
+        low, high = one.interval
+        spool.set_tags({
+            "confirmed_trial": str(one.number), "confirmed_value": str(one.mean), "searched_value": str(one.searched),
+            "confirmed_interval": f"{low:.4g} to {high:.4g} (95 %)" if not math.isnan(low) else "none: a single seed",
+        })  # fmt: skip
 
 
 def _show_profiles(console: Console, folder: Path) -> None:
@@ -292,18 +368,19 @@ def _tracking(tracker: Tracker, console: Console) -> Iterator[None]:
             )
 
 
-def _announce(spool: RunSpool, config: Config, dataset: Dataset, tags: dict[str, str]) -> None:
+def _announce(spool: RunSpool, config: Config, dataset: Dataset, tags: Mapping[str, str]) -> None:
     params = flatten({k: v for k, v in to_dict(config).items() if k not in ("workdir", "tracking_uri")})
     params = {k: v for k, v in params.items() if v}
+    kind = tags.get("stage", "study")
     tags = {
         **tags,
-        "kind": "study",
+        "kind": kind,
         "study": config.study.name,
         "method": config.method_name,
         "dataset": config.dataset,
     }
-    spool.start(RunInfo(f"study {config.study.name}", params, tags, [dataset_record(dataset)]))
-    spool.artifact(Path(config.workdir) / "studies" / config.study.name / "config.yaml")
+    spool.start(RunInfo(f"{kind} {config.study.name}", params, tags, [dataset_record(dataset)]))
+    spool.artifact(spool.path.parent.parent / "config.yaml")
 
 
 def _conclude(spool: RunSpool, study: Study, unit: str) -> None:

@@ -80,6 +80,7 @@ class PackSpec:
     key: str = ""  # the runs' pack key
     parent: str | None = None  # id of a pack that held these runs, too: training goes on from its checkpoint
     children: tuple[str, ...] = ()  # ids of the packs that took this one's place
+    q_bound: float | None = None  # a run with a mean Q above so many times `value_bound` has diverged; None: none has
 
     @property
     def folder(self) -> Path:
@@ -198,6 +199,14 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def value_bound(data: TrainingData, gamma: float) -> float | None:
+    """max |r| / (1 - gamma): no policy's value is beyond it with rewards like those of the data; None without rows, or
+    where nothing is discounted."""
+    if not len(data.rewards) or gamma >= 1:
+        return None
+    return float(data.rewards.abs().max()) / (1.0 - gamma) or None
+
+
 def training_data(dataset: Dataset, device: torch.device) -> TrainingData:
     return TrainingData.from_dataset(dataset, *action_bounds(dataset.env_id), device)
 
@@ -222,6 +231,11 @@ class Learner:
         data = training_data(self.dataset, self.device)
         self._action_low, self._action_high = action_bounds(self.env_id)
         self.method = self._make_method(self.configs, pack.runs, data, self.device)
+        self._highest_q = math.inf
+        # what a method has made of the data: it may scale rewards itself. In two domains rewards are of neither alone
+        learned_from, gamma = getattr(self.method, "data", data), getattr(config.method, "gamma", 1.0)
+        if pack.q_bound is not None and not isinstance(self.method, CrossDomain):
+            self._highest_q = pack.q_bound * (value_bound(learned_from, gamma) or math.inf)
         self.alive = [run.run_key for run in pack.runs]
         self.epoch = 0
         self.evaluations: dict[str, list[Evaluation]] = {run.run_key: [] for run in pack.runs}
@@ -364,8 +378,12 @@ class Learner:
         self._rollouts_ahead = PendingRollouts(tuple(self.alive), collect)
 
     def _log_and_diverge(self, metrics: Mapping[str, Mapping[str, float]], only_diverged: bool = False) -> None:
-        """Log each run's metrics at the current number of updates; stop the runs with one that is not finite."""
-        diverged = [key for key, values in metrics.items() if not all(map(math.isfinite, values.values()))]
+        """Log each run's metrics at the current number of updates; stop the runs with one that is not finite, or with
+        values beyond all bounds."""
+        diverged = [
+            key for key, values in metrics.items()
+            if not all(map(math.isfinite, values.values())) or values.get("train/q_mean", 0.0) > self._highest_q
+        ]  # fmt: skip
         with record_function("logging"):
             for key in diverged if only_diverged else metrics:
                 self._spools[key].metrics(self.updates, metrics[key])
@@ -489,7 +507,7 @@ class Learner:
             "seed": str(run.seed),
         }
         tags = {
-            **run.tags, "trial": str(run.trial), "seed": str(run.seed), "method": config.method_name,
+            "trial": str(run.trial), **run.tags, "seed": str(run.seed), "method": config.method_name,
             "dataset": config.dataset, "pack": self.pack.pack_id, "environment": self.env_id, "device":
             str(self.device), "config_hash": digest(identity(config, self.dataset.content_hash)),
             "score_reference": self.reference.label if self.reference else "none: values are raw returns",
@@ -502,7 +520,8 @@ class Learner:
     def _name(self, run_key: str) -> str:
         """What a run is called in MLflow's table."""
         run = next(run for run in self.pack.runs if run.run_key == run_key)
-        return f"t{run.trial:03d}-s{run.seed}" if "study" in run.tags else run_key
+        kind, number = run_key[0], int(run_key[1:].partition("-")[0])
+        return f"{kind}{number:03d}-s{run.seed}" if "study" in run.tags else run_key
 
     def _finish(self) -> None:
         for m, key in enumerate(self.alive):

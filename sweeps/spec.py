@@ -10,7 +10,10 @@ from typing import Any
 
 import yaml
 
+from sweeps.confirm import ConfirmSpec
+from sweeps.divergence import DivergenceSpec
 from sweeps.errors import StudyError, suggestion
+from sweeps.racing import RacingSpec
 from sweeps.space import SearchSpace
 
 DIRECTIONS = ("maximize", "minimize")
@@ -28,11 +31,13 @@ class SamplerSpec:
 class PrunerSpec:
     """When a trial is stopped early."""
 
-    name: str = "median"  # median or none
+    name: str = "median"  # median, percentile, asha, hyperband or none
     # Share of total_steps before which no trial is pruned. Offline model-based training often peaks early and
     # then exploits its model, so early scores mislead.
     warmup_fraction: float = 1 / 3  # 0 to 1
-    startup_trials: int = 4  # trials that must have finished before any is pruned
+    startup_trials: int = 4  # trials that must have finished before any is pruned; of median and percentile
+    percentile: float = 25.0  # of percentile: the share, in per cent, of trials that go on at a step
+    reduction_factor: int = 3  # of asha and hyperband: one in so many trials goes on at a rung
 
 
 @dataclass
@@ -50,6 +55,14 @@ class StudySpec:
     # instead of a space: every trial's settings, {configuration key: value}, in the order of the trials' numbers. All
     # of them run to their end, whatever the pruner
     trials: list[dict[str, Any]] = field(default_factory=list)
+    divergence: DivergenceSpec = field(default_factory=DivergenceSpec)
+    racing: RacingSpec = field(default_factory=RacingSpec)
+    confirm: ConfirmSpec = field(default_factory=ConfirmSpec)
+
+    @property
+    def searches(self) -> bool:
+        """Whether it looks for good settings: its trials are not listed, and there is more than one."""
+        return bool(self.space) and not self.trials and self.num_trials > 1
 
     def validate(self) -> SearchSpace:
         """Check every field; returns the search space that was read on the way.
@@ -57,7 +70,7 @@ class StudySpec:
         Raises:
             StudyError, SpaceError: naming the first field that makes no sense.
         """
-        from sweeps.pruners import PRUNERS
+        from sweeps.pruners import check_pruner
         from sweeps.samplers import SAMPLERS
 
         if not self.name:
@@ -67,7 +80,6 @@ class StudySpec:
             ("seeds_per_trial", self.seeds_per_trial, 1),
             ("total_steps", self.total_steps, 1),
             ("sampler.seed", self.sampler.seed, 0),
-            ("pruner.startup_trials", self.pruner.startup_trials, 0),
         ):
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
                 raise StudyError(f"study.{label} must be a whole number of at least {least}, not {number!r}.")
@@ -75,12 +87,10 @@ class StudySpec:
             raise StudyError(f"Unknown study.direction '{self.direction}'; {suggestion(self.direction, DIRECTIONS)}.")
         if self.sampler.name not in SAMPLERS:
             raise StudyError(f"Unknown sampler '{self.sampler.name}'; {suggestion(self.sampler.name, SAMPLERS)}.")
-        if self.pruner.name not in PRUNERS:
-            raise StudyError(f"Unknown pruner '{self.pruner.name}'; {suggestion(self.pruner.name, PRUNERS)}.")
-        if not 0 <= self.pruner.warmup_fraction <= 1:
-            raise StudyError(
-                f"study.pruner.warmup_fraction is a share from 0 to 1, not {self.pruner.warmup_fraction!r}."
-            )
+        check_pruner(self.pruner)
+        self.divergence.validate()
+        self.racing.validate(self.seeds_per_trial)
+        self.confirm.validate()
         space = SearchSpace.from_config(self.space)
         if self.trials:
             self._check_trials()
@@ -125,6 +135,9 @@ class StudySpec:
             known["sampler"] = SamplerSpec(**_known(SamplerSpec, known["sampler"], "study.sampler"))
         if "pruner" in known:
             known["pruner"] = PrunerSpec(**_known(PrunerSpec, known["pruner"], "study.pruner"))
+        for name, block in (("divergence", DivergenceSpec), ("racing", RacingSpec), ("confirm", ConfirmSpec)):
+            if name in known:
+                known[name] = block(**_known(block, known[name], f"study.{name}"))
         return cls(**known)
 
     def save(self, path: Path) -> None:
