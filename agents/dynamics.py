@@ -35,7 +35,7 @@ from torch.nn.functional import softplus
 
 from agents.graphs import WARM_UP, Capture, CaptureError, default_capture, side_stream, warn_eager
 from agents.randomness import generator
-from agents.rollout import Penalty, Step
+from agents.rollout import Penalty, Predictions, Step
 from envs.errors import UserError
 
 # what torch.optim.Adam(fused=True) calls, without that class's bookkeeping
@@ -80,6 +80,9 @@ class DynamicsConfig:
     initial_cut: float = DEFAULT_INITIAL_CUT
     # of rollouts: none | morec (see agents.transition_filter, settings method.filter.*). The ensemble is the same
     filter: str = "none"
+    # of the ensemble's members only the first so many predict, the elites among them again those with the lowest
+    # holdout error, num_elites at most. Runs that differ in this share one trained ensemble; None: all members
+    use_members: int | None = None
 
     def __post_init__(self) -> None:
         if self.filter not in FILTERS:
@@ -91,6 +94,10 @@ class DynamicsConfig:
             raise UserError(f"dynamics.initial_cut={self.initial_cut} must be greater than 0; .inf cuts nothing")
         if not 1 <= self.num_elites <= self.ensemble_size:
             raise UserError(f"dynamics.num_elites={self.num_elites} must lie in 1..ensemble_size={self.ensemble_size}")
+        if self.use_members is not None and not 1 <= self.use_members <= self.ensemble_size:
+            raise UserError(
+                f"dynamics.use_members={self.use_members} must lie in 1..ensemble_size={self.ensemble_size}, or be null"
+            )
         if len(self.weight_decay) != len(self.hidden) + 1:
             raise UserError(
                 f"dynamics.weight_decay needs {len(self.hidden) + 1} values, one per hidden layer and one for the "
@@ -100,6 +107,16 @@ class DynamicsConfig:
             raise UserError(f"dynamics.input_clip={self.input_clip} must be greater than 0; .inf clips nothing")
         if not 0 < self.holdout_fraction < 1:
             raise UserError(f"dynamics.holdout_fraction={self.holdout_fraction} must lie between 0 and 1")
+
+    @property
+    def members_used(self) -> int:
+        """Members that predict."""
+        return self.ensemble_size if self.use_members is None else self.use_members
+
+    @property
+    def elites_used(self) -> int:
+        """Members that rollouts are drawn from."""
+        return min(self.num_elites, self.members_used)
 
 
 def _normalised(inputs: Tensor, mean: Tensor, std: Tensor, clip: float) -> Tensor:
@@ -111,7 +128,8 @@ class Ensemble:
     """E Gaussian models evaluated by one batched matrix product per layer.
 
     `tensors` holds everything: weights `(E, in, out)`, biases `(E, 1, out)`, `max_logvar`, `min_logvar` `(D,)`, and
-    the input statistics `mean`, `std` `(S + A,)`. `elites` are indices into E; `input_clip` is in standard deviations.
+    the input statistics `mean`, `std` `(S + A,)`. `elites` are indices into E; `input_clip` is in standard deviations;
+    `holdout_mse` is the lowest holdout error of each member, raw units, where it is known.
 
     It is a `Dynamics` (`agents.rollout`) that carries nothing from step to step: for every row and step an elite is
     drawn and its Gaussian sampled, for the state change and for the reward (RAVL `rollout_generation.py:33-46`).
@@ -119,8 +137,9 @@ class Ensemble:
 
     def __init__(
         self, tensors: dict[str, Tensor], elites: list[int], observation_dim: int,
-        input_clip: float = DEFAULT_INPUT_CLIP,
+        input_clip: float = DEFAULT_INPUT_CLIP, holdout_mse: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
+        self.holdout_mse = holdout_mse
         self.tensors, self.elites, self.observation_dim = tensors, elites, observation_dim
         self.input_clip = input_clip
         self.num_layers = sum(1 for name in tensors if name.startswith("W"))
@@ -203,9 +222,14 @@ class Ensemble:
         return self._bounded(out_KBD.gather(0, at_1BD).squeeze(0))
 
     @cached_property
+    def elite_numbers(self) -> Tensor:
+        """`elites` on the ensemble's device, `(K,)`."""
+        return torch.tensor(self.elites, device=self.device)
+
+    @cached_property
     def _elite_weights(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """Every layer's weights and biases of the elites, and where among them each member is, `(E,)`."""
-        elites = torch.tensor(self.elites, device=self.device)
+        elites = self.elite_numbers
         position_E = torch.tensor([sum(k < e for k in self.elites) for e in range(self.size)], device=self.device)
         layers = [(self.tensors[f"W{i}"], self.tensors[f"b{i}"]) for i in range(self.num_layers)]
         return [(w.index_select(0, elites), b.index_select(0, elites)) for w, b in layers], position_E
@@ -239,8 +263,10 @@ class Ensemble:
         else:
             means, stds = self.predict_all(inputs)
             row = torch.arange(len(member), device=member.device)
-            mean, std, cost = means[member, row], stds[member, row], penalty(stds).view(m, b)
+            mean, std = means[member, row], stds[member, row]
         sample = torch.addcmul(mean.view(m, b, -1), std.view(m, b, -1), noise_MBZ)
+        if penalty is not None:
+            cost = penalty(Predictions(means, stds, member, sample.view(m * b, -1))).view(m, b)
         torch.add(state_action_MBY[..., : self.observation_dim], sample[..., :-1], out=next_obs_MBS)
         return Step(sample[..., -1], cost, None)
 
@@ -256,26 +282,43 @@ class Ensemble:
                 tensors[name] = part.clone(memory_format=torch.contiguous_format).to(self.device)
         return self._with(tensors)
 
+    def first(self, count: int, num_elites: int) -> Ensemble:
+        """The first `count` members; of these the `num_elites` with the lowest holdout error are the elites.
+
+        Raises:
+            UserError: it was trained by a version that did not keep the members' holdout errors.
+        """
+        if self.holdout_mse is None:
+            raise UserError(
+                "dynamics.use_members needs the holdout error of every member, which this stored ensemble lacks; give "
+                "another dynamics.seed, with which one is trained that has them"
+            )
+        tensors = {k: v[:count] if k[0] in "Wb" else v for k, v in self.tensors.items()}
+        errors = self.holdout_mse[:count]
+        elites = sorted(sorted(range(count), key=errors.__getitem__)[:num_elites])
+        return Ensemble(tensors, elites, self.observation_dim, self.input_clip, errors)
+
     def to(self, device: torch.device | str) -> Ensemble:
         return self._with({k: v.to(device) for k, v in self.tensors.items()})
 
     def _with(self, tensors: dict[str, Tensor]) -> Ensemble:
-        return Ensemble(tensors, self.elites, self.observation_dim, self.input_clip)
+        return Ensemble(tensors, self.elites, self.observation_dim, self.input_clip, self.holdout_mse)
 
     def __reduce__(self) -> tuple[object, ...]:
         # the copies of the elites' weights are not sent along
-        return Ensemble, (self.tensors, self.elites, self.observation_dim, self.input_clip)
+        return Ensemble, (self.tensors, self.elites, self.observation_dim, self.input_clip, self.holdout_mse)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "tensors": self.tensors, "elites": self.elites, "observation_dim": self.observation_dim,
-            "input_clip": self.input_clip,
+            "input_clip": self.input_clip, "holdout_mse": self.holdout_mse,
         }  # fmt: skip
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Ensemble:
         clip = float(state.get("input_clip", DEFAULT_INPUT_CLIP))  # stages of old have none
-        return cls(state["tensors"], list(state["elites"]), int(state["observation_dim"]), clip)
+        errors = state.get("holdout_mse")
+        return cls(state["tensors"], list(state["elites"]), int(state["observation_dim"]), clip, errors)
 
 
 def bounded_logvar(raw: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
@@ -737,10 +780,11 @@ class EnsembleTrainer:
 
     def _best(self, p: int) -> Ensemble:
         """The best weights of every member, elites ranked by holdout error."""
-        elites = self._best_mse_PE[p].argsort(stable=True)[: self.config.num_elites].tolist()
+        errors = self._best_mse_PE[p]
+        elites = errors.argsort(stable=True)[: self.config.num_elites].tolist()
         best = self._ensemble(self._by_ensemble(self._best_GF)[p], self._best_bounds_P2D[p], sorted(elites))
         copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in best.tensors.items()}
-        return Ensemble(copies, best.elites, best.observation_dim, best.input_clip)
+        return Ensemble(copies, best.elites, best.observation_dim, best.input_clip, errors.tolist())
 
     def finish(self) -> list[Ensemble | UserError]:
         """Every ensemble with its members' best weights, or the error that ended it, in the order of the configs."""
@@ -787,7 +831,8 @@ class _CapturedStep:
 
 def training_settings(config: DynamicsConfig) -> dict[str, Any]:
     """The settings that a trained ensemble depends on, in the form that stages' keys have always been made of."""
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "filter"}
+    unused = ("filter", "use_members")  # what is done with it
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in unused}
     for name, default in (("input_clip", DEFAULT_INPUT_CLIP), ("initial_cut", DEFAULT_INITIAL_CUT)):
         if settings[name] == default:
             del settings[name]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from agents.dynamics import (
     DynamicsConfig,
+    Ensemble,
     EpochReport,
     together_settings,
     train_ensemble,
@@ -41,6 +42,16 @@ def ensemble_stage(config: DynamicsConfig) -> Stage:
 
     together = BuildTogether(together_settings(config), build_together)
     return Stage("dynamics_ensemble", training_settings(config), build, together)
+
+
+def ensemble_of(state: Mapping[str, Any], config: DynamicsConfig) -> Ensemble:
+    """What the stage has stored, or the part of it that the configuration uses.
+
+    Raises:
+        UserError: see `Ensemble.first`.
+    """
+    whole = Ensemble.from_state_dict(dict(state))
+    return whole if config.use_members is None else whole.first(config.use_members, config.num_elites)
 
 
 def _columns(data: TrainingData) -> tuple[Tensor, Tensor, Tensor, Tensor]:

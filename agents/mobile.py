@@ -54,9 +54,10 @@ class MOBILEConfig(ModelBasedConfig):
         super().__post_init__()
         check_not_negative(self, "penalty_coef")
         check_positive(self, "penalty_draws")
-        if self.dynamics.num_elites < 2:
+        if self.dynamics.elites_used < 2:
+            name = "num_elites" if self.dynamics.num_elites < 2 else "use_members"
             raise UserError(
-                f"method.dynamics.num_elites={self.dynamics.num_elites} must be at least 2: MOBILE's penalty is the "
+                f"method.dynamics.{name}={getattr(self.dynamics, name)} must be at least 2: MOBILE's penalty is the "
                 "standard deviation over the elites"
             )
         if self.model_quality != 0:
@@ -67,7 +68,7 @@ class MOBILEConfig(ModelBasedConfig):
 
     def own_noises(self, observation_dim: int, action_dim: int) -> int:
         num_model = self.batch_size - int(self.real_ratio * self.batch_size)
-        return self.dynamics.num_elites * self.penalty_draws * num_model * (observation_dim + action_dim)
+        return self.dynamics.elites_used * self.penalty_draws * num_model * (observation_dim + action_dim)
 
 
 class BellmanInconsistency(TargetHook):

@@ -11,6 +11,7 @@ batch_size) rows of the dataset, the rest come from the member's own ring of mod
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,14 +24,15 @@ from agents.actors import SquashedGaussianActor
 from agents.chunk import ChunkRunner
 from agents.config import SACConfig, actor_lr_scale, check_positive, make_sac
 from agents.diagnostics import EdgeTest, Standardiser, measure
-from agents.dynamics import DynamicsConfig, Ensemble
+from agents.dynamics import DynamicsConfig
 from agents.dynamics_reward import NOT_DISTILLED, too_many
 from agents.dynamics_reward_training import DynamicsRewardConfig, reward_stage
-from agents.dynamics_stage import ensemble_stage
+from agents.dynamics_stage import ensemble_of, ensemble_stage
 from agents.graphs import default_capture
 from agents.method import Measures, RolloutJob, RolloutResult, Stage, TrainingData
 from agents.model_error import ModelError, simulator
 from agents.model_quality import check_quality, dynamics_of_quality
+from agents.penalties import PenaltyWeights
 from agents.policies import squashed_arrays
 from agents.replay import Replay, transition_rows
 from agents.rollout import MAX_LENGTH, SHARD_ROWS, Dynamics, Penalty
@@ -101,9 +103,7 @@ class ModelBasedConfig(SACConfig):
 
 
 class ModelBasedSAC:
-    """A pack of M runs. Methods give it a penalty (or none) and their settings."""
-
-    penalty: Penalty | None = None  # on the ensemble's standard deviations (E, B, D)
+    """A pack of M runs. Methods give it a penalty with its weights (or none) and their settings."""
 
     def __init__(
         self,
@@ -118,15 +118,16 @@ class ModelBasedSAC:
         self.device = torch.device(device)
         stage = artifacts.get("dynamics")
         # as it predicts, whatever is done with its predictions in `dynamics`
-        self.ensemble = None if stage is None else Ensemble.from_state_dict(stage).to(self.device)
+        self.ensemble = None if stage is None else ensemble_of(stage, shared.dynamics).to(self.device)
         self.dynamics = self._make_dynamics(artifacts)
         self.num_real = int(shared.real_ratio * shared.batch_size)
         hook = self.target_hook(artifacts)
         self.sac = make_sac(configs, self.seeds, data.observation_dim, data.action_dim, device, hook)
         self.num_starts = shared.rollout_batch
+        self.penalty, self.penalty_weights = self.make_penalty(), self.make_penalty_weights()
         self.rollouts = ModelRollouts(
             self.dynamics, data, self.device, self.num_starts, shared.rollout_length,
-            initial_only=shared.rollout_starts == "initial", penalty=type(self).penalty, cut=shared.filter.cut,
+            initial_only=shared.rollout_starts == "initial", penalty=self.penalty, cut=shared.filter.cut,
             with_states=shared.model_quality > 0, shard_rows=FILTERED_SHARD_ROWS if shared.filtered else SHARD_ROWS,
         )  # fmt: skip
         capacity = self.num_starts * shared.rollout_length * shared.rollout_epochs_retained
@@ -177,20 +178,26 @@ class ModelBasedSAC:
 
     # ---- rollouts ---------------------------------------------------------------------------------------------
 
-    def penalty_coef(self, config: Any) -> float:
-        """What the penalty is multiplied with for a member."""
-        return 0.0
+    def make_penalty(self) -> Penalty | None:
+        """What the rollouts' rewards are lowered by; None: nothing."""
+        return None
+
+    def make_penalty_weights(self) -> PenaltyWeights:
+        """What the penalty is multiplied with, of every member."""
+        none = [0.0] * self.num_members
+        return PenaltyWeights(none, [None] * self.num_members, none)
 
     def rollout_jobs(self, epoch: int) -> list[RolloutJob]:
         if not self.replay.capacity:
             return []
-        coefs = [self.penalty_coef(config) for config in self.configs]
-        return self.rollouts.jobs(SquashedGaussianActor(self.sac.actor), self.seeds, epoch, coefs)
+        actor = SquashedGaussianActor(self.sac.actor)
+        return self.rollouts.jobs(actor, self.seeds, epoch, self.penalty_weights.values)
 
     def add_rollouts(self, results: Sequence[RolloutResult]) -> list[dict[str, float]]:
         if not results:
             return [{} for _ in range(self.num_members)]
         per_member: list[dict[str, float]] = []
+        coefs, penalty_means = self.penalty_weights.values, []
         for m, generated in enumerate(by_member(results, self.num_members)):
             for rows, tags in generated.parts:
                 self.replay.add(m, rows, tags)
@@ -198,13 +205,15 @@ class ModelBasedSAC:
             count = max(total.transitions, 1)
             metrics = generation_metrics(total, self.num_starts, bool(self.replay.sizes[m]))
             metrics["epochs_held"] = self.replay.sizes[m] / count
-            if type(self).penalty is not None:
-                metrics["penalty_mean"] = total.penalty_sum / count
+            penalty_means.append(total.penalty_sum / total.transitions if total.transitions else math.nan)
+            if self.penalty is not None:
+                metrics["penalty_mean"], metrics["penalty_coef"] = total.penalty_sum / count, coefs[m]
             if self.shared.filtered:
                 steps = total.transitions + (total.cut if self.shared.filter.cut == "drop" else 0)
                 metrics["cut_share"] = total.cut / self.num_starts
                 metrics["dynamics_reward_mean"] = total.dynamics_reward_sum / max(steps, 1)
             per_member.append({f"rollout/{name}": value for name, value in metrics.items()})
+        self.penalty_weights.step(penalty_means)
         return per_member
 
     def ask_ahead(self, epoch: int) -> None:
@@ -280,12 +289,16 @@ class ModelBasedSAC:
         other = copy.copy(self)
         other.configs, other.seeds = [self.configs[m] for m in members], [self.seeds[m] for m in members]
         other.sac, other.replay = self.sac.select(members), self.replay.select(members)
+        other.penalty_weights = self.penalty_weights.select(members)
         other._runner = other._make_runner()
         return other
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sac": self.sac.state_dict(), "replay": self.replay.state_dict()}
+        state = {"sac": self.sac.state_dict(), "replay": self.replay.state_dict()}
+        weights = self.penalty_weights.state_dict()
+        return {**state, "penalty_weights": weights} if weights else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sac.load_state_dict(state["sac"])
         self.replay.load_state_dict(state["replay"])
+        self.penalty_weights.load_state_dict(state.get("penalty_weights", {}))

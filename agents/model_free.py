@@ -21,8 +21,8 @@ from torch import Tensor
 from agents.actors import Actor, actor_from_arrays
 from agents.chunk import ChunkRunner, Updater
 from agents.config import ScheduleConfig
-from agents.dynamics import DynamicsConfig, Ensemble
-from agents.dynamics_stage import ensemble_stage
+from agents.dynamics import DynamicsConfig
+from agents.dynamics_stage import ensemble_of, ensemble_stage
 from agents.edm_sampler import SamplerConfig
 from agents.graphs import default_capture
 from agents.guidance import GuidanceConfig, check_guidance
@@ -220,7 +220,7 @@ class ModelFree(ABC):
         """
         one = self.shared
         if one.synthetic.source == "ensemble":
-            ensemble = Ensemble.from_state_dict(artifacts["dynamics"]).to(self.device)
+            ensemble = ensemble_of(artifacts["dynamics"], one.dynamics).to(self.device)
             return EnsembleSource(ensemble, data, self.device, one.synthetic, one.synthetic_length)
         if one.synthetic.source == "diffusion":
             model = TrajectoryModel.from_state_dict(artifacts["trajectories"])

@@ -54,7 +54,6 @@ class RAVL(ModelBasedSAC):
     """A pack of RAVL runs: plain rollouts, N critics with the diversity term."""
 
     Config = RAVLConfig
-    penalty = None
     shared: RAVLConfig
 
     @staticmethod

@@ -43,7 +43,17 @@ CUT_TAG = 128
 # a transition at which dynamics cut a rollout: kept with d = 1, kept with d = 0, or not kept
 CUTS = ("terminal", "truncate", "drop")
 
-Penalty = Callable[[Tensor], Tensor]  # standard deviations of an ensemble (E, B, D) -> penalty (B,)
+
+class Predictions(NamedTuple):
+    """What an ensemble says of B steps, which a penalty is computed from; outputs are in raw units."""
+
+    mean_EBD: Tensor  # of every member
+    std_EBD: Tensor
+    member_B: Tensor  # number of the member that is drawn for each row
+    sample_BD: Tensor  # the outputs with which the rollout goes on
+
+
+Penalty = Callable[[Predictions], Tensor]  # -> (B,)
 
 
 class Step(NamedTuple):
@@ -94,7 +104,7 @@ class Dynamics(Protocol):
 
         Args:
             state_action_MBY: columns `[s, a]`, Y = S + A.
-            penalty: of the standard deviations of an ensemble, wherever there is one.
+            penalty: of what an ensemble predicts, wherever there is one.
         """
 
 
@@ -201,7 +211,7 @@ class Rollout:
     Args:
         actor: the policies of M members.
         termination: next observations (..., S) -> bool (...).
-        penalty: a function of the standard deviations of all ensemble members, (E, B, D) -> (B,), or None.
+        penalty: a function of what all ensemble members predict, or None.
         penalty_coef_M: subtracted from the reward, times the penalty.
         cut: one of `CUTS`.
     """

@@ -15,7 +15,8 @@ becomes of that last transition is `cut`:
     truncate: kept with d = 0: its next state is bootstrapped, though no rollout goes on from it
     drop:     not kept
 
-Penalties on the ensemble are of all its members, and not of what was filtered.
+Penalties on the ensemble are of what all its members predict; one that needs the member or the outputs drawn gets those
+of the candidate taken.
 
 Shapes: M member, B row, S observation, A action, Y = S + A, D = S + 1 outputs, E elite, C = draws * E candidate,
 Z standard normal draws of a step, X simulator state.
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from agents.dynamics import Ensemble
 from agents.dynamics_reward import SCORER_PRECISIONS, SCORERS, DynamicsReward
-from agents.rollout import CUTS, Penalty, Step
+from agents.rollout import CUTS, Penalty, Predictions, Step
 from envs.errors import UserError
 
 SELECTIONS = ("softmax", "argmax")
@@ -114,13 +115,11 @@ class FilteredDynamics:
     ) -> Step:  # fmt: skip
         m, b, _ = state_action_MBY.shape
         state_action_BY, noise_BZ = (x.reshape(m * b, -1) for x in (state_action_MBY, noise_MBZ))
-        cost_MB = None
         if penalty is None:
             mean_EBD, std_EBD = self.ensemble.predict_elites(state_action_BY)
         else:
-            mean_EBD, std_EBD = self.ensemble.predict_all(state_action_BY)
-            cost_MB = penalty(std_EBD).view(m, b)
-            mean_EBD, std_EBD = (self.ensemble.of_elites(x) for x in (mean_EBD, std_EBD))
+            everyone = self.ensemble.predict_all(state_action_BY)
+            mean_EBD, std_EBD = (self.ensemble.of_elites(x) for x in everyone)
         candidates_CBD = self.candidates(state_action_BY, mean_EBD, std_EBD, noise_BZ)
         scores_BC = self.reward(state_action_BY, candidates_CBD[..., :-1].transpose(0, 1))
         index_B1 = self.choose(scores_BC, noise_BZ[:, -1]).unsqueeze(1)
@@ -128,6 +127,12 @@ class FilteredDynamics:
         chosen_MBD = candidates_CBD.gather(0, at_1BD).view(m, b, -1)
         next_obs_MBS.copy_(chosen_MBD[..., :-1])
         score_MB = scores_BC.gather(1, index_B1).view(m, b)
+        cost_MB = None
+        if penalty is not None:
+            member_B = self.ensemble.elite_numbers[index_B1.squeeze(1) % len(self.ensemble.elites)]
+            sample_BD = chosen_MBD.reshape(m * b, -1).clone()
+            sample_BD[:, :-1] -= state_action_BY[:, : self.observation_dim]
+            cost_MB = penalty(Predictions(*everyone, member_B, sample_BD)).view(m, b)
         return Step(chosen_MBD[..., -1], cost_MB, None, score_MB, score_MB < self.config.threshold)
 
     def candidates(self, state_action_BY: Tensor, mean_EBD: Tensor, std_EBD: Tensor, noise_BZ: Tensor) -> Tensor:

@@ -292,7 +292,7 @@ def measure(case: str, pack: int, threads: int, blocks: int, seconds: float, com
         unit, block = "transitions per CPU-second", Block.warmed_up(work, seconds)
         counted, per_call = "transition", statistics.mean(made)
         config, hidden = method.shared.dynamics, method.shared.hidden
-        models = config.ensemble_size if type(method).penalty is not None else 1
+        models = config.ensemble_size if method.penalty is not None else 1
         flops = rollout_flops(OBSERVATION_DIM, ACTION_DIM, hidden, models)
         sizes |= {
             "members": config.ensemble_size, "elites": config.num_elites, "hidden": config.hidden,

@@ -44,7 +44,7 @@ from agents.dynamics_reward import DynamicsReward, reward_of
 from agents.dynamics_reward_training import DynamicsRewardConfig, train_dynamics_reward
 from agents.method import TrainingData
 from agents.model_based import FILTERED_SHARD_ROWS
-from agents.mopo import max_aleatoric
+from agents.penalties import max_aleatoric
 from agents.rollout import Dynamics
 from agents.transition_filter import FilterConfig, FilteredDynamics
 from benchmarks.common import print_line, record, spread

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from agents.dynamics import Ensemble
 from agents.dynamics_reward import DynamicsReward
+from agents.dynamics_stage import ensemble_of
 from agents.method import TrainingData, load_method
 from agents.refrigerator import (
     CONTROLLERS,
@@ -152,7 +153,7 @@ def _stages(config: Config, dataset: Dataset) -> tuple[Ensemble, DynamicsReward]
     if not all(store.exists(stage.kind, keys[name]) for name, stage in stages.items()):
         return None
     ensemble, reward = (store.load(stages[name].kind, keys[name]) for name in ("dynamics", "dynamics_reward"))
-    return Ensemble.from_state_dict(ensemble), filtering_reward(reward, config.method.filter)
+    return ensemble_of(ensemble, config.method.dynamics), filtering_reward(reward, config.method.filter)
 
 
 # ---- how it is shown --------------------------------------------------------------------------------------------

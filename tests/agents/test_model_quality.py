@@ -15,7 +15,8 @@ from agents.dynamics import DynamicsConfig, Ensemble, EnsembleTrainer, train_ens
 from agents.method import TrainingData
 from agents.model_based import ModelBasedConfig, ModelBasedSAC
 from agents.model_quality import InterpolatedDynamics, dynamics_of_quality
-from agents.mopo import MOPO, MOPOConfig, max_aleatoric
+from agents.mopo import MOPO, MOPOConfig
+from agents.penalties import max_aleatoric
 from agents.ravl import RAVL, RAVLConfig
 from agents.rollout import Dynamics, Rollout, draw
 from agents.true_dynamics import SimulatedDynamics

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from agents.dynamics import Ensemble
 from agents.dynamics_reward import DynamicsReward
-from agents.mopo import max_aleatoric
+from agents.penalties import max_aleatoric
 from agents.transition_filter import FilterConfig, FilteredDynamics
 
 Array = NDArray[np.float32]

@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from agents.actors import SquashedGaussianActor
 from agents.dynamics import Ensemble
 from agents.method import RolloutJob, RolloutResult, Termination
-from agents.mopo import max_aleatoric
 from agents.networks import StackedMLP
+from agents.penalties import max_aleatoric
 from agents.replay import Replay
-from agents.rollout import SHARD_ROWS, Penalty, Rollout, RolloutStatistics, draw, shard_size
+from agents.rollout import SHARD_ROWS, Penalty, Predictions, Rollout, RolloutStatistics, draw, shard_size
 
 OBS, ACT = 2, 1
 R, D = OBS + ACT, OBS + ACT + 1  # columns of reward and done in a row [s, a, r, d, s']
@@ -186,7 +186,7 @@ def test_penalty_is_the_largest_norm_over_all_members() -> None:
 
 def test_max_aleatoric_by_hand() -> None:
     std = torch.tensor([[[3.0, 4.0, 0.0], [1.0, 0.0, 0.0]], [[0.0, 0.0, 4.9], [2.0, 2.0, 1.0]]])  # (E, B, D)
-    assert max_aleatoric(std).tolist() == [5.0, 3.0]
+    assert max_aleatoric(Predictions(torch.zeros_like(std), std, torch.zeros(2), std[0])).tolist() == [5.0, 3.0]
 
 
 def test_a_penalty_that_is_not_finite_drops_its_row() -> None:

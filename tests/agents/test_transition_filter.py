@@ -17,8 +17,8 @@ from agents.diagnostics import value_metrics
 from agents.dynamics import Ensemble
 from agents.dynamics_reward import DynamicsReward
 from agents.method import RolloutJob, Termination
-from agents.mopo import max_aleatoric
 from agents.networks import StackedMLP
+from agents.penalties import max_aleatoric
 from agents.replay import Replay
 from agents.rollout import CUT_TAG, CUTS, Rollout, RolloutStatistics, draw, tag_cuts, tag_steps
 from agents.transition_filter import FilterConfig, FilteredDynamics

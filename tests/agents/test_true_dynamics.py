@@ -15,8 +15,8 @@ from torch import Tensor
 
 from agents.actors import SquashedGaussianActor
 from agents.method import RolloutJob, TrainingData
-from agents.mopo import max_aleatoric
 from agents.networks import StackedMLP
+from agents.penalties import max_aleatoric
 from agents.rollout import Rollout
 from agents.true_dynamics import SimulatedDynamics
 from envs.collect import collect
