@@ -220,12 +220,15 @@ class Sweep:
         workdir: made by `prepare`.
         compute: the overrides `compute.<key>=<value>`.
         resume: continue the study that is there.
+        settings: of the study.
     """
 
-    def __init__(self, workdir: Path, compute: dict[str, Any], resume: bool = False) -> None:
+    def __init__(
+        self, workdir: Path, compute: dict[str, Any], resume: bool = False, settings: dict[str, Any] = SETTINGS
+    ) -> None:
         self.workdir = workdir
         file = workdir / "study.yaml"
-        file.write_text(yaml.safe_dump(SETTINGS))
+        file.write_text(yaml.safe_dump(settings))
         overrides = [f"compute.{key}={value}" for key, value in compute.items()]
         command = [sys.executable, "-m", "orchestrator", "sweep", str(file), *["--resume"][: int(resume)], *overrides]
         self.log = workdir / f"sweep-{int(resume)}.log"

@@ -27,6 +27,7 @@ from sweeps.confirm import ConfirmSpec
 from sweeps.divergence import DivergenceSpec
 from sweeps.racing import RacingSpec
 from sweeps.spec import PrunerSpec, SamplerSpec, StudySpec
+from sweeps.warm_start import WarmStartSpec
 
 
 @dataclass
@@ -41,6 +42,7 @@ class StudyConfig:
     pruner: PrunerSpec = field(default_factory=PrunerSpec)
     enqueue: list[dict[str, Any]] = field(default_factory=list)  # trials to begin with: {config key: value}
     objective_evaluations: int = 1  # a run's value is its mean score over this many last evaluations
+    warm_start: WarmStartSpec = field(default_factory=WarmStartSpec)  # trials that come before these
     divergence: DivergenceSpec = field(default_factory=DivergenceSpec)
     racing: RacingSpec = field(default_factory=RacingSpec)  # only of studies that search
     confirm: ConfirmSpec = field(default_factory=ConfirmSpec)  # only of studies that search
@@ -130,7 +132,7 @@ class Config:
         s = self.study
         spec = StudySpec(
             s.name, s.space, s.sampler, s.pruner, s.num_trials, self.num_seeds, total_steps=self.method.num_updates,
-            trials=s.trials, divergence=s.divergence, racing=s.racing, confirm=s.confirm,
+            trials=s.trials, warm_start=s.warm_start, divergence=s.divergence, racing=s.racing, confirm=s.confirm,
         )  # fmt: skip
         spec.validate()
         return spec
@@ -225,6 +227,9 @@ def check_space(config: Config) -> StudySpec:
     for key in {key for params in config.study.trials for key in params}:
         if not str(key).startswith("method."):
             raise UserError(f"study.trials: {key!r} cannot differ; only keys that begin with method. can")
+    warm = config.study.warm_start
+    if (warm.settings or warm.variants or warm.studies) and not config.study.space:
+        raise UserError("study.warm_start names points of a search, but study.space varies nothing; leave it out")
     if config.study.trials and config.study.enqueue:
         raise UserError("study.trials lists every trial, so none can be enqueued; leave out study.enqueue")
     for params in config.study.enqueue:

@@ -25,7 +25,7 @@ from envs.dataset import Dataset
 from envs.errors import UserError
 from envs.files import write_atomically
 from envs.registry import check_shapes, load_dataset
-from orchestrator import confirm
+from orchestrator import confirm, warm_start
 from orchestrator.artifacts import save_json, write_text
 from orchestrator.cluster import Slots, open_slots
 from orchestrator.config import Config, check_space, corner_configs, load_config, to_dict, to_yaml
@@ -81,9 +81,11 @@ def start(config: Config, console: Console, report: Report | None = None) -> Out
         config.study.name = f"{config.method_name}-{re.sub('[^A-Za-z0-9.]+', '-', Path(config.dataset).stem)}-{stamp}"
     check_run_key(config.study.name)
     spec = check_space(config)
-    dataset = _check_before_compute(config)
+    points = warm_start.points(config)
+    dataset = _check_before_compute(warm_start.with_points(config, points))
     folder = workdir / "studies" / config.study.name
     with Study.create(folder, spec) as study:
+        warm_start.save(folder, points)
         write_text(folder / "config.yaml", to_yaml(config))
         return _run(config, study, dataset, console, report)
 
@@ -213,6 +215,7 @@ def online_methods() -> list[str]:
 
 
 def _run(config: Config, study: Study, dataset: Dataset, console: Console, report: Report | None) -> Outcome:
+    config = warm_start.with_points(config, warm_start.load(study.folder))
     tracker = Tracker(
         _store_uri(config), study.spec.name, study.folder / "spool", study.folder / "tracker.json",
         experiment_tags={
@@ -317,6 +320,7 @@ def plan(
         if value is not None and value < 1:
             raise UserError(f"{name} {value} must be at least 1")
     spec = check_space(config)
+    config = warm_start.with_points(config, warm_start.points(config))
     if cluster_address(config.compute.address) is None:
         resolve_device(config.compute.device)
     dataset = _check_data(config)

@@ -36,6 +36,7 @@ from orchestrator.calibration import (
 )
 from orchestrator.cluster import Slots
 from orchestrator.config import Config, apply_params, pack_key, to_dict
+from orchestrator.confirm import confirm_config, stage_seeds
 from orchestrator.packing import (
     MAX_SIZE,
     PACKING_FILE,
@@ -248,6 +249,27 @@ def outlook(config: Config, spec: StudySpec) -> Outlook:
     return Outlook(trials, configs, refused)
 
 
+def confirm_outlook(config: Config, spec: StudySpec) -> tuple[Config, Outlook] | None:
+    """The confirm stage of a study, with the first of its stand-ins for the best of its trials; None without one."""
+    if not spec.searches or not spec.confirm.top:
+        return None
+    ignored = stage_seeds(config.method) if spec.confirm.fresh_stages else []
+    trials: list[dict[str, Any]] = []
+    for params in stand_in_trials(spec, config.study.enqueue):
+        kept = {key: value for key, value in params.items() if key not in ignored}
+        if len(trials) == spec.confirm.top or kept in trials:
+            continue
+        try:
+            apply_params(config, kept)
+        except UserError:
+            continue
+        trials.append(kept)
+    if not trials:
+        return None
+    fresh = confirm_config(config, trials)
+    return fresh, outlook(fresh, fresh.study_spec())
+
+
 def _by_importance(ahead: Outlook, dataset: Dataset) -> list[Config]:
     """One configuration for each kind of work: most work in the study first."""
     weights: dict[str, float] = {}
@@ -366,6 +388,7 @@ class PlannedPacks:
     seconds: float  # of one pack
     memory: float  # bytes of one pack
     measured: bool  # at this size and shape; else estimated from others
+    confirm: bool = False  # of the confirm stage
 
     @property
     def runs(self) -> int:
@@ -501,22 +524,43 @@ def make_plan(
     packs = _packs(ahead, models, size, estimator.memory_limit)
     stages = _stages(estimator, ahead, ArtifactStore(Path(config.workdir) / "artifacts"))
     wall = schedule([stage.seconds for stage in stages], num_slots) + _seconds(packs, models, num_slots)
+    rows = _rows(config, packs, models)
+    repeated = confirm_outlook(config, spec)
+    if repeated is not None:  # begins when the search has ended
+        fresh, ahead_of_fresh = repeated
+        fresh_models = _models(estimator, ahead_of_fresh)
+        fresh_size = given or choose(fresh, ahead_of_fresh, fresh_models, num_slots, estimator.memory_limit)
+        fresh_packs = _packs(ahead_of_fresh, fresh_models, fresh_size, estimator.memory_limit)
+        known = {stage.key for stage in stages}
+        fresh_stages = [
+            stage for stage in _stages(estimator, ahead_of_fresh, ArtifactStore(Path(config.workdir) / "artifacts"))
+            if stage.key not in known
+        ]  # fmt: skip
+        wall += schedule([stage.seconds for stage in fresh_stages], num_slots)
+        wall += _seconds(fresh_packs, fresh_models, num_slots)
+        stages += fresh_stages
+        rows += _rows(fresh, fresh_packs, fresh_models, confirm=True)
     on_gpu = estimator.device == "cuda"
     used_gpus = num_slots if on_gpu else 0
     used_cpus = num_slots * per_learner
     device_hours = (used_gpus if on_gpu else used_cpus) * wall / 3600
-    rows = [
-        PlannedPacks(
-            key, config.method_name, config.dataset, members, count, models[key].seconds(members),
-            models[key].memory(members), models[key].measured >= members,
-        )
-        for (key, members), count in Counter(packs).items()
-    ]  # fmt: skip
     return Plan(
         rows, stages, size, num_slots, estimator.device, used_gpus, used_cpus, estimator.memory_limit, wall,
         device_hours, _money(config, wall / 3600, used_gpus, used_cpus), spent,
         _notes(config, ahead, estimator, rows, len(configs), known_before),
     )  # fmt: skip
+
+
+def _rows(
+    config: Config, packs: Sequence[tuple[str, int]], models: Mapping[str, PackModel], confirm: bool = False
+) -> list[PlannedPacks]:
+    return [
+        PlannedPacks(
+            key, config.method_name, config.dataset, members, count, models[key].seconds(members),
+            models[key].memory(members), models[key].measured >= members, confirm,
+        )
+        for (key, members), count in Counter(packs).items()
+    ]  # fmt: skip
 
 
 def _money(config: Config, hours: float, gpus: int, cpus: int) -> float | None:
@@ -534,6 +578,13 @@ def _notes(
         notes.append(
             f"the trials were drawn at random (seed {config.study.sampler.seed}) in place of the sampler "
             f"{config.study.sampler.name}; pruning is not planned: with it less is trained"
+        )
+        if config.study.racing.first_seeds is not None:
+            notes.append("every trial is planned with all its seeds; with racing fewer are trained")
+    if any(row.confirm for row in rows):
+        notes.append(
+            "confirm: the best settings with fresh seeds, for which trials drawn at random stand; fewer if fewer "
+            "different settings are trained to their end"
         )
     if ahead.refused:
         notes.append(f"{ahead.refused} of the trials drawn are refused by the method and cost nothing")
@@ -554,8 +605,8 @@ def print_plan(console: Console, plan: Plan, config: Config) -> None:
     for row in plan.packs:
         about = "" if row.measured else "~"
         table.add_row(
-            row.key[:8], str(row.runs), str(row.size), str(row.packs), about + duration(row.seconds / row.size),
-            about + duration(row.seconds), about + gigabytes(row.memory),
+            row.key[:8] + " confirm" * row.confirm, str(row.runs), str(row.size), str(row.packs),
+            about + duration(row.seconds / row.size), about + duration(row.seconds), about + gigabytes(row.memory),
         )  # fmt: skip
     console.print(table)
     for stage in plan.stages:

@@ -15,6 +15,7 @@ from sweeps.divergence import DivergenceSpec
 from sweeps.errors import StudyError, suggestion
 from sweeps.racing import RacingSpec
 from sweeps.space import SearchSpace
+from sweeps.warm_start import WarmStartSpec
 
 DIRECTIONS = ("maximize", "minimize")
 
@@ -55,6 +56,7 @@ class StudySpec:
     # instead of a space: every trial's settings, {configuration key: value}, in the order of the trials' numbers. All
     # of them run to their end, whatever the pruner
     trials: list[dict[str, Any]] = field(default_factory=list)
+    warm_start: WarmStartSpec = field(default_factory=WarmStartSpec)
     divergence: DivergenceSpec = field(default_factory=DivergenceSpec)
     racing: RacingSpec = field(default_factory=RacingSpec)
     confirm: ConfirmSpec = field(default_factory=ConfirmSpec)
@@ -88,6 +90,7 @@ class StudySpec:
         if self.sampler.name not in SAMPLERS:
             raise StudyError(f"Unknown sampler '{self.sampler.name}'; {suggestion(self.sampler.name, SAMPLERS)}.")
         check_pruner(self.pruner)
+        self.warm_start.validate()
         self.divergence.validate()
         self.racing.validate(self.seeds_per_trial)
         self.confirm.validate()
@@ -135,7 +138,10 @@ class StudySpec:
             known["sampler"] = SamplerSpec(**_known(SamplerSpec, known["sampler"], "study.sampler"))
         if "pruner" in known:
             known["pruner"] = PrunerSpec(**_known(PrunerSpec, known["pruner"], "study.pruner"))
-        for name, block in (("divergence", DivergenceSpec), ("racing", RacingSpec), ("confirm", ConfirmSpec)):
+        for name, block in (
+            ("warm_start", WarmStartSpec), ("divergence", DivergenceSpec), ("racing", RacingSpec),
+            ("confirm", ConfirmSpec),
+        ):  # fmt: skip
             if name in known:
                 known[name] = block(**_known(block, known[name], f"study.{name}"))
         return cls(**known)

@@ -11,8 +11,8 @@ import pytest
 
 from envs.errors import UserError
 from orchestrator import launch
-from orchestrator.confirm import confirm_config
 from orchestrator.config import Config, load_config
+from orchestrator.confirm import confirm_config
 from sweeps.confirm import FOLDER, Confirmation, confirmations, load_candidates
 from sweeps.study import Study
 from tests.orchestrator.studies import ScriptedSlots, configured, quiet, records
@@ -140,10 +140,9 @@ def test_a_finished_search_can_be_confirmed_later_and_only_as_begun(workdir: Pat
 
 
 def test_trainings_listed_trials_and_older_studies_are_not_confirmed(workdir: Path, slots: list[ScriptedSlots]):
-    listed = {"name": "listed", "space": {}, "trials": [{"method.eta": 0.1}, {"method.eta": 0.2}], "num_trials": 2}
     config = configured(workdir, **STUDY)
-    config.study.space, config.study.enqueue = {}, []
-    config.study.trials, config.study.num_trials, config.study.name = listed["trials"], 2, "listed"
+    config.study.space, config.study.enqueue, config.study.name = {}, [], "listed"
+    config.study.trials, config.study.num_trials = [{"method.eta": 0.1}, {"method.eta": 0.2}], 2
     assert launch.start(config, quiet()).confirmed == []
     # begun before there was such a stage
     launch.start(configured(workdir, **{**STUDY, "confirm": {"top": 0}}), quiet())

@@ -280,6 +280,22 @@ def test_a_diverged_trial_is_told_a_bad_value_and_the_study_goes_on(workdir: Pat
     assert {"t0001-s0", "t0001-s1"} in slots.dropped
 
 
+@pytest.mark.parametrize(
+    ("study", "bound"),
+    [({}, 3.0), ({"divergence": {"q_bound": None}}, None), ({"space": {}, "num_trials": 1}, None),
+     ({"space": {}, "num_trials": 1, "divergence": {"always": True}}, 3.0)],
+)  # fmt: skip
+def test_values_beyond_all_bounds_end_runs_of_a_search_and_of_a_training_if_asked(
+    workdir: Path, study: dict[str, Any], bound: float | None
+):
+    config = scripted(workdir, "num_seeds=1", **{"num_trials": 2, **study})
+    if "space" in study:
+        config.study.space = {}
+    made = drive(config, ScriptedSlots(config, lambda trial, seed, updates: 1.0))
+    packs = [PackSpec.load(made.folder, path.parent.name) for path in made.folder.glob("packs/*/pack.json")]
+    assert {pack.q_bound for pack in packs} == {bound}
+
+
 def test_an_impossible_combination_is_told_as_diverged(workdir: Path):
     space = {**ETA, "method.num_critics": {"type": "categorical", "choices": [1, 2]}}
     config = scripted(workdir, "method.eta=0", space=space, num_trials=2, enqueue=[

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -572,3 +573,26 @@ def test_a_policy_of_recorded_rows_is_evaluated_in_the_environment_that_is_named
     digests = [policy_digest(workdir / "studies" / n / "runs" / "t0000-s0" / "policy.npz") for n in ("here", "there")]
     assert digests[0] == digests[1]
     assert values[0] != values[1]
+
+
+def test_a_run_whose_mean_q_is_beyond_all_bounds_diverges_alone(workdir: Path, monkeypatch: pytest.MonkeyPatch):
+    pack = replace(make_pack(workdir, [({}, 0), ({}, 1)]), q_bound=3.0)
+    learner = make_learner(pack)
+    rewards = np.abs(dataset_of(learner.configs[0]).rewards).max()
+    bound = 3.0 * float(rewards) / (1.0 - learner.configs[0].method.gamma)
+    train_epoch = type(learner.method).train_epoch
+
+    def rising(self: Any, epoch: int) -> list[dict[str, float]]:
+        metrics = train_epoch(self, epoch)
+        if epoch == 1:
+            metrics[0]["train/q_mean"] = 1.01 * bound
+            metrics[1]["train/q_mean"] = 0.99 * bound
+        if epoch == 2:
+            metrics[0]["train/q_mean"] = -10 * bound  # a large penalty
+        return metrics
+
+    monkeypatch.setattr(type(learner.method), "train_epoch", rising)
+    while not (report := learner.advance()).finished:
+        pass
+    assert report.diverged == {"t0000-s0": 100}
+    assert [e.updates for e in report.evaluations["t0001-s1"]] == [100, 200]

@@ -27,7 +27,7 @@ from orchestrator.config import Config, load_config, to_dict
 from orchestrator.learner import training_data
 from orchestrator.packing import PACKING_FILE
 from orchestrator.plan import Estimator, choose_packing, expected_epochs, make_plan
-from tests.orchestrator.studies import KIND, configured, dataset_of, made_up_calibration
+from tests.orchestrator.studies import KIND, ScriptedSlots, configured, dataset_of, made_up_calibration
 
 
 class MadeUpSlots:
@@ -291,3 +291,19 @@ def test_packs_are_measured_at_growing_sizes_with_a_stand_in_for_the_stage(workd
     assert all(pack["memory"] > ring_bytes(config, dataset) * size for size, pack in packs.items())
     assert kept[0]["measured"]["stages"]["dynamics"]["epoch_seconds"] > 0
     assert to_dict(config)["method"]["num_updates"] == 200  # the configuration is left as it was
+
+
+def test_a_plan_counts_the_runs_and_stages_of_the_confirm_stage(workdir: Path):
+    plans = []
+    for top in (0, 2):
+        config = configured(workdir, num_trials=5, name="x", confirm={"top": top, "num_seeds": 3})
+        slots = ScriptedSlots(config, lambda trial, seed, updates: 1.0)
+        plans.append(make_plan(config, config.study_spec(), dataset_of(config), slots, seconds=1.0))
+    without, confirmed = plans
+    assert sum(row.runs for row in without.packs) == 10
+    assert sum(row.runs for row in confirmed.packs if not row.confirm) == 10
+    assert sum(row.runs for row in confirmed.packs if row.confirm) == 6
+    assert (len(without.stages), len(confirmed.stages)) == (0, 1)  # the search's ensemble is there, a fresh one is not
+    extra = sum(row.seconds * row.packs for row in confirmed.packs if row.confirm) + confirmed.stages[0].seconds
+    assert confirmed.wall_seconds == pytest.approx(without.wall_seconds + extra)
+    assert any(note.startswith("confirm: ") for note in confirmed.notes)

@@ -8,8 +8,8 @@ from sweeps.confirm import (
     FINAL_VALUES,
     FOLDER,
     Candidate,
-    ConfirmSpec,
     Confirmation,
+    ConfirmSpec,
     candidates,
     confirmations,
     load_candidates,
@@ -80,7 +80,7 @@ def test_confirmations_come_with_their_interval_best_first(search):
     assert all(map(math.isnan, Confirmation(0, 1.0, (1.0,)).interval))
 
 
-@pytest.mark.parametrize("spec", [ConfirmSpec(top=-1), ConfirmSpec(num_seeds=0), ConfirmSpec(top=1.5)])
+@pytest.mark.parametrize("spec", [ConfirmSpec(top=-1), ConfirmSpec(num_seeds=0), ConfirmSpec(top=True)])
 def test_numbers_that_make_no_sense_are_refused(spec):
     with pytest.raises(StudyError, match=r"study\.confirm\..* must be a whole number"):
         spec.validate()

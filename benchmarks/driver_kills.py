@@ -1,0 +1,133 @@
+"""A whole search killed five times with SIGKILL at random moments: is it the search it would have been?
+
+The study is one of 8 trials of up to 3 seeds on Pendulum-v1, with everything that decides by results: TPE, the median
+pruner, adaptive seeds, and the confirm stage of its two best trials. Each kill hits `python -m orchestrator sweep` and
+every process of its Ray; then the same command goes on with `--resume`, until it is killed again.
+
+Cases:
+
+    one_slot    one learner, so that results come in one order. `value` is 1 if trials, values, final policies (bit
+                for bit), everything in MLflow and the confirmed best are those of the undisturbed study
+    two_slots   two learners, whose results come in any order, so that TPE may choose other points in any two studies.
+                `value` is 1 if every trial has ended, every run is in MLflow once and the confirm stage is whole
+
+`lost` and `duplicated` count trials, runs, parameters and metric points beside the undisturbed study (two_slots: runs).
+The moments are drawn from `--seed`: `kills_s` seconds after training has gone on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import print_line, record
+from benchmarks.kill_tests import SETTINGS, STUDY, Remains, Sweep, compare, prepare, wait_until, workdir_from
+from sweeps.confirm import FOLDER, Confirmation, confirmations
+
+BENCHMARK = "driver_kills"
+TOP, FRESH_SEEDS = 2, 2
+
+
+def settings() -> dict[str, Any]:
+    """The study of the kill tests, with all that decides."""
+    made = copy.deepcopy(SETTINGS)
+    made["num_seeds"] = 3
+    made["method"]["num_updates"] = 400
+    made["study"] |= {
+        "num_trials": 8, "pruner": {"name": "median", "startup_trials": 2}, "racing": {"first_seeds": 1},
+        "confirm": {"top": TOP, "num_seeds": FRESH_SEEDS},
+    }  # fmt: skip
+    return made
+
+
+def what_is_left(workdir: Path) -> tuple[Remains, list[Confirmation], dict[str, str]]:
+    """Of the search and of its confirm stage: all of MLflow, the confirmations, the fresh policies."""
+    folder = workdir / "studies" / STUDY
+    repeated = Remains.of(workdir, f"{STUDY}/{FOLDER}")
+    return Remains.of(workdir, STUDY), confirmations(folder), repeated.policies
+
+
+def spooled(workdir: Path) -> int:
+    """Bytes that learners have logged."""
+    return sum(path.stat().st_size for path in (workdir / "studies" / STUDY).rglob("spool/[tc]0*.jsonl"))
+
+
+def undisturbed(base: Path, learners: int) -> tuple[Any, float]:
+    """What an undisturbed study leaves, and how many seconds it was at work."""
+    with workdir_from(base) as workdir:
+        sweep = Sweep(workdir, {"num_learners": learners}, settings=settings())
+        wait_until("training", lambda: spooled(workdir) > 0 or sweep.process.poll() is not None)
+        began = time.monotonic()
+        sweep.finish()
+        return what_is_left(workdir), time.monotonic() - began
+
+
+def killed(base: Path, learners: int, kills: int, longest: float, draw: random.Random) -> tuple[Any, list[float], int]:
+    """What the study leaves after so many kills, when they were, and how many of them hit its confirm stage."""
+    with workdir_from(base) as workdir:
+        moments, confirming = [], 0
+        for number in range(kills):
+            before = spooled(workdir)
+            sweep = Sweep(workdir, {"num_learners": learners}, number > 0, settings())
+            wait_until("training", lambda b=before, s=sweep: spooled(workdir) > b or s.process.poll() is not None)
+            delay = draw.uniform(0.0, longest)
+            time.sleep(delay)
+            if sweep.process.poll() is not None:
+                sweep.finish()
+                break
+            confirming += (workdir / "studies" / STUDY / FOLDER).exists()
+            sweep.kill()
+            moments.append(delay)
+        Sweep(workdir, {"num_learners": learners}, True, settings()).finish()
+        return what_is_left(workdir), moments, confirming
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{BENCHMARK}", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--kills", type=int, default=5, help="of each study (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    args = parser.parse_args(words)
+    draw, command = random.Random(args.seed), " ".join(["python -m", f"benchmarks.{BENCHMARK}", *words])
+    failed = False
+    with tempfile.TemporaryDirectory(prefix="driver-kills-") as folder:
+        base = Path(folder) / "base"
+        prepare(base)
+        (wanted, wanted_best, wanted_fresh), seconds = undisturbed(base, 1)
+        print(f"undisturbed: {seconds:.0f} s of training and tracking", file=sys.stderr)
+        for learners, case in ((1, "one_slot"), (2, "two_slots")):
+            left, moments, confirming = killed(base, learners, args.kills, seconds / args.kills, draw)
+            remains, best, fresh = left
+            states = [state for state, *_ in remains.trials.values()]
+            ended = len(states) == settings()["study"]["num_trials"] and set(states) <= {"complete", "pruned"}
+            once = max(remains.runs.values()) == max(remains.points.values()) == 1
+            whole = len(best) == TOP and len(fresh) == TOP * FRESH_SEEDS
+            result = compare(wanted, remains)
+            equal = ended and once and whole
+            if case == "one_slot":
+                equal = equal and result.equal and best == wanted_best and fresh == wanted_fresh
+            failed |= not equal
+            line = record(
+                BENCHMARK, case, float(equal), "as wanted", None, 1, command, kills=len(moments),
+                kills_in_confirm_stage=confirming, kills_s=moments, trials=len(states),
+                pruned=states.count("pruned"), runs=remains.runs.total(),
+                lost=result.lost if case == "one_slot" else 0 if once and ended else None,
+                duplicated=result.duplicated if case == "one_slot" else remains.runs.total() - len(remains.runs),
+                confirmed=[[one.number, one.searched, one.mean] for one in best],
+                different=result.different if case == "one_slot" else [], training_s=seconds, seed=args.seed,
+            )  # fmt: skip
+            print_line({**line, "reference": "undisturbed study"})
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
