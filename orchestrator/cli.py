@@ -13,10 +13,12 @@ from typing import Any
 
 from orchestrator.environment import UserError, check_packages, prepare_environment
 
+STUDIES = Path(__file__).parent.parent / "sweeps" / "studies"
 EPILOG = """examples:
   offsweep train method=ravl dataset=hopper-medium-replay-v2 seed=0 method.num_critics=10
   offsweep train method=ravl dataset=embedded/pendulum-medium-v0 num_seeds=3
   offsweep sweep study.yaml study.num_trials=40
+  offsweep sweep show my-study --figures figures
   offsweep plan study.yaml compute.price_per_gpu_hour=2.5
   offsweep resume my-study
   offsweep lab edge-of-reach
@@ -54,8 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_workdir(train)
     add_overrides(train, "method=NAME, dataset=NAME, seed=0, num_seeds=1, method.*, evaluation.*, compute.*")
 
-    sweep = add("sweep", "Search hyperparameters: run the study that a YAML file describes.")
-    sweep.add_argument("study", type=Path, help="the study's YAML file")
+    sweep = add("sweep", "Search hyperparameters: run the study that a YAML file describes; or `sweep show NAME`.")
+    sweep.add_argument(
+        "study", type=Path, metavar="study.yaml | NAME | show",
+        help="the study's YAML file, or a study that comes with offsweep, such as demo; `show NAME` is offsweep show",
+    )  # fmt: skip
     sweep.add_argument("--resume", action="store_true", help="continue the study of that name")
     add_profile(sweep)
     add_workdir(sweep)
@@ -78,11 +83,16 @@ def build_parser() -> argparse.ArgumentParser:
     add_workdir(resume)
     add_overrides(resume, "compute.* and tracking_uri only")
 
-    show = add("show", "Print the table of a study.")
+    text = "Print what is known of a study, running, stopped or finished; the same as `sweep show`."
+    show = add("show", text)
     show.add_argument("name", help="the study's name")
+    show.add_argument("--top", type=int, metavar="N", help="trials in the table (default: 30; as JSON all)")
+    show.add_argument("--json", action="store_true")
+    show.add_argument("--figures", type=Path, metavar="FOLDER", help="draw the study's figures there, as PNG files")
     add_workdir(show)
 
-    ui = add("ui", "Serve MLflow's pages for the runs in the work folder.")
+    text = "Serve MLflow's pages for the runs in the work folder. Optuna's pages of a study's trials are "
+    ui = add("ui", f"{text}`optuna-dashboard WORKDIR/studies/NAME/journal.log` (pip install -e '.[dashboard]').")
     ui.add_argument("--host", default="127.0.0.1")
     ui.add_argument("--port", type=int, default=5000)
     add_workdir(ui)
@@ -180,8 +190,11 @@ def _add_data_commands(add: Callable[..., Any], add_workdir: Callable[[argparse.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     parser = build_parser()
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:2] == ["sweep", "show"]:
+        words = words[1:]
     # argparse takes overrides that come behind an option for words it does not know
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(words)
     if rest and (any(word.startswith("-") for word in rest) or "overrides" not in args):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -219,6 +232,12 @@ def _dispatch(args: argparse.Namespace) -> int:
         return subprocess.run(command, check=False).returncode
     from rich.console import Console
 
+    if args.command == "show":  # before torch, which takes longer to load than this does
+        from orchestrator import reading
+
+        console = Console() if sys.stdout.isatty() else Console(width=140)
+        reading.show(args.name, args.workdir, console, args.top, args.json, args.figures)
+        return 0
     from orchestrator import launch
     from orchestrator.config import load_config
 
@@ -231,9 +250,6 @@ def _dispatch(args: argparse.Namespace) -> int:
         else:
             run_lab(args.lab, str(args.workdir), args.seeds, args.updates, console)
         return 0
-    if args.command == "show":
-        launch.show(args.name, args.workdir, console)
-        return 0
     if args.command == "resume":
         launch.resume(args.name, args.workdir, args.overrides, console)
         return 0
@@ -241,12 +257,12 @@ def _dispatch(args: argparse.Namespace) -> int:
     if args.command == "train" and args.config:
         files = [args.config]
     elif args.command == "sweep":
-        files = [args.study]
+        files = [_study_file(args.study)]
     elif args.command == "plan":
         files = [Path(word) for word in args.overrides if word.endswith((".yaml", ".yml")) and "=" not in word]
         args.overrides = [word for word in args.overrides if Path(word) not in files]
     elif args.command == "demo":
-        files = [Path(__file__).parent.parent / "sweeps" / "studies" / "demo.yaml"]
+        files = [STUDIES / "demo.yaml"]
     option = [{"workdir": str(given)}] if given else []
     profile = ["compute.profile=true"] if getattr(args, "profile", False) else []
     config = load_config([{"workdir": str(default)}, *files, *option], [*args.overrides, *profile])
@@ -263,6 +279,20 @@ def _dispatch(args: argparse.Namespace) -> int:
         return 0
     launch.start(config, console)
     return 0
+
+
+def _study_file(given: Path) -> Path:
+    """The file that is named, or that of a study that comes with offsweep."""
+    if given.exists() or given.suffix or len(given.parts) > 1:
+        return given
+    known = {path.stem.replace("_", "-"): path for path in STUDIES.glob("*.yaml")}
+    name = str(given).replace("_", "-")
+    if name not in known:
+        raise UserError(
+            f"there is no file {str(given)!r} here and no such study comes with offsweep; known: "
+            f"{', '.join(sorted(known))}"
+        )
+    return known[name]
 
 
 def _free_name(workdir: Path, name: str) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -17,8 +16,8 @@ from envs.scores import reference_scores
 from orchestrator.config import Config
 from orchestrator.driver import Progress
 from orchestrator.learner import evaluation_env, target_of
+from orchestrator.reading import TOP, about_study, duration, print_study, show_params
 from sweeps.study import Study
-from sweeps.summary import collapse_sentences, collapsing_runs, trial_rows
 
 
 class Display:
@@ -107,17 +106,7 @@ def _seconds_left(progress: Progress) -> float | None:
 
 
 def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def show_params(params: Mapping[str, Any]) -> str:
-    """Hyperparameters on one line, without the common prefix."""
-    values = {k.removeprefix("method."): f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in params.items()}
-    return " ".join(f"{k}={v}" for k, v in values.items())
+    return "?" if seconds is None else duration(seconds)
 
 
 def value_unit(config: Config, dataset: Dataset) -> str:
@@ -138,50 +127,5 @@ def score_label(config: Config, dataset: Dataset) -> str:
 
 
 def print_summary(console: Console, study: Study, config: Config, dataset: Dataset, store: str) -> None:
-    """The table of trials, the best configuration beside the data it learned from, and what to open next."""
-    unit = value_unit(config, dataset)
-    table = Table(title=f"study {study.spec.name}: {config.method_name} on {config.dataset}")
-    for column in ("rank", "trial", "state", unit, "mean return", "time"):
-        table.add_column(column, justify="left" if column == "state" else "right")
-    table.add_column("hyperparameters")
-    records = {record.number: record for record in study.trials()}
-    for row in trial_rows(list(records.values()), study.spec.direction):
-        returns = records[row.number].attrs.get("run_returns", {}).values()
-        state, collapsing = "diverged" if row.diverged else row.state, len(collapsing_runs(records[row.number]))
-        table.add_row(
-            str(row.rank or ""), str(row.number), f"{state}, {collapsing} collapsing" if collapsing else state,
-            "" if row.value is None else f"{row.value:.1f}",
-            f"{sum(returns) / len(returns):.1f}" if returns else "",
-            _duration(row.duration), show_params(row.params),
-        )  # fmt: skip
-    console.print(table)
-    for sentence in collapse_sentences(list(records.values())):
-        console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
-    console.print(f"{unit + ':':<12}{score_label(config, dataset)}")
-    best = study.best
-    summary = dataset.summary()
-    if summary["return_mean"] is not None:
-        other = evaluation_env(config, dataset) != dataset.env_id
-        label = f": {summary['score_source']}" if other else ""
-        score = "" if summary["score"] is None else f" (score {summary['score']:.1f}{label})"
-        console.print(
-            f"data:       mean return {summary['return_mean']:.1f}{score} over {summary['complete_episodes']} episodes"
-        )
-    if best is not None and best.value is not None:
-        returns = list(best.attrs.get("run_returns", {}).values())
-        mean = f"mean return {sum(returns) / len(returns):.1f} " if returns else ""
-        episodes = config.evaluation.episodes
-        console.print(
-            f"best trial: {mean}({unit} {best.value:.1f}) over {len(returns)} seeds x {episodes} episodes; "
-            f"trial {best.number}: {show_params(best.active) or 'as configured'}"
-        )
-    folder = study.folder
-    run = next(iter(best.attrs.get("run_values", {})), None) if best else None
-    console.print("next:")
-    console.print(
-        f"  offsweep ui --workdir {config.workdir}    # MLflow: experiment {study.spec.name!r}", highlight=False
-    )
-    if run:
-        config_file = folder / "runs" / run / "config.yaml"
-        console.print(f"  offsweep train --config {config_file}    # the best trial's first run again", highlight=False)
-    console.print(f"store: {store}", highlight=False)
+    """What a study that has ended here found."""
+    print_study(console, study, study.trials(), about_study(config, dataset, store), TOP)

@@ -23,20 +23,20 @@ from agents.cross_domain import CrossDomainConfig
 from agents.method import load_method, method_names
 from envs.dataset import Dataset
 from envs.errors import UserError
-from envs.files import write_atomically
 from envs.registry import check_shapes, load_dataset
 from orchestrator import confirm, warm_start
 from orchestrator.artifacts import save_json, write_text
 from orchestrator.cluster import Slots, open_slots
 from orchestrator.config import Config, check_space, corner_configs, load_config, to_dict, to_yaml
 from orchestrator.connection import cluster_address
-from orchestrator.display import Display, print_summary, score_label, show_params, value_unit
+from orchestrator.display import Display, print_summary, score_label, value_unit
 from orchestrator.driver import Driver
 from orchestrator.learner import dataset_record, evaluation_env, flatten, resolve_device
 from orchestrator.packing import COSTS_FILE, PACKING_FILE
 from orchestrator.plan import choose_packing, duration, make_plan, print_plan
 from orchestrator.profiling import TABLE, TRACE
 from orchestrator.progress import shown
+from orchestrator.reading import about_study, save_figures, show_params
 from orchestrator.spool import RunInfo, RunSpool, check_run_key
 from orchestrator.tracking import Tracker, check_reachable, default_tracking_uri
 from sweeps.confirm import FOLDER as CONFIRM_FOLDER
@@ -44,7 +44,7 @@ from sweeps.confirm import Confirmation, confirmations
 from sweeps.pruners import warnings_of
 from sweeps.spec import StudySpec
 from sweeps.study import SPEC_FILE, Study
-from sweeps.summary import collapsing_runs, history_figure, parameter_importances, slice_figure, trial_rows
+from sweeps.summary import collapsing_runs, parameter_importances, state_counts, trial_rows
 
 DRAIN_SECONDS = 120.0  # how long the end of a study waits for MLflow
 RESUMABLE = ("compute.", "tracking_uri")  # what may change when a study is resumed: not the results
@@ -141,14 +141,6 @@ def _older_blocks(file: Path) -> dict[str, Any]:
     return {"study": {name: block for name, block in off.items() if name not in content}}
 
 
-def show(name: str, workdir: Path, console: Console) -> None:
-    """Print the table of a study, running or finished."""
-    folder = workdir.absolute() / "studies" / name
-    study = Study.open(folder, read_only=True)
-    config = load_config([folder / "config.yaml"], [])
-    print_summary(console, study, config, load_dataset(config.dataset, Path(config.workdir)), _store_uri(config))
-
-
 def _store_uri(config: Config) -> str:
     return config.tracking_uri or default_tracking_uri(config.workdir)
 
@@ -233,6 +225,7 @@ def _run(config: Config, study: Study, dataset: Dataset, console: Console, repor
         if warnings:
             spool.set_tags({"warnings": " ".join(warnings)})
         with open_slots(config.compute, dataset) as slots:
+            about_study(config, dataset, tracker.tracking_uri, slots.on_gpu).save(study.folder)
             packing = choose_packing(config, study.spec, dataset, slots, study.folder)
             stage = {"stage": "search"} if study.spec.searches else {}
             with Display(console, value_unit(config, dataset)) as display:
@@ -389,22 +382,12 @@ def _announce(spool: RunSpool, config: Config, dataset: Dataset, tags: Mapping[s
 
 def _conclude(spool: RunSpool, study: Study, unit: str) -> None:
     """Plots, the table of trials and the best configuration, as artifacts of the study's own run."""
-    from matplotlib.figure import Figure
-
     records, direction = study.trials(), study.spec.direction
-
-    def keep(figure: Figure, name: str) -> None:
-        path = study.folder / name
-        write_atomically(path, lambda p: figure.savefig(p, format="png", dpi=120))
+    for path in save_figures(study, records, unit, study.folder / "plots"):
         spool.artifact(path, "plots")
-
-    if study.space.parameters:
-        keep(history_figure(records, direction, unit), "history.png")
-        keep(slice_figure(records, study.space, unit), "slices.png")
-        importances = parameter_importances(records, study.space, direction)
-        if importances:
-            save_json(study.folder / "importances.json", importances)
-            spool.artifact(study.folder / "importances.json")
+    if study.space.parameters and (importances := parameter_importances(records, study.space, direction)):
+        save_json(study.folder / "importances.json", importances)
+        spool.artifact(study.folder / "importances.json")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["rank", "trial", "state", unit, "collapsing", "hyperparameters"])
@@ -416,7 +399,10 @@ def _conclude(spool: RunSpool, study: Study, unit: str) -> None:
     spool.artifact(study.folder / "trials.csv")
     best = study.best
     if best is not None:
-        spool.set_tags({"best_trial": str(best.number), "best_value": str(best.value)})
+        spool.set_tags({
+            "best_trial": str(best.number), "best_value": str(best.value), "best_params": show_params(best.active),
+            "trials": ", ".join(f"{count} {state}" for state, count in state_counts(records).items()),
+        })  # fmt: skip
     spool.end("FINISHED")
 
 

@@ -1,4 +1,4 @@
-"""What a study found: its table, its history, which parameters mattered, and two figures.
+"""What a study found: its table, its history, which parameters mattered, what it cost, what is running.
 
 Everything here is computed from `Study.trials()` alone, so it works on a study that is running, resumed or
 made up. A trial that was pruned or diverged is shown as such and never counts as a result: the value of the
@@ -8,24 +8,20 @@ first is a report from mid-training, that of the second a stand-in.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime
 
 import numpy as np
 
 from sweeps.errors import StudyError
-from sweeps.plots import new_figure
 from sweeps.space import Params, SearchSpace
 from sweeps.study import State, TrialRecord
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
+FAILURE = "failure"  # what a trial keeps: why it failed, or why its parameters were refused
 COLLAPSING = "run_collapsing"  # what a trial keeps: run key -> mean Q over an expert's value, of the collapsing runs
 
-_COLORS = {"complete": "#2a6f97", "pruned": "#b0b0b0", "diverged": "#c1121f", "best": "#e09f3e"}
+_MOST, _MOST_RESAMPLED = 2000, 500  # trials that importances are worked out of, and resampled
 
 
 @dataclass(frozen=True)
@@ -55,11 +51,10 @@ class History:
 
 def trial_rows(records: Sequence[TrialRecord], direction: str) -> list[TrialRow]:
     """The table of trials: ranked ones from the best on (equals by number), then the others by number."""
-    results = _results(records)
     sign = _sign(direction)
-    ranked = sorted(results, key=lambda record: (-sign * _value(record), record.number))
+    ranked = sorted(results(records), key=lambda record: (-sign * value_of(record), record.number))
     ranks = {record.number: rank for rank, record in enumerate(ranked, start=1)}
-    top = _value(ranked[0]) if ranked else math.nan
+    top = value_of(ranked[0]) if ranked else math.nan
     others = sorted((r for r in records if r.number not in ranks), key=lambda record: record.number)
     return [
         TrialRow(
@@ -68,7 +63,7 @@ def trial_rows(records: Sequence[TrialRecord], direction: str) -> list[TrialRow]
             state=record.state,
             diverged=record.diverged,
             value=record.value,
-            gap=sign * (top - _value(record)) if record.number in ranks else None,
+            gap=sign * (top - value_of(record)) if record.number in ranks else None,
             last_step=max(record.intermediate, default=None),
             duration=(
                 (record.finished - record.started).total_seconds()
@@ -106,12 +101,12 @@ def history(records: Sequence[TrialRecord], direction: str, optimum: float | Non
         direction: maximize or minimize.
         optimum: the best possible value, where it is known (made-up objectives); gives the simple regret.
     """
-    results = sorted(_results(records), key=_finishing_order)
+    ordered = sorted(results(records), key=finishing_order)
     sign = _sign(direction)
-    values = np.array([_value(record) for record in results], dtype=np.float64)
+    values = np.array([value_of(record) for record in ordered], dtype=np.float64)
     best = sign * np.maximum.accumulate(sign * values)
     return History(
-        numbers=np.array([record.number for record in results], dtype=np.int64),
+        numbers=np.array([record.number for record in ordered], dtype=np.int64),
         values=values,
         best=best,
         regret=None if optimum is None else sign * (optimum - best),
@@ -129,7 +124,7 @@ def parameter_importances(
     understates it.
 
     Args:
-        records: of the study.
+        records: of the study; of more than 2,000 complete trials, that many drawn at random count.
         space: of the study.
         direction: maximize or minimize.
         min_trials: complete trials below which the answer would be noise.
@@ -138,7 +133,9 @@ def parameter_importances(
         None with fewer complete trials, with fewer than two parameters, or when all values are equal.
     """
     complete = [record for record in records if record.state == "complete"]
-    values = {_value(record) for record in complete}
+    if len(complete) > _MOST:
+        complete = [complete[i] for i in np.random.default_rng(0).choice(len(complete), _MOST, replace=False)]
+    values = {value_of(record) for record in complete}
     if len(complete) < min_trials or len(space.parameters) < 2 or len(values) < 2:
         return None
     from sweeps._optuna import optuna
@@ -148,7 +145,7 @@ def parameter_importances(
     study = optuna.create_study(direction="minimize")
     study.add_trials(
         [
-            optuna.trial.create_trial(params=record.params, distributions=distributions, value=-sign * _value(record))
+            optuna.trial.create_trial(params=record.params, distributions=distributions, value=-sign * value_of(record))
             for record in complete
         ]
     )
@@ -157,101 +154,19 @@ def parameter_importances(
     return dict(sorted(importances.items(), key=lambda item: -item[1]))
 
 
-def history_figure(records: Sequence[TrialRecord], direction: str, value_name: str = "score") -> Figure:
-    """Every trial's value and the best so far, over the order in which trials finished.
-
-    Args:
-        records: of the study; may hold no finished trial.
-        direction: maximize or minimize.
-        value_name: of the vertical axis.
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    figure = new_figure(6.4, 4.0)
-    axes = figure.add_subplot()
-    finished = sorted((r for r in records if r.value is not None and r.finished), key=_finishing_order)
-    place = {record.number: index for index, record in enumerate(finished, start=1)}
-    _scatter(axes, finished, [place[record.number] for record in finished])
-    course = history(finished, direction)
-    if len(course.numbers):
-        places = [place[int(number)] for number in course.numbers]
-        axes.step(
-            [*places, len(finished)],
-            [*course.best, course.best[-1]],
-            where="post",
-            color=_COLORS["best"],
-            label="best so far",
-        )
-    axes.set_xlabel("finished trials")
-    axes.set_ylabel(value_name)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if finished:
-        axes.legend()
-    return figure
-
-
-def slice_figure(
-    records: Sequence[TrialRecord], space: SearchSpace, value_name: str = "score", columns: int = 3
-) -> Figure:
-    """Every parameter against the value, one panel each; a trial appears only where the parameter applied.
-
-    Args:
-        records: of the study; may hold no finished trial.
-        space: of the study.
-        value_name: of the vertical axes.
-        columns: panels side by side, >= 1.
-    """
-    keys = list(space.parameters)
-    columns = max(1, min(columns, len(keys)))
-    rows = max(1, math.ceil(len(keys) / columns))
-    figure = new_figure(3.4 * columns, 2.8 * rows)
-    finished = [record for record in records if record.value is not None and record.finished]
-    first: Axes | None = None
-    for index, key in enumerate(keys):
-        axes = figure.add_subplot(rows, columns, index + 1, sharey=first)
-        first = first or axes
-        parameter = space.parameters[key]
-        shown = [record for record in finished if key in record.active]
-        if parameter.type == "categorical":
-            labels = [str(choice) for choice in parameter.choices]
-            _scatter(axes, shown, [parameter.choices.index(record.active[key]) for record in shown])
-            axes.set_xticks(range(len(labels)), labels)
-            axes.set_xlim(-0.5, len(labels) - 0.5)
-        else:
-            _scatter(axes, shown, [record.active[key] for record in shown])
-            if parameter.log:
-                axes.set_xscale("log")
-        axes.set_xlabel(key)
-        if index % columns == 0:
-            axes.set_ylabel(value_name)
-    return figure
-
-
-def _scatter(axes: Axes, records: Sequence[TrialRecord], positions: Sequence[float]) -> None:
-    kinds = ["diverged" if record.diverged else str(record.state) for record in records]
-    for kind, marker in (("complete", "o"), ("pruned", "v"), ("diverged", "x")):
-        chosen = [index for index, found in enumerate(kinds) if found == kind]
-        if chosen:
-            axes.scatter(
-                [positions[index] for index in chosen],
-                [_value(records[index]) for index in chosen],
-                s=18,
-                marker=marker,
-                color=_COLORS[kind],
-                label=kind,
-            )
-
-
-def _results(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+def results(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The complete trials that did not diverge."""
     return [record for record in records if record.state == "complete" and not record.diverged]
 
 
-def _value(record: TrialRecord) -> float:
+def value_of(record: TrialRecord) -> float:
+    """The value of a trial that has one."""
     assert record.value is not None
     return record.value
 
 
-def _finishing_order(record: TrialRecord) -> tuple[float, int]:
+def finishing_order(record: TrialRecord) -> tuple[float, int]:
+    """A key to sort by: trials as they finished, unfinished ones last."""
     return (record.finished.timestamp() if record.finished else math.inf, record.number)
 
 
@@ -259,3 +174,148 @@ def _sign(direction: str) -> float:
     if direction not in ("maximize", "minimize"):
         raise StudyError(f"Unknown direction '{direction}'; use maximize or minimize.")
     return 1.0 if direction == "maximize" else -1.0
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A number, and the 5 to 95 % that it varies over when the trials are drawn again with replacement."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Running:
+    """A trial under way."""
+
+    number: int
+    age: float  # seconds since it was asked for
+    share: float  # of the training that its last report says is done
+    value: float | None  # that report
+    params: Params  # the active ones
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a study has taken so far."""
+
+    wall_seconds: float  # from the first trial asked for to the last one told, or until now
+    pack_seconds: float  # the same of every pack, summed: what its slot was occupied, waits included
+    updates: int  # gradient updates of all runs
+    updates_saved: int  # that pruning left out
+    online_episodes: int  # in the real environment, those for the pruner included
+    exact: bool  # False: updates and episodes of some trials, made before these were kept, follow from their reports
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """Key -> key without `method.`."""
+    return {key: key.removeprefix("method.") for key in keys}
+
+
+def state_counts(records: Sequence[TrialRecord]) -> dict[str, int]:
+    """How many trials there are of each state, those that diverged apart; states without any are left out."""
+    states = ["diverged" if record.diverged else record.state for record in records]
+    known = ("complete", "pruned", "diverged", "failed", "running", "waiting")
+    return {state: states.count(state) for state in known if state in states}
+
+
+def failures(records: Sequence[TrialRecord]) -> dict[str, list[int]]:
+    """Reason -> numbers of the trials that failed for it, or whose parameters were refused; most frequent first."""
+    reasons: dict[str, list[int]] = {}
+    for record in records:
+        if FAILURE in record.attrs:
+            reasons.setdefault(" ".join(str(record.attrs[FAILURE]).split()), []).append(record.number)
+    return dict(sorted(reasons.items(), key=lambda item: -len(item[1])))
+
+
+def running_trials(records: Sequence[TrialRecord], total_steps: int, now: datetime | None = None) -> list[Running]:
+    """The trials under way, by number; of a killed study those that a resumed driver takes up.
+
+    Args:
+        records: of the study.
+        total_steps: updates of a whole training.
+        now: with a time zone; None: now.
+    """
+    now = now or datetime.now(UTC)
+    return [
+        Running(
+            number=record.number,
+            age=(now - record.started).total_seconds() if record.started else 0.0,
+            share=max(record.intermediate, default=0) / total_steps,
+            value=next(reversed(record.intermediate.values()), None),
+            params=record.active,
+        )
+        for record in records
+        if record.state == "running"
+    ]
+
+
+def study_cost(
+    records: Sequence[TrialRecord], seeds: int, total_steps: int, episodes: int, now: datetime | None = None
+) -> Cost:
+    """What the trials have taken.
+
+    Where a trial does not keep its `updates` or `online_episodes` (running, or of a study made before they were kept)
+    they are taken from its reports: all seeds trained to the last one, all evaluated at each.
+
+    Args:
+        records: of the study.
+        seeds: runs of a trial.
+        total_steps: updates of a whole training of one run.
+        episodes: of one evaluation of one run.
+        now: the end of a running study, with a time zone; None: now.
+    """
+    now = now or datetime.now(UTC)
+    begun = [record for record in records if record.started is not None and record.state != "waiting"]
+    packs: dict[str, list[tuple[datetime, datetime]]] = {}
+    updates = saved = online = 0
+    exact = True
+    for record in begun:
+        assert record.started is not None
+        span = record.started, record.finished or now
+        for pack in record.attrs.get("packs") or [f"trial {record.number}"]:
+            packs.setdefault(pack, []).append(span)
+        trained = len(record.attrs.get("seeds") or ()) or seeds
+        kept = {key: record.attrs.get(key) for key in ("updates", "online_episodes")}
+        exact = exact and (record.state == "running" or FAILURE in record.attrs or None not in kept.values())
+        reported = max(record.intermediate, default=0) * trained
+        spent = reported if kept["updates"] is None else int(kept["updates"])
+        updates += spent
+        if record.state == "pruned":
+            saved += max(0, seeds * total_steps - spent)
+        evaluated = len(record.intermediate) * trained * episodes
+        online += evaluated if kept["online_episodes"] is None else int(kept["online_episodes"])
+    spans = [(min(start for start, _ in each), max(end for _, end in each)) for each in packs.values()]
+    wall = (max(e for _, e in spans) - min(s for s, _ in spans)).total_seconds() if spans else 0.0
+    return Cost(wall, sum((end - start).total_seconds() for start, end in spans), updates, saved, online, exact)
+
+
+def importance_spreads(
+    records: Sequence[TrialRecord], space: SearchSpace, direction: str, resamples: int = 50, seed: int = 0
+) -> dict[str, Spread] | None:
+    """`parameter_importances` with the spread that it has over bootstrap resamples of the trials.
+
+    Args:
+        records: of the study.
+        space: of the study.
+        direction: maximize or minimize.
+        resamples: of the trials.
+        seed: of the resamples.
+
+    Returns:
+        Most important first; None where `parameter_importances` says nothing. Beyond 500 complete trials the spread is
+        not a number: it is small there, and would take a minute.
+    """
+    importances = parameter_importances(records, space, direction)
+    if importances is None:
+        return None
+    complete = [record for record in records if record.state == "complete"]
+    rng, drawn = np.random.default_rng(seed), []
+    for _ in range(resamples if len(complete) <= _MOST_RESAMPLED else 0):
+        again = [complete[i] for i in rng.integers(len(complete), size=len(complete))]
+        one = parameter_importances(again, space, direction)
+        if one is not None:
+            drawn.append([one[key] for key in importances])
+    low, high = np.quantile(drawn, (0.05, 0.95), axis=0) if drawn else ([math.nan] * len(importances),) * 2
+    return {key: Spread(value, float(low[i]), float(high[i])) for i, (key, value) in enumerate(importances.items())}

@@ -16,7 +16,7 @@ from agents.model_based import ModelBasedSAC
 from benchmarks.kill_tests import policy_digest
 from envs.collect import collect, uniform_policy
 from envs.hdf5 import write_hdf5
-from orchestrator import launch
+from orchestrator import reading
 from orchestrator.artifacts import load_tensors, write_text
 from orchestrator.cluster import InlineSlots
 from orchestrator.config import load_config, to_dict, to_yaml
@@ -265,7 +265,7 @@ def test_the_table_of_a_study_names_its_collapsing_runs(work: Path, monkeypatch:
     write_text(study.folder / "config.yaml", to_yaml(config))
     assert study.trials()[0].attrs["run_collapsing"] == {"t0000-s1": pytest.approx(100)}
     text = io.StringIO()
-    launch.show("shown", work, Console(file=text, width=200))
+    reading.show("shown", work, Console(file=text, width=200))
     assert "complete, 1 collapsing" in text.getvalue()
     assert "t000-s1 is collapsing: mean Q 100.0 times the value of an expert and rising" in text.getvalue()
     assert "t000-s0 is collapsing" not in text.getvalue()

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from benchmarks.kill_tests import SETTINGS, Remains
 from envs.errors import UserError
-from orchestrator import launch
+from orchestrator import launch, reading
 from orchestrator.cli import main
 from orchestrator.config import Config, load_config, to_dict
 from sweeps.study import Study
@@ -93,7 +93,7 @@ def test_a_study_is_shown_while_it_has_a_driver(workdir: Path):
     outcome = launch.start(configured(workdir), quiet())
     text = io.StringIO()
     with Study.open(outcome.study.folder):
-        launch.show("killed", workdir, Console(file=text, width=200))
+        reading.show("killed", workdir, Console(file=text, width=200))
     assert "best trial:" in text.getvalue()
     assert "3.0" not in text.getvalue()  # three trials: 0, 1, 2
 

@@ -3,7 +3,6 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from envs.errors import UserError
 from sweeps.space import SearchSpace
@@ -11,10 +10,13 @@ from sweeps.study import TrialRecord
 from sweeps.summary import (
     collapse_sentences,
     collapsing_runs,
+    failures,
     history,
-    history_figure,
+    importance_spreads,
     parameter_importances,
-    slice_figure,
+    running_trials,
+    state_counts,
+    study_cost,
     trial_rows,
 )
 
@@ -120,38 +122,6 @@ def test_the_parameter_that_decides_is_the_most_important(direction):
     assert parameter_importances(equal, SPACE, direction) is None
 
 
-def offsets(figure, panel, kind):
-    for collection in figure.axes[panel].collections:
-        if collection.get_label() == kind:
-            return np.asarray(collection.get_offsets()).tolist()
-    return []
-
-
-def test_the_history_figure_tells_results_from_the_rest(tmp_path):
-    figure = history_figure(RECORDS, "maximize", "normalised score")
-    assert isinstance(figure, Figure)
-    assert [value for _, value in offsets(figure, 0, "complete")] == [30.0, 20.0, 10.0, 30.0]
-    assert [value for _, value in offsets(figure, 0, "pruned")] == [99.0]
-    assert [value for _, value in offsets(figure, 0, "diverged")] == [-50.0]
-    (line,) = figure.axes[0].lines
-    assert max(line.get_ydata()) == 30.0
-    assert figure.axes[0].get_ylabel() == "normalised score"
-    figure.savefig(tmp_path / "history.png")
-    history_figure([], "maximize").savefig(tmp_path / "empty.png")
-
-
-def test_the_slice_figure_shows_a_parameter_where_it_applied(tmp_path):
-    figure = slice_figure(RECORDS, SPACE)
-    assert [axes.get_xlabel() for axes in figure.axes] == ["x", "idle", "kind", "extra"]
-    assert figure.axes[0].get_xscale() == "log"
-    assert offsets(figure, 2, "pruned") == [[1.0, 99.0]]
-    assert offsets(figure, 3, "pruned") == []  # trial 1 has no extra
-    assert len(offsets(figure, 3, "complete")) == 4
-    assert [tick.get_text() for tick in figure.axes[2].get_xticklabels()] == ["a", "None"]
-    figure.savefig(tmp_path / "slices.png")
-    slice_figure([], SearchSpace.from_config({})).savefig(tmp_path / "empty.png")
-
-
 def test_collapsing_runs_are_named_by_trial_and_seed():
     ratios = {"t0003-s1": 12.34, "t0003-s0": 4.0}
     found = replace(record(3, 1.0), attrs={"run_collapsing": ratios})
@@ -162,3 +132,58 @@ def test_collapsing_runs_are_named_by_trial_and_seed():
     many = [replace(found, number=n) for n in range(7)]
     assert len(collapse_sentences(many)) == 11
     assert collapse_sentences(many)[-1] == "and 4 more runs are collapsing"
+
+
+def test_states_are_counted_and_failures_grouped_by_reason():
+    assert state_counts(RECORDS) == {"complete": 4, "pruned": 1, "diverged": 1, "failed": 1, "running": 1}
+    assert state_counts([]) == {}
+    reasons = {2: "too wide", 5: "killed\n  twice", 7: "killed twice"}
+    records = [replace(r, attrs={"failure": reasons[r.number]}) if r.number in reasons else r for r in RECORDS]
+    assert failures(records) == {"killed twice": [5, 7], "too wide": [2]}
+    assert failures(RECORDS) == {}
+
+
+def test_running_trials_say_how_far_they_are():
+    under_way = [replace(RECORDS[6], intermediate={2: 5.0, 4: 7.5}), replace(RECORDS[6], number=8), RECORDS[0]]
+    first, second = running_trials(under_way, 10, now=START + timedelta(seconds=30))
+    assert (first.number, first.age, first.share, first.value) == (6, 30.0, 0.4, 7.5)
+    assert (second.number, second.share, second.value) == (8, 0.0, None)
+
+
+def test_what_a_study_cost_by_hand():
+    # trials 0 and 1 share a pack from 0 to 60 s, trial 2 has one from 100 to 120 s, trial 3 has run since 130 s
+    complete = replace(record(0, 1.0), attrs={"packs": ["a"], "updates": 20, "online_episodes": 12})
+    pruned = replace(record(1, 1.0, state="pruned", seconds=30), attrs={"packs": ["a"], "updates": 12})
+    late = START + timedelta(seconds=100)
+    alone = replace(record(2, 1.0, seconds=120), attrs={"packs": ["b"], "seeds": [4]}, started=late)
+    running = replace(record(3, None, state="running"), started=START + timedelta(seconds=130), intermediate={3: 0.0})
+    cost = study_cost(
+        [complete, pruned, alone, running], seeds=2, total_steps=10, episodes=5, now=START + timedelta(seconds=150)
+    )
+    assert (cost.wall_seconds, cost.pack_seconds) == (150.0, 60.0 + 20.0 + 20.0)
+    # kept; kept; one seed to its last report at 6; two seeds to 3
+    assert cost.updates == 20 + 12 + 6 + 2 * 3
+    assert cost.updates_saved == 2 * 10 - 12
+    # kept; two seeds, two reports; one seed, two reports; two seeds, one report
+    assert cost.online_episodes == 12 + 2 * 2 * 5 + 2 * 5 + 2 * 5
+    assert not cost.exact
+    assert study_cost([complete], 2, 10, 5).exact
+    assert study_cost([], 2, 10, 5).wall_seconds == 0.0
+
+
+def test_importances_vary_less_with_more_trials():
+    def made(count):
+        rng = np.random.default_rng(1)
+        drawn = [(10 ** rng.uniform(-1, 1), rng.uniform()) for _ in range(count)]
+        return [record(i, -abs(np.log(x)) - 0.3 * idle, x=x, idle=idle) for i, (x, idle) in enumerate(drawn)]
+
+    few, many = (importance_spreads(made(count), SPACE, "maximize", resamples=20) for count in (30, 400))
+    assert few is not None
+    assert many is not None
+    assert next(iter(many)) == "x"
+    assert all(spread.low <= spread.high for spread in few.values())
+    assert many["x"].high - many["x"].low < few["x"].high - few["x"].low
+    assert importance_spreads(made(10), SPACE, "maximize") is None
+    beyond = importance_spreads(made(501), SPACE, "maximize")
+    assert beyond is not None
+    assert np.isnan(beyond["x"].low)

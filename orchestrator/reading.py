@@ -1,0 +1,438 @@
+"""What is read of a study on a terminal and by machines: `offsweep sweep show`, and the end of `offsweep sweep`.
+
+Everything comes from the study's journal and from `about.json`, which the driver leaves beside it, so that neither the
+dataset nor torch, Ray and MLflow have to be loaded to look at a study.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.bar import Bar
+from rich.console import Console
+from rich.table import Table
+
+from envs.errors import UserError
+from envs.files import write_atomically
+from sweeps.confirm import FOLDER as CONFIRM_FOLDER
+from sweeps.confirm import Confirmation, confirmations
+from sweeps.plots_study import study_figures
+from sweeps.study import JOURNAL_FILE, LOCK_FILE, SPEC_FILE, Study, TrialRecord
+from sweeps.summary import (
+    Cost,
+    TrialRow,
+    collapse_sentences,
+    collapsing_runs,
+    failures,
+    history,
+    importance_spreads,
+    parameter_importances,
+    results,
+    running_trials,
+    short_names,
+    state_counts,
+    study_cost,
+    trial_rows,
+)
+
+if TYPE_CHECKING:
+    from envs.dataset import Dataset
+    from orchestrator.config import Config
+
+ABOUT_FILE = "about.json"
+TOP = 30  # rows of the table, unless asked otherwise
+_NAMED = 8  # trials that a sentence names
+
+
+@dataclass(frozen=True)
+class About:
+    """What is said of a study beside its trials."""
+
+    method: str
+    dataset: str
+    unit: str  # what a trial's value is called
+    label: str  # whose reference pair scores are normalised with, and where they were measured
+    data: str  # mean return of the dataset; "": it has no whole episode
+    episodes: int  # of an evaluation
+    workdir: str
+    store: str  # of MLflow
+    price_per_hour: float | None = None  # of a pack, in any currency
+
+    def save(self, folder: Path) -> None:
+        """Leave it in the study's folder."""
+        text = json.dumps(asdict(self), indent=1) + "\n"
+        write_atomically(folder / ABOUT_FILE, lambda path: path.write_text(text))
+
+
+def about_study(config: Config, dataset: Dataset, store: str, on_gpu: bool | None = None) -> About:
+    """What is said of a study of this configuration.
+
+    Args:
+        store: of MLflow.
+        on_gpu: whether its packs are; None: not known, and so there is no price.
+    """
+    from orchestrator.display import score_label, value_unit
+    from orchestrator.learner import evaluation_env
+
+    data, summary = "", dataset.summary()
+    if summary["return_mean"] is not None:
+        other = evaluation_env(config, dataset) != dataset.env_id
+        label = f": {summary['score_source']}" if other else ""
+        score = "" if summary["score"] is None else f" (score {summary['score']:.1f}{label})"
+        data = f"mean return {summary['return_mean']:.1f}{score} over {summary['complete_episodes']} episodes"
+    compute, price = config.compute, None
+    if on_gpu:
+        price = compute.price_per_gpu_hour
+    elif on_gpu is False and compute.price_per_cpu_hour is not None:
+        price = compute.price_per_cpu_hour * (compute.threads + compute.num_rollout_workers + compute.num_evaluators)
+    return About(
+        config.method_name, config.dataset, value_unit(config, dataset), score_label(config, dataset), data,
+        config.evaluation.episodes, config.workdir, store, price,
+    )  # fmt: skip
+
+
+def show(
+    name: str, workdir: Path, console: Console, top: int | None = None, as_json: bool = False,
+    figures: Path | None = None,
+) -> None:  # fmt: skip
+    """Print what is known of a study, running, stopped or finished.
+
+    Args:
+        top: rows of the table of trials; None: 30 of them, or all as JSON.
+        as_json: for machines.
+        figures: folder for the study's figures.
+
+    Raises:
+        UserError: there is no such study, or the folder cannot be written.
+    """
+    folder = workdir.absolute() / "studies" / name
+    if not (folder / SPEC_FILE).exists():
+        known = sorted(p.parent.name for p in folder.parent.glob(f"*/{SPEC_FILE}"))
+        raise UserError(f"there is no study {name!r} in {folder.parent}; it holds: {', '.join(known) or 'none'}")
+    if top is not None and top < 1:
+        raise UserError(f"--top {top} must be at least 1")
+    # everything that reading a journal makes is kept, and looking for rubbish in it takes a fifth of the time
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        study = Study.open(folder, read_only=True)
+        records = study.trials()
+    finally:
+        if collecting:
+            gc.enable()
+    about = read_about(folder)
+    if as_json:
+        console.file.write(json.dumps(to_json(study, records, about, top), indent=1) + "\n")
+    else:
+        print_study(console, study, records, about, top or TOP)
+    if figures is not None:
+        drawn = save_figures(study, records, about.unit, figures)
+        if not as_json:
+            console.print(f"figures: {', '.join(map(str, drawn)) or 'none yet'}", highlight=False, soft_wrap=True)
+
+
+def read_about(folder: Path) -> About:
+    """What the driver left; of a study made before it did, or killed before, what its configuration says."""
+    try:
+        return About(**json.loads((folder / ABOUT_FILE).read_text()))
+    except FileNotFoundError:
+        from envs.registry import load_dataset
+        from orchestrator.config import load_config
+        from orchestrator.tracking import default_tracking_uri
+
+        if not (folder / "config.yaml").exists():
+            raise UserError(
+                f"{folder} is of a study that was killed before it began; remove it and start the study anew"
+            ) from None
+        config = load_config([folder / "config.yaml"], [])
+        store = config.tracking_uri or default_tracking_uri(config.workdir)
+        return about_study(config, load_dataset(config.dataset, Path(config.workdir)), store)
+
+
+def save_figures(study: Study, records: Sequence[TrialRecord], unit: str, folder: Path) -> list[Path]:
+    """Draw a study's figures as PNG files into a folder, which is made if need be.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    direction, space = study.spec.direction, study.space
+    importances = importance_spreads(records, space, direction) if space.parameters else None
+    drawn = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, draw in study_figures(
+            records, space, direction, unit, study.spec.total_steps, importances, confirmations(study.folder)
+        ).items():
+            figure = draw()
+            write_atomically(folder / name, lambda path, figure=figure: figure.savefig(path, format="png", dpi=120))
+            drawn.append(folder / name)
+    except OSError as error:
+        raise UserError(f"cannot write figures to {folder}: {error.strerror}; choose another folder") from error
+    return drawn
+
+
+def study_state(study: Study, records: Sequence[TrialRecord]) -> str:
+    """finished, running, confirming (all trials have ended, and the best are trained again) or stopped."""
+    ended = sum(record.finished is not None for record in records) >= study.spec.num_trials
+    confirm = _confirm_study(study.folder)
+    if ended and (confirm is None or confirm.num_finished >= confirm.spec.num_trials):
+        return "finished"
+    try:
+        holder = (study.folder / LOCK_FILE).read_text()
+    except OSError:
+        return "stopped"
+    found = re.fullmatch(r"process (\d+) on (.*)\n?", holder)
+    if found is None or found[2] != os.uname().nodename:
+        return f"last driven by {holder.strip() or 'an unknown process'}"
+    # taking the lock to see whether it is held would keep a driver out that starts just then
+    try:
+        os.kill(int(found[1]), 0)
+    except ProcessLookupError:
+        return "stopped"
+    except PermissionError:  # another user's
+        pass
+    return "confirming" if ended else "running"
+
+
+def _confirm_study(folder: Path) -> Study | None:
+    """The study in which the best trials are trained again, if it has begun."""
+    confirm = folder / CONFIRM_FOLDER
+    return Study.open(confirm, read_only=True) if (confirm / JOURNAL_FILE).exists() else None
+
+
+def to_json(study: Study, records: Sequence[TrialRecord], about: About, top: int | None = None) -> dict[str, Any]:
+    """What is known of a study as plain values; times in seconds.
+
+    Args:
+        top: trials at most, best first; None: all.
+    """
+    spec, best = study.spec, study.best
+    by_number = {record.number: record for record in records}
+    course = history(records, spec.direction)
+    rows = trial_rows(records, spec.direction)
+    confirm = _confirm_study(study.folder)
+    return {
+        "name": spec.name,
+        "method": about.method,
+        "dataset": about.dataset,
+        "unit": about.unit,
+        "label": about.label,
+        "data": about.data,
+        "state": study_state(study, records),
+        "num_trials": spec.num_trials,
+        "seeds_per_trial": spec.seeds_per_trial,
+        "counts": state_counts(records),
+        "best": None if best is None else {
+            "trial": best.number, "value": best.value, "params": best.active,
+            "run_values": best.attrs.get("run_values", {}), "run_returns": best.attrs.get("run_returns", {}),
+        },
+        "confirmed": [
+            {"trial": one.number, "searched": one.searched, "mean": one.mean, "values": list(one.values),
+             "interval": None if math.isnan(one.interval[0]) else list(one.interval), "diverged": one.diverged}
+            for one in confirmations(study.folder)
+        ],
+        "importances": parameter_importances(records, study.space, spec.direction) if study.space.parameters else None,
+        "history": [
+            {"trial": int(number), "value": float(value), "best": float(least)}
+            for number, value, least in zip(course.numbers, course.values, course.best, strict=True)
+        ],
+        "cost": {**asdict(cost := _cost(study, records, about)), "money": _money(cost, about)},
+        "confirm_cost": None if confirm is None else asdict(_cost(confirm, confirm.trials(), about)),
+        "running": [asdict(trial) for trial in running_trials(records, spec.total_steps)],
+        "failures": [{"reason": reason, "trials": numbers} for reason, numbers in failures(records).items()],
+        "trials": [
+            {**asdict(row), "collapsing": collapsing_runs(by_number[row.number]),
+             "intermediate": by_number[row.number].intermediate}
+            for row in rows[:top]
+        ],
+    }  # fmt: skip
+
+
+def print_study(console: Console, study: Study, records: Sequence[TrialRecord], about: About, top: int) -> None:
+    """The table of trials, the best setting beside the data it learned from, what decided, what it took, and what to
+    open next."""
+    spec, unit, best = study.spec, about.unit, study.best
+    state = study_state(study, records)
+    counts = ", ".join(f"{count} {name}" for name, count in state_counts(records).items())
+    ended = sum(record.finished is not None for record in records)
+    rows = trial_rows(records, spec.direction)
+    if rows:
+        console.print(_table(rows[:top], {record.number: record for record in records}, about, spec.name))
+        if len(rows) > top:
+            console.print(f"and {len(rows) - top} more trials; --top {len(rows)} shows them", highlight=False)
+    for sentence in collapse_sentences(records):
+        console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
+    _say(console, "study", f"{state}, {ended} of {spec.num_trials} trials ended{f' ({counts})' if counts else ''}")
+    _say(console, unit, about.label)
+    if about.data:
+        _say(console, "data", about.data)
+    if best is not None and best.value is not None:
+        returns = list(best.attrs.get("run_returns", {}).values())
+        mean = f"mean return {sum(returns) / len(returns):.1f} " if returns else ""
+        _say(
+            console, "best trial",
+            f"{mean}({unit} {best.value:.1f}) over {len(returns)} seeds x {about.episodes} episodes; trial "
+            f"{best.number}: {show_params(best.active) or 'as configured'}",
+        )  # fmt: skip
+    _print_confirmed(console, confirmations(study.folder), unit)
+    _print_history(console, records, spec.direction, unit)
+    _print_running(console, study, records, unit, state)
+    for reason, numbers in failures(records).items():
+        trials = f"trial{'s' * (len(numbers) > 1)} {_some(numbers)}"
+        console.print(f"[yellow]failed:[/yellow]     {trials}: {reason}", highlight=False, markup=True)
+    _print_parameters(console, study, records)
+    if records:
+        _print_cost(console, _cost(study, records, about), about)
+        if (confirm := _confirm_study(study.folder)) is not None:
+            _print_cost(console, _cost(confirm, confirm.trials(), about), about, "confirming")
+    _print_next(console, study, about, best, state)
+
+
+def _table(rows: Sequence[TrialRow], records: Mapping[int, TrialRecord], about: About, name: str) -> Table:
+    table = Table(title=f"study {name}: {about.method} on {about.dataset}")
+    for column in ("rank", "trial", "state", about.unit, "mean return", "time"):
+        table.add_column(column, justify="left" if column == "state" else "right")
+    table.add_column("hyperparameters")
+    for row in rows:
+        returns = records[row.number].attrs.get("run_returns", {}).values()
+        state, collapsing = "diverged" if row.diverged else row.state, len(collapsing_runs(records[row.number]))
+        table.add_row(
+            str(row.rank or ""), str(row.number), f"{state}, {collapsing} collapsing" if collapsing else state,
+            "" if row.value is None else f"{row.value:.1f}",
+            f"{sum(returns) / len(returns):.1f}" if returns else "",
+            "" if row.duration is None else duration(row.duration), show_params(row.params),
+        )  # fmt: skip
+    return table
+
+
+def _print_confirmed(console: Console, confirmed: Sequence[Confirmation], unit: str) -> None:
+    for one in confirmed:
+        low, high = one.interval
+        interval = f" ({low:.1f} to {high:.1f})" if low == low else ""
+        values = " ".join(f"{value:.1f}" for value in one.values)
+        _say(
+            console, "confirmed",
+            f"trial {one.number}: searched {one.searched:.1f} / confirmed {one.mean:.1f}{interval} {unit}, "
+            f"{len(one.values)} fresh seed{'s' * (len(one.values) > 1)}: {values}{', diverged' * one.diverged}",
+        )  # fmt: skip
+
+
+def _print_history(console: Console, records: Sequence[TrialRecord], direction: str, unit: str) -> None:
+    """The improvements, each with the number of results until then."""
+    course = history(records, direction)
+    steps = [i for i in range(len(course.best)) if i == 0 or course.best[i] != course.best[i - 1]]
+    if steps:
+        shown = steps if len(steps) <= _NAMED else [steps[0], *steps[1 - _NAMED :]]
+        text = ", ".join(f"{course.best[i]:.1f} after {i + 1}" for i in shown)
+        _say(console, "history", f"best {unit} {text} of {len(course.best)} results")
+
+
+def _print_running(console: Console, study: Study, records: Sequence[TrialRecord], unit: str, state: str) -> None:
+    under_way = running_trials(records, study.spec.total_steps)
+    for trial in under_way[:_NAMED]:
+        value = "" if trial.value is None else f", {unit} {trial.value:.1f}"
+        text = f"trial {trial.number}: {trial.share:.0%} of its updates{value}, asked for {duration(trial.age)} ago; "
+        _say(console, "under way" if state != "stopped" else "stopped", text + show_params(trial.params))
+    if len(under_way) > _NAMED:
+        _say(console, "", f"and {len(under_way) - _NAMED} more")
+
+
+def _print_parameters(console: Console, study: Study, records: Sequence[TrialRecord]) -> None:
+    """What decided, and what the best trials have in common."""
+    direction, space = study.spec.direction, study.space
+    done = results(records)
+    if not space.parameters or len(done) < 3:
+        return
+    importances = parameter_importances(records, space, direction)
+    order = list(importances or space.parameters)
+    sign = -1.0 if direction == "maximize" else 1.0
+    best = sorted(done, key=lambda record: sign * (record.value or 0.0))[: max(3, len(done) // 10)]
+    names = short_names(order)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("parameter")
+    if importances:
+        table.add_column("importance", justify="right")
+        table.add_column("")
+    table.add_column("searched")
+    table.add_column(f"in the best {len(best)}")
+    for key in order:
+        parameter = space.parameters[key]
+        values = [record.active[key] for record in best if key in record.active]
+        found = sorted(set(map(str, values))) if parameter.type == "categorical" else _ends(values)
+        cells: list[Any] = [names[key]]
+        if importances:
+            cells += [f"{importances[key]:.0%}", Bar(1.0, 0.0, importances[key], width=16)]
+        table.add_row(*cells, parameter.describe(), ", ".join(found) or "-")
+    console.print(table)
+
+
+def _ends(values: Sequence[float]) -> list[str]:
+    low, high = (f"{end:.3g}" for end in (min(values), max(values))) if values else ("", "")
+    return [low if low == high else f"{low} to {high}"] if values else []
+
+
+def _print_cost(console: Console, cost: Cost, about: About, label: str = "cost") -> None:
+    about_text = "" if cost.exact else "about "
+    saved = cost.updates_saved / max(1, cost.updates + cost.updates_saved)
+    pruning = f" (pruning saved {saved:.0%})" if cost.updates_saved else ""
+    money, price = _money(cost, about), ""
+    if money is not None:
+        price = f", {money:.2f} at {about.price_per_hour:g} an hour"
+    _say(
+        console, label,
+        f"{duration(cost.wall_seconds)} from first to last, {cost.pack_seconds / 3600:.2f} hours of packs{price}; "
+        f"{about_text}{cost.updates:,} updates{pruning}, {about_text}{cost.online_episodes:,} online episodes",
+    )  # fmt: skip
+
+
+def _print_next(console: Console, study: Study, about: About, best: TrialRecord | None, state: str) -> None:
+    console.print("next:")
+    for line in (
+        *([f"offsweep resume {study.spec.name} --workdir {about.workdir}"] if state == "stopped" else []),
+        f"offsweep ui --workdir {about.workdir}    # MLflow: experiment {study.spec.name!r}",
+        f"optuna-dashboard {study.folder / JOURNAL_FILE}    # the same trials in Optuna's pages",
+    ):
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
+    run = next(iter(best.attrs.get("run_values", {})), None) if best else None
+    if run:
+        file = study.folder / "runs" / run / "config.yaml"
+        console.print(f"  offsweep train --config {file}    # the best trial's first run again", highlight=False)
+    console.print(f"store: {about.store}", highlight=False)
+
+
+def _say(console: Console, label: str, text: str) -> None:
+    console.print(f"{f'{label}:' if label else '':<12}{text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _some(numbers: Sequence[int]) -> str:
+    shown = " ".join(map(str, numbers[:_NAMED]))
+    return shown if len(numbers) <= _NAMED else f"{shown} and {len(numbers) - _NAMED} more"
+
+
+def _cost(study: Study, records: Sequence[TrialRecord], about: About) -> Cost:
+    return study_cost(records, study.spec.seeds_per_trial, study.spec.total_steps, about.episodes)
+
+
+def _money(cost: Cost, about: About) -> float | None:
+    return None if about.price_per_hour is None else about.price_per_hour * cost.pack_seconds / 3600
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def show_params(params: Mapping[str, Any]) -> str:
+    """Hyperparameters on one line, without the common prefix."""
+    names = short_names(params)
+    return " ".join(f"{names[k]}={f'{v:.3g}' if isinstance(v, float) else v}" for k, v in params.items())
