@@ -17,6 +17,7 @@ from envs.scores import reference_scores
 from orchestrator.config import Config
 from orchestrator.driver import Progress
 from orchestrator.learner import evaluation_env, target_of
+from sweeps.objectives import SCORE
 from sweeps.study import Study
 from sweeps.summary import collapse_sentences, collapsing_runs, trial_rows
 
@@ -111,6 +112,13 @@ def show_params(params: Mapping[str, Any]) -> str:
 
 def value_unit(config: Config, dataset: Dataset) -> str:
     """What a trial's value is called."""
+    if config.study.objective.metric != SCORE:
+        return config.study.objective.metric
+    return episode_unit(config, dataset)
+
+
+def episode_unit(config: Config, dataset: Dataset) -> str:
+    """What the value of a policy's episodes is called."""
     return "return" if reference_scores(evaluation_env(config, dataset)) is None else "score"
 
 

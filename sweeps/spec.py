@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from sweeps.errors import StudyError, suggestion
+from sweeps.objectives import ObjectiveSpec
 from sweeps.space import SearchSpace
 
 DIRECTIONS = ("maximize", "minimize")
@@ -50,6 +51,7 @@ class StudySpec:
     # instead of a space: every trial's settings, {configuration key: value}, in the order of the trials' numbers. All
     # of them run to their end, whatever the pruner
     trials: list[dict[str, Any]] = field(default_factory=list)
+    objective: ObjectiveSpec = field(default_factory=ObjectiveSpec)  # what a trial's value is
 
     def validate(self) -> SearchSpace:
         """Check every field; returns the search space that was read on the way.
@@ -81,6 +83,7 @@ class StudySpec:
             raise StudyError(
                 f"study.pruner.warmup_fraction is a share from 0 to 1, not {self.pruner.warmup_fraction!r}."
             )
+        self.objective.validate()
         space = SearchSpace.from_config(self.space)
         if self.trials:
             self._check_trials()
@@ -125,6 +128,8 @@ class StudySpec:
             known["sampler"] = SamplerSpec(**_known(SamplerSpec, known["sampler"], "study.sampler"))
         if "pruner" in known:
             known["pruner"] = PrunerSpec(**_known(PrunerSpec, known["pruner"], "study.pruner"))
+        if "objective" in known:
+            known["objective"] = ObjectiveSpec(**_known(ObjectiveSpec, known["objective"], "study.objective"))
         return cls(**known)
 
     def save(self, path: Path) -> None:
