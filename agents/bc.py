@@ -122,6 +122,7 @@ class BC(ModelFree):
     """A pack of BC runs."""
 
     Config, Updater = BCConfig, BCUpdater
+    has_critics = False
     configs: Sequence[BCConfig]
     shared: BCConfig
     updater: BCUpdater

@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from agents.actors import Actor
+from agents.fqe import STARTS, mean_action, start_rows
+from agents.method import TrainingData
 from agents.networks import StackedMLP
 
 
@@ -34,3 +37,22 @@ def min_value_and_gradient(critic: StackedMLP, state_action_MBX: Tensor, action_
         for (place, part), inputs in zip(parts, traces, strict=True)
     ]
     return q_M1B.squeeze(1), torch.cat(gradients).view(m, -1, batch, action_dim).sum(1)
+
+
+@torch.inference_mode()
+def initial_values(critic: StackedMLP, actor: Actor, data: TrainingData, gamma: float) -> Tensor:
+    """What a method's own critics make of its policies: the mean over first states of min_i Q_i(s, pi(s)), `(M,)`, with
+    pi's action without noise; discounted, in the environment's rewards.
+
+    Critics of entropy-regularised methods count entropy, and penalised ones penalties: values of trials whose settings
+    change these are not of one kind. A shift of the rewards is taken back as if no episode ended early.
+
+    Args:
+        critic: lead `(M, N)`, of columns `[s, a]`.
+        actor: for observations as `data` has them.
+        data: in the units that the critics have learned in.
+    """
+    obs_IS = data.observations[start_rows(data, STARTS)]
+    obs_MIS = obs_IS.expand(actor.num_members, *obs_IS.shape)
+    value_M = critic.values(torch.cat((obs_MIS, mean_action(actor, obs_MIS)), dim=-1)).amin(1).mean(1)
+    return (value_M - data.reward_shift / (1.0 - gamma)) / data.reward_scale

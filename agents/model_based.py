@@ -23,6 +23,7 @@ from torch import Tensor
 from agents.actors import SquashedGaussianActor
 from agents.chunk import ChunkRunner
 from agents.config import SACConfig, actor_lr_scale, check_positive, make_sac
+from agents.critics import initial_values
 from agents.diagnostics import EdgeTest, Standardiser, measure
 from agents.dynamics import DynamicsConfig
 from agents.dynamics_reward import NOT_DISTILLED, too_many
@@ -104,6 +105,8 @@ class ModelBasedConfig(SACConfig):
 
 class ModelBasedSAC:
     """A pack of M runs. Methods give it a penalty with its weights (or none) and their settings."""
+
+    has_critics = True
 
     def __init__(
         self,
@@ -284,6 +287,10 @@ class ModelBasedSAC:
 
     def policy(self, member: int) -> dict[str, np.ndarray]:
         return squashed_arrays(self.sac.actor, member)
+
+    def initial_values(self) -> Tensor:
+        """What the critics make of the policies (see `agents.critics.initial_values`), `(M,)`."""
+        return initial_values(self.sac.critic, SquashedGaussianActor(self.sac.actor), self.data, self.shared.gamma)
 
     def select(self, members: Sequence[int]) -> ModelBasedSAC:
         other = copy.copy(self)

@@ -21,6 +21,7 @@ from torch import Tensor
 from agents.actors import Actor, actor_from_arrays
 from agents.chunk import ChunkRunner, Updater
 from agents.config import ScheduleConfig
+from agents.critics import initial_values
 from agents.dynamics import DynamicsConfig
 from agents.dynamics_stage import ensemble_of, ensemble_stage
 from agents.edm_sampler import SamplerConfig
@@ -150,6 +151,7 @@ class ModelFree(ABC):
 
     # makes the pack's networks from configs, seeds, observation_dim, action_dim and device
     Updater: ClassVar[Callable[..., PackUpdater]]
+    has_critics: ClassVar[bool] = True  # named `critic` in the updater, of columns [s, a] in the units of `self.data`
 
     def __init__(
         self,
@@ -290,6 +292,12 @@ class ModelFree(ABC):
         if self._standardises and mean is not None and std is not None:
             arrays = with_standardisation(arrays, mean.numpy(), std.numpy())
         return arrays
+
+    def initial_values(self) -> Tensor:
+        """What the critics make of the policies (see `agents.critics.initial_values`), `(M,)`."""
+        critic: StackedMLP = self.updater.critic  # type: ignore[attr-defined]
+        actor = actor_from_arrays([self.actor_arrays(m) for m in range(self.num_members)], device=self.device)
+        return initial_values(critic, actor, self.data, self.shared.gamma)
 
     def select(self, members: Sequence[int]) -> ModelFree:
         other = copy.copy(self)

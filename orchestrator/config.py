@@ -20,11 +20,14 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from agents.cross_domain import CrossDomainConfig
-from agents.method import common_settings, effective_settings, load_method, method_settings
+from agents.dynamics import DynamicsConfig
+from agents.dynamics_stage import ensemble_stage
+from agents.method import Stage, common_settings, effective_settings, load_method, method_settings
 from envs.errors import UserError
 from envs.transforms import base_name
 from sweeps.confirm import ConfirmSpec
 from sweeps.divergence import DivergenceSpec
+from sweeps.objectives import SCORE, ObjectiveSpec
 from sweeps.racing import RacingSpec
 from sweeps.spec import PrunerSpec, SamplerSpec, StudySpec
 from sweeps.warm_start import WarmStartSpec
@@ -40,6 +43,7 @@ class StudyConfig:
     trials: list[dict[str, Any]] = field(default_factory=list)  # instead of a space: {config key: value} of each trial
     sampler: SamplerSpec = field(default_factory=SamplerSpec)
     pruner: PrunerSpec = field(default_factory=PrunerSpec)
+    objective: ObjectiveSpec = field(default_factory=ObjectiveSpec)
     enqueue: list[dict[str, Any]] = field(default_factory=list)  # trials to begin with: {config key: value}
     objective_evaluations: int = 1  # a run's value is its mean score over this many last evaluations
     warm_start: WarmStartSpec = field(default_factory=WarmStartSpec)  # trials that come before these
@@ -53,7 +57,9 @@ class EvaluationConfig:
     """Episodes in the real environment."""
 
     every_epochs: int = 10  # one epoch is method.updates_per_epoch updates; the last epoch is always evaluated
-    episodes: int = 10  # deterministic policy; episode i is reset with seed first_seed + i every time
+    # deterministic policy; episode i is reset with seed first_seed + i every time. 0: none, where
+    # study.objective.kind is offline or hybrid
+    episodes: int = 10
     first_seed: int = 10_000
     env_id: str | None = None  # None: method.target of cross-domain methods, else the dataset's
     diagnostics: bool = True  # metrics `reach/*` and `model/*` of model-based runs; results are the same without
@@ -95,7 +101,7 @@ class Config:
     def __post_init__(self) -> None:
         for name, least in (("num_seeds", 1), ("seed", 0)):
             _at_least(name, getattr(self, name), least)
-        for name, least in (("every_epochs", 1), ("episodes", 1), ("first_seed", 0)):
+        for name, least in (("every_epochs", 1), ("episodes", 0), ("first_seed", 0)):
             _at_least(f"evaluation.{name}", getattr(self.evaluation, name), least)
         for name, least in (
             ("num_rollout_workers", 0),
@@ -118,10 +124,42 @@ class Config:
                 f"compute.num_rollout_workers={self.compute.num_rollout_workers} must be 0 with compute.device=cuda: "
                 "the rollouts of a learner on a GPU are made there"
             )
+        self._check_objective()
         if self.study.trials and self.study.num_trials == 1:
             self.study.num_trials = len(self.study.trials)
         # no more seldom than once, at the end
         self.evaluation.every_epochs = min(self.evaluation.every_epochs, self.method.num_epochs)
+
+    def _check_objective(self) -> None:
+        objective = self.study.objective
+        objective.validate()
+        if objective.metric == SCORE:
+            if not self.evaluation.episodes:
+                raise UserError(
+                    "evaluation.episodes=0 leaves nothing that a trial could be judged by; set it to at least 1, or "
+                    "search by an offline metric, such as study.objective={kind: offline, metric: fqe}"
+                )
+            return
+        where, method = f"study.objective.metric={objective.metric}", load_method(self.method_name)
+        if isinstance(self.method, CrossDomainConfig):
+            raise UserError(
+                f"{where} judges by the rows of the dataset, which for method={self.method_name} are of another domain "
+                "than the one that policies are for; set study.objective.kind=online"
+            )
+        if objective.metric == "initial_value" and not getattr(method, "has_critics", False):
+            raise UserError(
+                f"{where} is what a method's critics say, and method={self.method_name} has none; set "
+                "study.objective.metric=fqe, which learns them"
+            )
+        if objective.metric == "model_return" and not isinstance(
+            getattr(self.method, "dynamics", None), DynamicsConfig
+        ):
+            raise UserError(f"{where} needs an ensemble, and method={self.method_name} has no settings of one")
+        if objective.metric != "model_return" and "method.gamma" in self.study.space:
+            raise UserError(
+                f"{where} is a discounted value, so trials with other values of method.gamma cannot be compared by it; "
+                "leave method.gamma out of study.space, or set study.objective.metric=model_return"
+            )
 
     @property
     def seeds(self) -> list[int]:
@@ -132,7 +170,8 @@ class Config:
         s = self.study
         spec = StudySpec(
             s.name, s.space, s.sampler, s.pruner, s.num_trials, self.num_seeds, total_steps=self.method.num_updates,
-            trials=s.trials, warm_start=s.warm_start, divergence=s.divergence, racing=s.racing, confirm=s.confirm,
+            trials=s.trials, objective=s.objective, warm_start=s.warm_start, divergence=s.divergence, racing=s.racing,
+            confirm=s.confirm,
         )  # fmt: skip
         spec.validate()
         return spec
@@ -268,8 +307,21 @@ def run_config(config: Config, params: Mapping[str, Any], seed: int) -> Config:
     """The configuration of one run of a trial, which trains that run alone when given to `offsweep train --config`."""
     run = apply_params(config, params)
     run.seed, run.num_seeds = seed, 1
-    run.study = StudyConfig()
+    run.study = StudyConfig(objective=config.study.objective)  # what its evaluations measure
     return run
+
+
+OBJECTIVE_STAGE = "objective_dynamics"
+"""The name of the ensemble that only the study's objective needs."""
+
+
+def stages_of(config: Config) -> dict[str, Stage]:
+    """What has to exist before a run can start: the method's stages, and the ensemble that `model_return` rolls out in,
+    if it is none of them."""
+    stages = load_method(config.method_name).stages(config.method)
+    if config.study.objective.metric == "model_return" and "dynamics" not in stages:
+        stages = {**stages, OBJECTIVE_STAGE: ensemble_stage(config.method.dynamics)}
+    return stages
 
 
 def identity(config: Config, dataset_hash: str) -> dict[str, Any]:
@@ -287,8 +339,13 @@ def digest(content: Any) -> str:
 
 def pack_key(config: Config) -> str:
     """Runs with equal keys can be trained by one learner: they differ only in seed and per-member hyperparameters."""
-    common = common_settings(config.method)
-    return digest([config.method_name, config.dataset, common, dataclasses.asdict(config.evaluation)])
+    common, objective = common_settings(config.method), config.study.objective
+    parts = [config.method_name, config.dataset, common, dataclasses.asdict(config.evaluation)]
+    if objective.metric != SCORE:
+        parts.append(dataclasses.asdict(objective))
+    if objective.metric == "model_return":  # in an ensemble that the method itself may have no use for
+        parts.append(dataclasses.asdict(config.method.dynamics))
+    return digest(parts)
 
 
 def _read(file: Path | Mapping[str, Any]) -> dict[str, Any]:

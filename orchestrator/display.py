@@ -17,6 +17,7 @@ from orchestrator.config import Config
 from orchestrator.driver import Progress
 from orchestrator.learner import evaluation_env, target_of
 from orchestrator.reading import TOP, about_study, duration, print_study, show_params
+from sweeps.objectives import SCORE
 from sweeps.study import Study
 
 
@@ -111,6 +112,13 @@ def _duration(seconds: float | None) -> str:
 
 def value_unit(config: Config, dataset: Dataset) -> str:
     """What a trial's value is called."""
+    if config.study.objective.metric != SCORE:
+        return config.study.objective.metric
+    return episode_unit(config, dataset)
+
+
+def episode_unit(config: Config, dataset: Dataset) -> str:
+    """What the value of a policy's episodes is called."""
     return "return" if reference_scores(evaluation_env(config, dataset)) is None else "score"
 
 

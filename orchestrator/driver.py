@@ -14,18 +14,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from agents.method import Stage, load_method
+from agents.method import Stage
 from envs.dataset import Dataset
 from envs.errors import UserError
 from envs.scores import reference_scores
 from orchestrator.artifacts import ArtifactStore, stage_key, stage_keys
 from orchestrator.cluster import Slots
-from orchestrator.config import Config, digest, load_config, pack_key, run_config, to_dict
+from orchestrator.config import Config, digest, load_config, pack_key, run_config, stages_of, to_dict
 from orchestrator.learner import PACK_FILE, Evaluation, PackReport, PackSpec, RunSpec, evaluation_env
 from orchestrator.memory import is_out_of_memory
 from orchestrator.packing import COSTS_FILE, PackCosts, Packing, balanced, trials_at_once
 from orchestrator.spool import RunSpool, read_records
 from sweeps.confirm import FINAL_VALUES
+from sweeps.objectives import SCORE
 from sweeps.racing import is_contender
 from sweeps.study import Study, TrialRecord, TrialTicket
 from sweeps.summary import COLLAPSING
@@ -52,6 +53,7 @@ class TrialProgress:
     active: dict[str, Any]
     seeds: list[int]
     run_keys: list[str]  # of these seeds
+    metric: str = SCORE  # of the study's objective
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
     diverged: dict[str, int] = field(default_factory=dict)
     collapsing: dict[str, dict[int, float]] = field(default_factory=dict)  # as a `PackReport` has it
@@ -67,12 +69,12 @@ class TrialProgress:
 
     def value_at(self, step: int) -> float:
         """Mean over runs of the value at a step."""
-        values = [e.value for key in self.run_keys for e in self.evaluations[key] if e.updates == step]
+        values = [e.objective(self.metric) for key in self.run_keys for e in self.evaluations[key] if e.updates == step]
         return sum(values) / len(values)
 
     def final_value(self, last: int) -> float:
         """Mean over runs of each run's mean over its last evaluations."""
-        finals = [[e.value for e in self.evaluations[key]][-last:] for key in self.run_keys]
+        finals = [[e.objective(self.metric) for e in self.evaluations[key]][-last:] for key in self.run_keys]
         return sum(sum(f) / len(f) for f in finals) / len(finals)
 
 
@@ -139,8 +141,7 @@ class Driver:
         self._dropped: set[str] = set()  # runs that are no longer wanted
         self._deaths: dict[str, int] = {}
         self._store = ArtifactStore(Path(config.workdir) / "artifacts")
-        stages = load_method(config.method_name).stages(config.method)
-        self._base_keys = stage_keys(stages, dataset.content_hash)
+        self._base_keys = stage_keys(stages_of(config), dataset.content_hash)
         self._ready_stages: set[str] = set()  # whose building is recorded, too
         self._recorded = 0  # ended trials whose value is in the spool
         self._waiting: dict[str, list[PackSpec]] = {}  # stage key -> packs that need it
@@ -374,14 +375,14 @@ class Driver:
         # a driver may have died between the last report and the pruner's answer: that step is judged again
         judged = max(sorted(self.study.trials()[ticket.number].intermediate)[:-1], default=-1)
         self.progress.running[ticket.number] = TrialProgress(
-            ticket.number, dict(ticket.active), list(seeds), keys, judged=judged
+            ticket.number, dict(ticket.active), list(seeds), keys, self.config.study.objective.metric, judged=judged
         )
 
     def _missing_stage(self, pack: PackSpec) -> MissingStage | None:
         """The first stage that has to be built before the pack can start."""
         config = pack.runs[0].config
         run = load_config([config], [])
-        for name, stage in load_method(run.method_name).stages(run.method).items():
+        for name, stage in stages_of(run).items():
             key = stage_key(stage, self.dataset.content_hash)
             if key in self._ready_stages:
                 continue
@@ -549,13 +550,16 @@ class Driver:
 
     def _keep(self, trial: TrialProgress, until: float = math.inf) -> None:
         """Each run's last evaluation, at no more than so many updates, and which runs were collapsing at it, kept with
-        the trial."""
+        the trial; and how many episodes its runs have played by then."""
         known = {key: [e for e in evals if e.updates <= until] for key, evals in trial.evaluations.items()}
         last = {key: evals[-1] for key, evals in known.items() if evals}
-        self.study.set_attr(trial.number, "run_values", {key: e.value for key, e in last.items()})
+        self.study.set_attr(trial.number, "run_values", {key: e.objective(trial.metric) for key, e in last.items()})
         self.study.set_attr(
-            trial.number, "run_returns", {key: sum(e.returns) / len(e.returns) for key, e in last.items()}
-        )
+            trial.number, "run_returns",
+            {key: sum(e.returns) / len(e.returns) for key, e in last.items() if e.returns},
+        )  # fmt: skip
+        episodes = sum(len(e.returns) for evals in known.values() for e in evals)
+        self.study.set_attr(trial.number, "online_episodes", episodes)
         ratios = {key: trial.collapsing.get(key, {}).get(e.updates) for key, e in last.items()}
         collapsing = {key: ratio for key, ratio in ratios.items() if ratio is not None}
         if collapsing:
@@ -609,6 +613,7 @@ class Driver:
         for number in {run.trial for run in pack.runs}:
             trial = self.progress.running.get(number)
             if trial is not None:
+                self._keep(trial)
                 self.study.tell_failed(number, str(error) if cause is None else repr(cause))
                 self._close_runs(self.study.trials()[number])
                 self._end(trial)
@@ -633,11 +638,21 @@ class Driver:
         """A finite value that keeps the sampler away from trials that diverged: no better than the worst one told,
         a random policy (score 0) or the worst episode of the data (where no score is known)."""
         told = [r.value for r in self.study.trials() if r.value is not None and math.isfinite(r.value)]
+        if self.config.study.objective.metric != SCORE:
+            return self._bad_metric(told)
         floor = 0.0
         if reference_scores(evaluation_env(self.config, self.dataset)) is None:
             floor = float(self.dataset.episode_returns().min(initial=math.inf))
             floor = floor if math.isfinite(floor) else 0.0  # of an online dataset nothing is known
         return min([floor, *told])
+
+    def _bad_metric(self, told: Sequence[float]) -> float:
+        """The same in the unit of an offline metric: the worst value told, or the least that rewards of the data add up
+        to."""
+        rewards = self.dataset.scaling.rewards(self.dataset.rewards)
+        lowest, objective = min(float(rewards.min()), 0.0), self.config.study.objective
+        steps = objective.horizon if objective.metric == "model_return" else 1 / (1 - self.config.method.gamma)
+        return min([*told, lowest * steps])
 
 
 def whole(pack: PackSpec, report: PackReport) -> bool:

@@ -24,12 +24,13 @@ from agents.method import load_method, method_names
 from envs.dataset import Dataset
 from envs.errors import UserError
 from envs.registry import check_shapes, load_dataset
+from envs.termination import termination_rule
 from orchestrator import confirm, warm_start
 from orchestrator.artifacts import save_json, write_text
 from orchestrator.cluster import Slots, open_slots
 from orchestrator.config import Config, check_space, corner_configs, load_config, to_dict, to_yaml
 from orchestrator.connection import cluster_address
-from orchestrator.display import Display, print_summary, score_label, value_unit
+from orchestrator.display import Display, episode_unit, print_summary, score_label, value_unit
 from orchestrator.driver import Driver
 from orchestrator.learner import dataset_record, evaluation_env, flatten, resolve_device
 from orchestrator.packing import COSTS_FILE, PACKING_FILE
@@ -37,6 +38,7 @@ from orchestrator.plan import choose_packing, duration, make_plan, print_plan
 from orchestrator.profiling import TABLE, TRACE
 from orchestrator.progress import shown
 from orchestrator.reading import about_study, save_figures, show_params
+from orchestrator.selection import keep_report, play_bandit
 from orchestrator.spool import RunInfo, RunSpool, check_run_key
 from orchestrator.tracking import Tracker, check_reachable, default_tracking_uri
 from sweeps.confirm import FOLDER as CONFIRM_FOLDER
@@ -156,9 +158,20 @@ def _check_data(config: Config) -> Dataset:
     dataset = load_dataset(config.dataset, Path(config.workdir), shown)
     for one in corner_configs(config):
         check_rows(one, dataset)
+        check_objective(one, dataset)
         load_method(one.method_name).check_environment(one.method, dataset.env_id)
     check_shapes(dataset, evaluation_env(config, dataset))
     return dataset
+
+
+def check_objective(config: Config, dataset: Dataset) -> None:
+    """Make sure that the objective can be measured with this dataset.
+
+    Raises:
+        UserError: rollouts of `model_return` would not know where to end.
+    """
+    if config.study.objective.metric == "model_return":
+        termination_rule(dataset.env_id)
 
 
 def check_rows(config: Config, dataset: Dataset) -> None:
@@ -232,10 +245,12 @@ def _run(config: Config, study: Study, dataset: Dataset, console: Console, repor
                 driver = Driver(config, study, dataset, slots, tags | stage, spool, display, packing)
                 driver.run()
             _compare_with_plan(console, spool, driver)
+            play_bandit(config, study, dataset, spool)
             confirmed = _confirm(config, study, dataset, slots, tags, console)
         _record_confirmed(spool, confirmed)
         if report is not None:
             report(study, spool)
+        keep_report(spool, study, episode_unit(config, dataset))
         _conclude(spool, study, value_unit(config, dataset))
     print_summary(console, study, config, dataset, tracker.tracking_uri)
     if config.compute.profile:

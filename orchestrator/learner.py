@@ -48,15 +48,18 @@ from orchestrator.artifacts import (
     write_arrays,
     write_text,
 )
-from orchestrator.config import ComputeConfig, Config, digest, identity, load_config, to_dict, to_yaml
+from orchestrator.config import ComputeConfig, Config, digest, identity, load_config, stages_of, to_dict, to_yaml
+from orchestrator.offline_metrics import OfflineMetric, offline_metric
 from orchestrator.profiling import TABLE, EpochProfile
 from orchestrator.spool import DatasetRecord, RunInfo, RunSpool, RunStatus
 from orchestrator.workers import Workers
 from sweeps import plots
+from sweeps.objectives import SCORE
 
 CHECKPOINT_VERSION = 3
 MAX_PENDING = 2  # evaluations of a pack under way in evaluators while it trains
 PACK_FILE = "pack.json"
+EVALUATIONS_FILE = "evaluations.json"  # of a run's folder: every evaluation so far, with the return of every episode
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,19 @@ class Evaluation:
     """One evaluation of one run."""
 
     updates: int
-    value: float  # score, or mean return where no reference pair is known
+    value: float | None  # score, or mean return where no reference pair is known; None without episodes
     returns: list[float]  # of every episode
+    offline: dict[str, float] = field(default_factory=dict)  # metrics of the data alone, by name
+
+    def objective(self, metric: str) -> float:
+        """What the study is told.
+
+        Args:
+            metric: of its objective: "score", or the name of an offline one.
+        """
+        value = self.value if metric == SCORE else self.offline[metric]
+        assert value is not None  # the configuration has been checked
+        return value
 
 
 @dataclass(frozen=True)
@@ -158,6 +172,7 @@ class PendingEvaluation:
     updates: int  # at which the policies were taken
     policies: dict[str, dict[str, np.ndarray]]  # run key -> arrays of a policy file
     collect: Callable[[], list[np.ndarray]]  # waits for the returns of every policy
+    offline: dict[str, dict[str, float]] = field(default_factory=dict)  # run key -> metrics of the data alone
 
 
 @dataclass(frozen=True)
@@ -236,6 +251,7 @@ class Learner:
         learned_from, gamma = getattr(self.method, "data", data), getattr(config.method, "gamma", 1.0)
         if pack.q_bound is not None and not isinstance(self.method, CrossDomain):
             self._highest_q = pack.q_bound * (value_bound(learned_from, gamma) or math.inf)
+        self._offline: OfflineMetric | None = offline_metric(config, data, self.dataset.content_hash)
         self.alive = [run.run_key for run in pack.runs]
         self.epoch = 0
         self.evaluations: dict[str, list[Evaluation]] = {run.run_key: [] for run in pack.runs}
@@ -398,7 +414,9 @@ class Learner:
         # the last update of an epoch can spoil a policy behind the last look at its statistics
         self._diverge_now([key for key, policy in policies.items() if not _finite(policy)])
         with record_function("evaluation"):
-            self._start_evaluation(self.updates, {key: policies[key] for key in self.alive})
+            policies = {key: policies[key] for key in self.alive}
+            offline = self._offline_metrics() if self.alive else {}
+            self._start_evaluation(self.updates, policies, offline)
         if self.alive and self.configs[0].evaluation.diagnostics:
             with record_function("diagnostics"):
                 self._diagnose()
@@ -423,12 +441,29 @@ class Learner:
             known.append(Diagnosis(self.updates, metrics, samples))
             self._spools[key].metrics(self.updates, {**metrics, "time/diagnostics_seconds": seconds})
 
-    def _start_evaluation(self, updates: int, policies: dict[str, dict[str, np.ndarray]]) -> None:
+    def _offline_metrics(self) -> dict[str, dict[str, float]]:
+        """What the study's objective measures of the policies as they are without episodes, by run."""
+        if self._offline is None:
+            return {}
+        started = time.perf_counter()
+        runs = {run.run_key: run.seed for run in self.pack.runs}
+        values = self._offline(self.method, [runs[key] for key in self.alive]).tolist()
+        seconds, name = time.perf_counter() - started, self.configs[0].study.objective.metric
+        for key, value in zip(self.alive, values, strict=True):
+            self._spools[key].metrics(self.updates, {f"offline/{name}": value, "time/offline_metric_seconds": seconds})
+        return {key: {name: value} for key, value in zip(self.alive, values, strict=True)}
+
+    def _start_evaluation(
+        self, updates: int, policies: dict[str, dict[str, np.ndarray]], offline: dict[str, dict[str, float]]
+    ) -> None:
         evaluation = self.configs[0].evaluation
         seeds = range(evaluation.first_seed, evaluation.first_seed + evaluation.episodes)
-        if policies:
+        if not policies:
+            return
+        collect: Callable[[], list[np.ndarray]] = partial(_no_returns, len(policies))
+        if seeds:
             collect = self.workers.start_evaluation(list(policies.values()), self.env_id, seeds)
-            self._pending.append(PendingEvaluation(updates, policies, collect))
+        self._pending.append(PendingEvaluation(updates, policies, collect, offline))
 
     def _take_evaluations(self, left: int) -> None:
         """Take pending evaluations in, oldest first, waiting for them if need be, until no more than `left` are."""
@@ -439,24 +474,29 @@ class Learner:
                 with record_function("evaluation"):
                     returns_of_all = pending.collect()
                 self._seconds_waited += time.perf_counter() - started
-                self._take(pending.updates, dict(zip(pending.policies, returns_of_all, strict=True)))
+                self._take(pending.updates, dict(zip(pending.policies, returns_of_all, strict=True)), pending.offline)
             self._pending.pop(0)
 
-    def _take(self, updates: int, returns_of_all: Mapping[str, np.ndarray]) -> None:
+    def _take(
+        self, updates: int, returns_of_all: Mapping[str, np.ndarray], offline: Mapping[str, dict[str, float]]
+    ) -> None:
         diverged = []
         for key, returns in returns_of_all.items():
             if key not in self.alive:  # dropped since
                 continue
-            mean = float(returns.mean())
-            metrics = {"eval/return_mean": mean, "eval/return_std": float(returns.std())}
-            value = mean
-            if self.reference is not None:
-                value = float(normalized_score(mean, self.reference))
-                metrics["eval/score"] = value
-            with record_function("logging"):
-                self._spools[key].metrics(updates, metrics)
-            if math.isfinite(value):
-                self.evaluations[key].append(Evaluation(updates, value, returns.tolist()))
+            value: float | None = None
+            if len(returns):
+                mean = value = float(returns.mean())
+                metrics = {"eval/return_mean": mean, "eval/return_std": float(returns.std())}
+                if self.reference is not None:
+                    value = metrics["eval/score"] = float(normalized_score(mean, self.reference))
+                with record_function("logging"):
+                    self._spools[key].metrics(updates, metrics)
+            measured = offline.get(key, {})
+            if all(map(math.isfinite, [*measured.values(), *([] if value is None else [value])])):
+                self.evaluations[key].append(Evaluation(updates, value, returns.tolist(), measured))
+                # at once: a run that is stopped has played its episodes, too
+                save_json(self.run_folder(key) / EVALUATIONS_FILE, [asdict(e) for e in self.evaluations[key]])
             else:
                 diverged.append(key)
         self._diverge(diverged, updates)
@@ -527,21 +567,22 @@ class Learner:
         for m, key in enumerate(self.alive):
             folder, spool = self.run_folder(key), self._spools[key]
             write_arrays(folder / "policy.npz", self._policy(m))
-            save_json(folder / "evaluations.json", [asdict(e) for e in self.evaluations[key]])
             state = self.method.select([m]).state_dict()
             state.pop("replay", None)
             save_tensors(folder / "checkpoint.pt", state)
-            for name in ("policy.npz", "evaluations.json", "checkpoint.pt"):
+            for name in ("policy.npz", "checkpoint.pt"):
                 spool.artifact(folder / name)
             self._end(key, "FINISHED", "finished")
 
     def _end(self, key: str, status: RunStatus, outcome: str) -> None:
         """Draw what was measured of a run, say how it ended and close its spool."""
         spool, known, tags = self._spools[key], self.diagnoses[key], {"outcome": outcome}
+        if self.evaluations[key]:
+            spool.artifact(self.run_folder(key) / EVALUATIONS_FILE)
         if known:
             course = plots.RunCourse(
                 self._name(key), [d.updates for d in known], [d.metrics for d in known],
-                [(e.updates, e.value) for e in self.evaluations[key]], self.expert_value,
+                [(e.updates, e.value) for e in self.evaluations[key] if e.value is not None], self.expert_value,
                 "mean return" if self.reference is None else "score", known[-1].samples,
             )  # fmt: skip
             figure, path = plots.diagnostics_figure(course), self.run_folder(key) / "diagnostics.png"
@@ -557,7 +598,11 @@ class Learner:
             return
         started = time.perf_counter()
         pending = [
-            [p.updates, {key: _as_tensors(policy) for key, policy in p.policies.items() if key in self.alive}]
+            [
+                p.updates,
+                {key: _as_tensors(policy) for key, policy in p.policies.items() if key in self.alive},
+                p.offline,
+            ]
             for p in self._pending
         ]
         with record_function("checkpoint"):
@@ -591,9 +636,9 @@ class Learner:
         self.diverged = {key: updates for key, updates in state["diverged"].items() if key in keys}
         self.evaluations = {key: [Evaluation(**e) for e in state["evaluations"][key]] for key in keys}
         self.diagnoses = {key: [Diagnosis(**d) for d in state["diagnoses"][key]] for key in keys}
-        for updates, policies in state["pending"]:
+        for updates, policies, *offline in state["pending"]:  # checkpoints of before there were any have no metrics
             mine = {key: _as_arrays(policy) for key, policy in policies.items() if key in self.alive}
-            self._start_evaluation(updates, mine)
+            self._start_evaluation(updates, mine, dict(*offline))
         if self.alive:
             self._start_ahead()
 
@@ -637,6 +682,11 @@ class Learner:
         ])  # fmt: skip
         for path in paths if self.alive else []:
             self._spools[self.alive[0]].artifact(path, "profile")
+
+
+def _no_returns(num_policies: int) -> list[np.ndarray]:
+    """What an evaluation without episodes collects."""
+    return [np.empty(0) for _ in range(num_policies)]
 
 
 def _finite(arrays: Mapping[str, np.ndarray]) -> bool:
@@ -780,7 +830,7 @@ class LearnerProcess:
             For each config why its stage could not be built, or None.
         """
         resolved = [load_config([config], []) for config in configs]
-        stages = [load_method(config.method_name).stages(config.method)[name] for config in resolved]
+        stages = [stages_of(config)[name] for config in resolved]
         keys = [stage_key(stage, dataset.content_hash) for stage in stages]
 
         def build(missing: list[Stage]) -> list[Built | UserError]:

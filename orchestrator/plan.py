@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from agents.method import Stage, load_method
+from agents.method import Stage
 from envs.dataset import Dataset
 from envs.errors import UserError
 from orchestrator.artifacts import DESCRIPTION, ArtifactStore, stage_key
@@ -35,7 +35,7 @@ from orchestrator.calibration import (
     work_key,
 )
 from orchestrator.cluster import Slots
-from orchestrator.config import Config, apply_params, pack_key, to_dict
+from orchestrator.config import Config, apply_params, pack_key, stages_of, to_dict
 from orchestrator.confirm import confirm_config, stage_seeds
 from orchestrator.packing import (
     MAX_SIZE,
@@ -441,7 +441,7 @@ def _stages(estimator: Estimator, ahead: Outlook, store: ArtifactStore) -> list[
     """The stages that are not there yet."""
     planned: dict[str, PlannedStage] = {}
     for config in ahead.configs.values():
-        for name, stage in load_method(config.method_name).stages(config.method).items():
+        for name, stage in stages_of(config).items():
             key = stage_key(stage, estimator.dataset.content_hash)
             if key in planned or store.exists(stage.kind, key):
                 continue

@@ -13,6 +13,7 @@ import yaml
 from sweeps.confirm import ConfirmSpec
 from sweeps.divergence import DivergenceSpec
 from sweeps.errors import StudyError, suggestion
+from sweeps.objectives import ObjectiveSpec
 from sweeps.racing import RacingSpec
 from sweeps.space import SearchSpace
 from sweeps.warm_start import WarmStartSpec
@@ -56,6 +57,7 @@ class StudySpec:
     # instead of a space: every trial's settings, {configuration key: value}, in the order of the trials' numbers. All
     # of them run to their end, whatever the pruner
     trials: list[dict[str, Any]] = field(default_factory=list)
+    objective: ObjectiveSpec = field(default_factory=ObjectiveSpec)  # what a trial's value is
     warm_start: WarmStartSpec = field(default_factory=WarmStartSpec)
     divergence: DivergenceSpec = field(default_factory=DivergenceSpec)
     racing: RacingSpec = field(default_factory=RacingSpec)
@@ -90,6 +92,7 @@ class StudySpec:
         if self.sampler.name not in SAMPLERS:
             raise StudyError(f"Unknown sampler '{self.sampler.name}'; {suggestion(self.sampler.name, SAMPLERS)}.")
         check_pruner(self.pruner)
+        self.objective.validate()
         self.warm_start.validate()
         self.divergence.validate()
         self.racing.validate(self.seeds_per_trial)
@@ -139,8 +142,8 @@ class StudySpec:
         if "pruner" in known:
             known["pruner"] = PrunerSpec(**_known(PrunerSpec, known["pruner"], "study.pruner"))
         for name, block in (
-            ("warm_start", WarmStartSpec), ("divergence", DivergenceSpec), ("racing", RacingSpec),
-            ("confirm", ConfirmSpec),
+            ("objective", ObjectiveSpec), ("warm_start", WarmStartSpec), ("divergence", DivergenceSpec),
+            ("racing", RacingSpec), ("confirm", ConfirmSpec),
         ):  # fmt: skip
             if name in known:
                 known[name] = block(**_known(block, known[name], f"study.{name}"))
