@@ -37,6 +37,8 @@ class StudyConfig:
     sampler: SamplerSpec = field(default_factory=SamplerSpec)
     pruner: PrunerSpec = field(default_factory=PrunerSpec)
     enqueue: list[dict[str, Any]] = field(default_factory=list)  # trials to begin with: {config key: value}
+    storage: str | None = None  # URL that several drivers share, without a password; None: the study's folder
+    takeover_minutes: float = 30.0  # of silence, after which another driver does a driver's running trials anew
     objective_evaluations: int = 1  # a run's value is its mean score over this many last evaluations
 
 
@@ -124,7 +126,7 @@ class Config:
         s = self.study
         spec = StudySpec(
             s.name, s.space, s.sampler, s.pruner, s.num_trials, self.num_seeds, total_steps=self.method.num_updates,
-            trials=s.trials,
+            trials=s.trials, storage=s.storage, takeover_minutes=s.takeover_minutes,
         )  # fmt: skip
         spec.validate()
         return spec

@@ -74,9 +74,17 @@ def start(config: Config, console: Console, report: Report | None = None) -> Out
     spec = check_space(config)
     dataset = _check_before_compute(config)
     folder = workdir / "studies" / config.study.name
-    with Study.create(folder, spec) as study:
+    with Study.create(folder, spec, _alike(config, dataset)) as study:
         write_text(folder / "config.yaml", to_yaml(config))
         return _run(config, study, dataset, console, report)
+
+
+def _alike(config: Config, dataset: Dataset) -> dict[str, object]:
+    """What several drivers of a study must have the same of: all that its results depend on."""
+    elsewhere = ("compute.", "tracking_uri", "workdir", "study.")
+    settings = {key: value for key, value in flatten(to_dict(config)).items() if not key.startswith(elsewhere)}
+    settings["study.objective_evaluations"] = config.study.objective_evaluations
+    return settings | {"dataset.content_hash": dataset.content_hash}
 
 
 def resume(
@@ -198,8 +206,10 @@ def _run(config: Config, study: Study, dataset: Dataset, console: Console, repor
             "mlflow.experimentKind": "custom_model_development",  # its page opens on training runs, not on traces
         },
     )  # fmt: skip
+    # drivers that share a study may share an MLflow server, too
+    own_run = "study" if study.driver is None else f"study-{study.driver}"
     tracker.set_experiment_note(_note(config, study.spec, score_label(config, dataset)))
-    with _tracking(tracker, console), RunSpool(study.folder / "spool", "study") as spool:
+    with _tracking(tracker, console), RunSpool(study.folder / "spool", own_run) as spool:
         tags = _tags()
         _announce(spool, config, dataset, tags)
         with open_slots(config.compute, dataset) as slots:
@@ -208,9 +218,13 @@ def _run(config: Config, study: Study, dataset: Dataset, console: Console, repor
                 driver = Driver(config, study, dataset, slots, tags, spool, display, packing)
                 driver.run()
         _compare_with_plan(console, spool, driver)
-        if report is not None:
-            report(study, spool)
-        _conclude(spool, study, value_unit(config, dataset))
+        if study.claim("report"):
+            if report is not None:
+                report(study, spool)
+            _conclude(spool, study, value_unit(config, dataset))
+        else:
+            console.print("another driver of this study draws its plots")
+            spool.end("FINISHED")
     print_summary(console, study, config, dataset, tracker.tracking_uri)
     if config.compute.profile:
         _show_profiles(console, study.folder / "packs")

@@ -50,6 +50,8 @@ class StudySpec:
     # instead of a space: every trial's settings, {configuration key: value}, in the order of the trials' numbers. All
     # of them run to their end, whatever the pruner
     trials: list[dict[str, Any]] = field(default_factory=list)
+    storage: str | None = None  # URL of a database or gRPC server that several drivers share; None: the study's folder
+    takeover_minutes: float = 30.0  # of silence, after which another driver does a driver's running trials anew
 
     def validate(self) -> SearchSpace:
         """Check every field; returns the search space that was read on the way.
@@ -59,6 +61,7 @@ class StudySpec:
         """
         from sweeps.pruners import PRUNERS
         from sweeps.samplers import SAMPLERS
+        from sweeps.storage import check_url
 
         if not self.name:
             raise StudyError("The study needs a name; set study.name.")
@@ -81,6 +84,10 @@ class StudySpec:
             raise StudyError(
                 f"study.pruner.warmup_fraction is a share from 0 to 1, not {self.pruner.warmup_fraction!r}."
             )
+        if not 0 < self.takeover_minutes < float("inf"):
+            raise StudyError(f"study.takeover_minutes must be above 0, not {self.takeover_minutes!r}.")
+        if self.storage is not None:
+            check_url(self.storage)
         space = SearchSpace.from_config(self.space)
         if self.trials:
             self._check_trials()
