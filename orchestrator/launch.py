@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -79,12 +80,15 @@ def start(config: Config, console: Console, report: Report | None = None) -> Out
         return _run(config, study, dataset, console, report)
 
 
-def _alike(config: Config, dataset: Dataset) -> dict[str, object]:
+def _alike(config: Config, dataset: Dataset) -> dict[str, Any]:
     """What several drivers of a study must have the same of: all that its results depend on."""
     elsewhere = ("compute.", "tracking_uri", "workdir", "study.")
     settings = {key: value for key, value in flatten(to_dict(config)).items() if not key.startswith(elsewhere)}
-    settings["study.objective_evaluations"] = config.study.objective_evaluations
-    return settings | {"dataset.content_hash": dataset.content_hash}
+    return {
+        **settings,
+        "study.objective_evaluations": config.study.objective_evaluations,
+        "dataset.content_hash": dataset.content_hash,
+    }
 
 
 def resume(

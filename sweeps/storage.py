@@ -169,13 +169,12 @@ def _make_tables(open_rdb: Callable[[], RDBStorage]) -> RDBStorage:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in the last line of the database's own words, without a password."""
+    """What went wrong, in the database's own words, without a password."""
     while isinstance(error, optuna.exceptions.StorageInternalError) and error.__cause__ is not None:
         error = error.__cause__
-    lines = str(getattr(error, "orig", None) or error).strip().splitlines()
-    text = next((line.strip() for line in reversed(lines) if line.strip()), type(error).__name__)
+    text = " ".join(str(getattr(error, "orig", None) or error).split()) or type(error).__name__
     password = os.environ.get(PASSWORD)
-    return (text.replace(password, "***") if password else text).rstrip(".")
+    return (text.replace(password, "***") if password else text).rstrip(".?")
 
 
 class _Patient:

@@ -36,6 +36,7 @@ from sweeps.storage import Heartbeat, Ledger, driver_id, new_trial, open_storage
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
 State = Literal["waiting", "running", "complete", "pruned", "failed"]
@@ -450,7 +451,7 @@ class Study:
         path = self.folder / JOURNAL_FILE
         self._journal = Journal(path)
         try:
-            self._storage = optuna.storages.JournalStorage(self._journal)
+            self._storage: BaseStorage = optuna.storages.JournalStorage(self._journal)
             studies = self._storage.get_all_studies()
         except (KeyError, TypeError, ValueError, AssertionError) as error:
             if isinstance(error, StudyError):
