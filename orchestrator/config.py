@@ -45,6 +45,8 @@ class StudyConfig:
     pruner: PrunerSpec = field(default_factory=PrunerSpec)
     objective: ObjectiveSpec = field(default_factory=ObjectiveSpec)
     enqueue: list[dict[str, Any]] = field(default_factory=list)  # trials to begin with: {config key: value}
+    storage: str | None = None  # URL that several drivers share, without a password; None: the study's folder
+    takeover_minutes: float = 30.0  # of silence, after which another driver does a driver's running trials anew
     objective_evaluations: int = 1  # a run's value is its mean score over this many last evaluations
     warm_start: WarmStartSpec = field(default_factory=WarmStartSpec)  # trials that come before these
     divergence: DivergenceSpec = field(default_factory=DivergenceSpec)
@@ -171,7 +173,7 @@ class Config:
         spec = StudySpec(
             s.name, s.space, s.sampler, s.pruner, s.num_trials, self.num_seeds, total_steps=self.method.num_updates,
             trials=s.trials, objective=s.objective, warm_start=s.warm_start, divergence=s.divergence, racing=s.racing,
-            confirm=s.confirm,
+            confirm=s.confirm, storage=s.storage, takeover_minutes=s.takeover_minutes,
         )  # fmt: skip
         spec.validate()
         return spec

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,11 @@ from orchestrator.spool import RunSpool, read_records
 from sweeps.confirm import FINAL_VALUES
 from sweeps.objectives import SCORE
 from sweeps.racing import is_contender
-from sweeps.study import Study, TrialRecord, TrialTicket
+from sweeps.study import Study, TrialRecord, TrialTakenOver, TrialTicket
 from sweeps.summary import COLLAPSING
 
 MAX_DEATHS = 10  # of a learner's process while the same pack makes no progress
+POLL_SECONDS = 2.0  # between looks at what other drivers of the study are doing
 MAX_TOGETHER = 16  # stages built in one go, whose memory adds up
 
 
@@ -152,8 +154,12 @@ class Driver:
         self._resume()
         self.progress.done_at_start = self.progress.updates_done()
         self._fill()
-        while self._busy:
+        while self._busy or self.study.others_running():
             self.on_change(self.progress)
+            if not self._busy:  # the trials of a driver that dies now are done here
+                time.sleep(POLL_SECONDS)
+                self._fill()
+                continue
             for slot, result in self.slots.wait(timeout=1.0):
                 self._handle(slot, result)
                 self._fill()
@@ -167,7 +173,7 @@ class Driver:
         for params in self.config.study.enqueue:
             self.study.enqueue(params)
         # the dead driver may have told the study how a trial ended, and nobody else
-        for record in self.study.trials():
+        for record in (*self.study.trials(), *self.study.discarded()):
             if record.finished is not None:
                 self._close_runs(record)
         self._record_ended()
@@ -190,14 +196,18 @@ class Driver:
             for part in self._parts(pack):
                 self._dropped |= {run.run_key for run in part.runs if run.trial not in tickets}
                 self._queue.append(part)
-        newest = max((r.number for r in self.study.trials() if r.state != "waiting"), default=-1)
+        newest = max((r.number for r in self._records() if r.state != "waiting"), default=-1)
         batches: dict[int, list[TrialTicket]] = {}
         for number in sorted(fresh):
-            batches.setdefault(number // self._at_once, []).append(tickets[number])
+            batches.setdefault(tickets[number].place // self._at_once, []).append(tickets[number])
         for batch in batches.values():
             if batch[-1].number == newest:  # this one may have been asked for in part only
                 batch += self._ask(after=batch[-1])
             self._queue.extend(self._make_packs(batch))
+
+    def _records(self) -> list[TrialRecord]:
+        """The study's trials that this driver has asked for, which are all where it is the only one."""
+        return [record for record in self.study.trials() if record.attrs.get("driver") == self.study.driver]
 
     def _parts(self, pack: PackSpec) -> list[PackSpec]:
         """A pack, or those that took its place."""
@@ -273,11 +283,11 @@ class Driver:
         return trials_at_once(self.packing.runs_per_pack, len(self._first_seeds))
 
     def _ask(self, after: TrialTicket | None = None) -> list[TrialTicket]:
-        """As many trials as fill a pack; their numbers begin at a multiple of that many, so that a batch that a dead
+        """As many trials as fill a pack; their places begin at a multiple of that many, so that a batch that a dead
         driver has begun to ask for, up to the ticket `after`, is completed to what it would have been."""
         tickets: list[TrialTicket] = []
         last = after
-        while last is None or (last.number + 1) % self._at_once:
+        while last is None or (last.place + 1) % self._at_once:
             last = self.study.ask()
             if last is None:
                 break
@@ -373,7 +383,7 @@ class Driver:
     def _track(self, ticket: TrialTicket, seeds: Sequence[int]) -> None:
         keys = [self._run_key(ticket.number, seed) for seed in seeds]
         # a driver may have died between the last report and the pruner's answer: that step is judged again
-        judged = max(sorted(self.study.trials()[ticket.number].intermediate)[:-1], default=-1)
+        judged = max(sorted(self.study.trial(ticket.number).intermediate)[:-1], default=-1)
         self.progress.running[ticket.number] = TrialProgress(
             ticket.number, dict(ticket.active), list(seeds), keys, self.config.study.objective.metric, judged=judged
         )
@@ -474,8 +484,17 @@ class Driver:
             if trial is not None:
                 trial.finished.add(key)
         for trial in list(self.progress.running.values()):
-            self._judge(trial)
+            with self._unless_taken_over(trial):
+                self._judge(trial)
         self._race([t for t in self.progress.running.values() if t.finished == set(t.run_keys)])
+
+    @contextmanager
+    def _unless_taken_over(self, trial: TrialProgress) -> Iterator[None]:
+        """Give a trial up if another driver took this one for dead and does the trial."""
+        try:
+            yield
+        except TrialTakenOver:
+            self._end(trial)
 
     def _judge(self, trial: TrialProgress) -> None:
         number = trial.number
@@ -530,12 +549,14 @@ class Driver:
                     given = self.config.seeds[: len(trial.seeds) + 1]
             if given != trial.seeds:
                 further[trial.number] = given[len(trial.seeds) :]
-        for number, seeds in further.items():
-            self.study.set_attr(number, "seeds", [*self.progress.running[number].seeds, *seeds])
         for trial in trials:
-            if trial.number not in further:
-                self._complete(trial)
-        self._queue.extendleft(reversed(self._further_packs(further)))
+            with self._unless_taken_over(trial):
+                if trial.number in further:
+                    self.study.set_attr(trial.number, "seeds", [*trial.seeds, *further[trial.number]])
+                else:
+                    self._complete(trial)
+        still_mine = {number: seeds for number, seeds in further.items() if number in self.progress.running}
+        self._queue.extendleft(reversed(self._further_packs(still_mine)))
 
     def _final_values(self, trial: TrialProgress) -> dict[str, float]:
         """Every run's own value by its key: the trial's is their mean."""
@@ -575,7 +596,7 @@ class Driver:
 
         A resumed driver logs them all again, and the tracker leaves out what it has.
         """
-        ended = [record for record in self.study.trials() if record.finished is not None]
+        ended = [record for record in self._records() if record.finished is not None]
         ended.sort(key=lambda record: (record.finished, record.number))
         for i in range(self._recorded, len(ended)):
             number = ended[i].number
@@ -615,7 +636,7 @@ class Driver:
             if trial is not None:
                 self._keep(trial)
                 self.study.tell_failed(number, str(error) if cause is None else repr(cause))
-                self._close_runs(self.study.trials()[number])
+                self._close_runs(self.study.trial(number))
                 self._end(trial)
 
     def _does_not_fit(self, pack: PackSpec, error: Any) -> None:

@@ -86,10 +86,21 @@ def start(config: Config, console: Console, report: Report | None = None) -> Out
     points = warm_start.points(config)
     dataset = _check_before_compute(warm_start.with_points(config, points))
     folder = workdir / "studies" / config.study.name
-    with Study.create(folder, spec) as study:
+    with Study.create(folder, spec, _alike(config, dataset)) as study:
         warm_start.save(folder, points)
         write_text(folder / "config.yaml", to_yaml(config))
         return _run(config, study, dataset, console, report)
+
+
+def _alike(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What several drivers of a study must have the same of: all that its results depend on."""
+    elsewhere = ("compute.", "tracking_uri", "workdir", "study.")
+    settings = {key: value for key, value in flatten(to_dict(config)).items() if not key.startswith(elsewhere)}
+    return {
+        **settings,
+        "study.objective_evaluations": config.study.objective_evaluations,
+        "dataset.content_hash": dataset.content_hash,
+    }
 
 
 def resume(
@@ -228,8 +239,10 @@ def _run(config: Config, study: Study, dataset: Dataset, console: Console, repor
             "mlflow.experimentKind": "custom_model_development",  # its page opens on training runs, not on traces
         },
     )  # fmt: skip
+    # drivers that share a study may share an MLflow server, too
+    own_run = "study" if study.driver is None else f"study-{study.driver}"
     tracker.set_experiment_note(_note(config, study.spec, score_label(config, dataset)))
-    with _tracking(tracker, console), RunSpool(study.folder / "spool", "study") as spool:
+    with _tracking(tracker, console), RunSpool(study.folder / "spool", own_run) as spool:
         tags = _tags()
         _announce(spool, config, dataset, tags)
         warnings = [] if config.study.trials else warnings_of(study.spec)
@@ -245,13 +258,18 @@ def _run(config: Config, study: Study, dataset: Dataset, console: Console, repor
                 driver = Driver(config, study, dataset, slots, tags | stage, spool, display, packing)
                 driver.run()
             _compare_with_plan(console, spool, driver)
-            play_bandit(config, study, dataset, spool)
-            confirmed = _confirm(config, study, dataset, slots, tags, console)
-        _record_confirmed(spool, confirmed)
-        if report is not None:
-            report(study, spool)
-        keep_report(spool, study, episode_unit(config, dataset))
-        _conclude(spool, study, value_unit(config, dataset))
+            concludes = study.claim("report")
+            if concludes:
+                play_bandit(config, study, dataset, spool)
+                _record_confirmed(spool, _confirm(config, study, dataset, slots, tags, console))
+        if concludes:
+            if report is not None:
+                report(study, spool)
+            keep_report(spool, study, episode_unit(config, dataset))
+            _conclude(spool, study, value_unit(config, dataset))
+        else:
+            console.print("another driver of this study confirms its best trials and draws its plots")
+            spool.end("FINISHED")
     print_summary(console, study, config, dataset, tracker.tracking_uri)
     if config.compute.profile:
         _show_profiles(console, study.folder / "packs")

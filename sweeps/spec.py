@@ -62,6 +62,8 @@ class StudySpec:
     divergence: DivergenceSpec = field(default_factory=DivergenceSpec)
     racing: RacingSpec = field(default_factory=RacingSpec)
     confirm: ConfirmSpec = field(default_factory=ConfirmSpec)
+    storage: str | None = None  # URL of a database or gRPC server that several drivers share; None: the study's folder
+    takeover_minutes: float = 30.0  # of silence, after which another driver does a driver's running trials anew
 
     @property
     def searches(self) -> bool:
@@ -76,6 +78,7 @@ class StudySpec:
         """
         from sweeps.pruners import check_pruner
         from sweeps.samplers import SAMPLERS
+        from sweeps.storage import check_url
 
         if not self.name:
             raise StudyError("The study needs a name; set study.name.")
@@ -97,6 +100,15 @@ class StudySpec:
         self.divergence.validate()
         self.racing.validate(self.seeds_per_trial)
         self.confirm.validate()
+        if not 0 < self.takeover_minutes < float("inf"):
+            raise StudyError(f"study.takeover_minutes must be above 0, not {self.takeover_minutes!r}.")
+        if self.storage is not None:
+            check_url(self.storage)
+            if self.objective.kind == "hybrid":
+                raise StudyError(
+                    "study.objective.kind=hybrid needs the policies of all trials in one place, which drivers that "
+                    "share study.storage do not have; leave out study.storage, or set study.objective.kind=offline."
+                )
         space = SearchSpace.from_config(self.space)
         if self.trials:
             self._check_trials()

@@ -18,7 +18,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,8 +32,11 @@ from sweeps.pruners import make_pruner
 from sweeps.samplers import make_sampler
 from sweeps.space import Params
 from sweeps.spec import PrunerSpec, StudySpec
+from sweeps.storage import Heartbeat, Ledger, driver_id, new_trial, open_storage
 
 if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
 State = Literal["waiting", "running", "complete", "pruned", "failed"]
@@ -52,6 +55,11 @@ _DIRECTIONS = {
 SPEC_FILE = "study.yaml"
 JOURNAL_FILE = "journal.log"
 LOCK_FILE = "driver.lock"
+VOID = "void"  # attribute of a trial that does not count, with the reason
+
+
+class TrialTakenOver(StudyError):
+    """A trial that this driver was silent about for so long that another one does it anew."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class TrialTicket:
     params: Params  # a value for every parameter of the space
     active: Params  # those that apply: what the configuration is to be overridden with
     attrs: dict[str, Any] = field(default_factory=dict)  # kept with the trial before its driver died
+    place: int = -1  # how many trials its driver has been given before; its number where there is one driver only
 
 
 @dataclass(frozen=True)
@@ -88,25 +97,42 @@ class Study:
     """A study in a folder, opened by its one driver, or by anybody for reading.
 
     Use `Study.create` and `Study.open`; close it, or use it in a `with` statement.
+
+    With `spec.storage` the trials are in a database instead, and every driver has a folder of its own. A trial then
+    has a `driver` among its attributes; one that does not count (`VOID`) is in none of the answers.
     """
 
-    def __init__(self, folder: Path, spec: StudySpec, lock: int | None) -> None:
-        """For `create` and `open`; `lock` is the descriptor of the held lock, None when only reading."""
+    def __init__(self, folder: Path, spec: StudySpec, lock: int | None, alike: Mapping[str, Any] | None = None) -> None:
+        """For `create` and `open`; `lock` is the descriptor of the held lock, None when only reading; `alike` is given
+        by `create`."""
         self.folder = folder
         self.spec = spec
         self.space = spec.validate()
         self._distributions = self.space.distributions()
         self._lock = lock
         self._asked: set[int] = set()  # by this driver
-        self._load()
+        self._shared = spec.storage is not None
+        self._heartbeat: Heartbeat | None = None
+        self._left: set[int] = set()  # running trials of this driver from before its death
+        self.driver = driver_id(folder) if self._shared and lock is not None else None
+        self._alike = alike
+        try:
+            self._load()
+        except BaseException:
+            self._stop_heartbeat()
+            raise
 
     @classmethod
-    def create(cls, folder: Path | str, spec: StudySpec) -> Study:
-        """Start a study in `folder`, which is made if need be, and become its driver.
+    def create(cls, folder: Path | str, spec: StudySpec, alike: Mapping[str, Any] | None = None) -> Study:
+        """Start a study in `folder`, which is made if need be, and become its driver; with `spec.storage`, become one
+        more driver of the study of that name if it is there.
+
+        Args:
+            alike: JSON-able; what all drivers of the study must have the same values of, beside the spec.
 
         Raises:
             StudyError, SpaceError: the spec makes no sense, the folder already holds a study or cannot be
-            written.
+            written; the storage cannot be used, or its study is not this one.
         """
         folder = Path(folder).absolute()
         spec = StudySpec.from_config(spec.to_config())  # a copy that no later change reaches
@@ -130,7 +156,13 @@ class Study:
             # First the spec, then the journal: from here on the study exists and `open` makes up what is
             # missing.
             spec.save(folder / SPEC_FILE)
-            return cls(folder, spec, lock)
+            if spec.storage is None:
+                return cls(folder, spec, lock)
+            try:
+                return cls(folder, spec, lock, alike or {})
+            except BaseException:
+                (folder / SPEC_FILE).unlink()  # it is no study, and may be tried again
+                raise
         except BaseException:
             os.close(lock)
             raise
@@ -164,6 +196,7 @@ class Study:
 
     def close(self) -> None:
         """Let another driver take over; further changes are refused. Running trials stay running."""
+        self._stop_heartbeat()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -186,6 +219,8 @@ class Study:
         resumed between.
         """
         self._check_driver()
+        if self._shared:
+            return self._ask_shared()
         trials = self._frozen()
         waiting = [trial.number for trial in trials if trial.state.name == "WAITING"]
         if len(trials) - len(waiting) >= self.spec.num_trials:
@@ -213,6 +248,10 @@ class Study:
             raise StudyError("The study's trials are listed, none can be enqueued; put it into study.trials.")
         self.space.check(params)
         values = {key: params[key] for key in self.space.parameters if key in params}
+        if self._shared:
+            if values not in self._points():
+                self._ledger.add("point", self._me, values)
+            return
         if all(trial.system_attrs.get("fixed_params") != values for trial in self._frozen()):
             self._study.enqueue_trial(values)
 
@@ -222,7 +261,30 @@ class Study:
             self._ticket(trial)
             for trial in self._frozen()
             if trial.state.name == "RUNNING" and trial.number not in self._asked
+            if not self._shared or (trial.number in self._left and self._is_given(trial))
         ]
+
+    def others_running(self) -> bool:
+        """Whether trials are running that other drivers asked for: `ask` may have more to give when they end, or when
+        their drivers turn out to be dead."""
+        return self._shared and any(
+            trial.state.name == "RUNNING" and trial.user_attrs.get("driver") != self.driver for trial in self._frozen()
+        )
+
+    def claim(self, task: str) -> bool:
+        """Whether this driver is the one to do what has to be done once, such as what follows the last trial.
+
+        The first to claim a task has it, also when it is resumed, until it is dead.
+        """
+        self._check_driver()
+        if not self._shared:
+            return True
+        while True:
+            claims = self._ledger.read(f"claim of {task}")
+            holder = next((driver for driver, _ in claims if driver == self._me or not self._is_dead(driver)), None)
+            if holder is not None:
+                return holder == self._me
+            self._ledger.add(f"claim of {task}", self._me, None)
 
     def extend(self, num_trials: int) -> None:
         """Change the budget: from now on the study has `num_trials` trials in all, past ones included.
@@ -234,6 +296,8 @@ class Study:
         spec = replace(self.spec, num_trials=num_trials)
         spec.validate()
         spec.save(self.folder / SPEC_FILE)
+        if self._shared:
+            self._ledger.add("num_trials", self._me, num_trials)
         self.spec = spec
 
     # How it goes
@@ -258,7 +322,8 @@ class Study:
         if not math.isfinite(value):
             raise StudyError(f"Trial {number} reported {value} at step {step}; tell it as diverged instead.")
         if int(step) not in trial.intermediate_values:
-            self._storage.set_trial_intermediate_value(trial._trial_id, int(step), float(value))
+            with self._unless_taken_over(number):
+                self._storage.set_trial_intermediate_value(trial._trial_id, int(step), float(value))
 
     def should_prune(self, number: int) -> bool:
         """Whether the study's pruner would stop this running trial after its last report.
@@ -311,7 +376,19 @@ class Study:
 
     def trials(self) -> list[TrialRecord]:
         """All trials by number, waiting and running ones included."""
-        return [self._record(trial) for trial in self._frozen()]
+        return [self._record(trial) for trial in self._frozen() if self._is_given(trial)]
+
+    def trial(self, number: int) -> TrialRecord:
+        """One trial, also one that does not count.
+
+        Raises:
+            StudyError: the trial does not exist.
+        """
+        return self._record(self._trial(number))
+
+    def discarded(self) -> list[TrialRecord]:
+        """The trials that do not count, because another one took their place."""
+        return [self._record(trial) for trial in self._frozen() if _is_void(trial)]
 
     @property
     def best(self) -> TrialRecord | None:
@@ -324,7 +401,7 @@ class Study:
     @property
     def num_finished(self) -> int:
         """Number of trials that have ended, however they did."""
-        return sum(trial.state.is_finished() for trial in self._frozen())
+        return sum(trial.state.is_finished() and not _is_void(trial) for trial in self._frozen())
 
     def set_attr(self, number: int, key: str, value: Any) -> None:
         """Keep a JSON-able value with a running trial, over an earlier one of the same key.
@@ -333,7 +410,9 @@ class Study:
             StudyError: the trial does not exist or is not running, or the value is not JSON-able.
         """
         self._check_driver()
-        self._storage.set_trial_user_attr(self._running(number)._trial_id, key, _jsonable(key, value))
+        trial = self._running(number)
+        with self._unless_taken_over(number):
+            self._storage.set_trial_user_attr(trial._trial_id, key, _jsonable(key, value))
 
     def attrs(self, number: int) -> dict[str, Any]:
         """What is kept with a trial.
@@ -360,10 +439,19 @@ class Study:
     # Inside
 
     def _load(self) -> None:
+        if self._shared:
+            self._connect()
+        else:
+            self._load_journal()
+        pruner = PrunerSpec("none") if self.spec.trials else self.spec.pruner
+        self._study.pruner = make_pruner(pruner, self.spec.total_steps)
+        self._check_space()
+
+    def _load_journal(self) -> None:
         path = self.folder / JOURNAL_FILE
         self._journal = Journal(path)
         try:
-            self._storage = optuna.storages.JournalStorage(self._journal)
+            self._storage: BaseStorage = optuna.storages.JournalStorage(self._journal)
             studies = self._storage.get_all_studies()
         except (KeyError, TypeError, ValueError, AssertionError) as error:
             if isinstance(error, StudyError):
@@ -378,14 +466,11 @@ class Study:
             )
         else:
             self._study = optuna.load_study(study_name=studies[0].study_name, storage=self._storage)
-        pruner = PrunerSpec("none") if self.spec.trials else self.spec.pruner
-        self._study.pruner = make_pruner(pruner, self.spec.total_steps)
-        self._check_space()
 
     def _check_space(self) -> None:
         """The trials so far must have the parameters of the spec, which a hand may have edited since."""
         for trial in self._frozen():
-            if trial.state.name == "WAITING":
+            if trial.state.name == "WAITING" or not self._is_given(trial):
                 continue
             same = trial.distributions.keys() == self._distributions.keys()
             if same:
@@ -402,7 +487,10 @@ class Study:
 
     @contextmanager
     def _group(self) -> Iterator[None]:
-        """Operations that are written whole or not at all."""
+        """Operations that are written whole or not at all; in a shared storage, one by one."""
+        if self._shared:
+            yield
+            return
         try:
             with self._journal.group():
                 yield
@@ -416,15 +504,244 @@ class Study:
         trial = self._running(number)
         if value is not None and not math.isfinite(value):
             raise StudyError(f"Trial {number} cannot end with {value}; tell it as diverged, with a finite value.")
-        with self._group():
+        with self._group(), self._unless_taken_over(number):
             for key, attr in attrs.items():
                 self._storage.set_trial_user_attr(trial._trial_id, key, attr)
             told = None if value is None else float(value)
             self._study.tell(number, told, state=optuna.trial.TrialState[state])
 
+    @contextmanager
+    def _unless_taken_over(self, number: int) -> Iterator[None]:
+        """Say so if another driver ends the trial between our looking at it and our writing to it."""
+        try:
+            yield
+        except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
+            if _is_void(self._trial(number)):
+                self._running(number)
+            raise
+
     def _check_driver(self) -> None:
         if self._lock is None:
             raise StudyError(f"The study in {self.folder} is closed or open for reading only; open it to change it.")
+        if self._heartbeat is not None and self._heartbeat.doubled:
+            raise StudyError(
+                f"Two processes work as driver {self.driver}, one of them in a copy of {self.folder}; stop one, and "
+                "give every driver a work folder of its own."
+            )
+
+    # Several drivers
+
+    @property
+    def _me(self) -> str:
+        assert self.driver is not None
+        return self.driver
+
+    def _connect(self) -> None:
+        assert self.spec.storage is not None
+        self._storage = open_storage(self.spec.storage)
+        name = self.spec.name
+        if self._lock is None:
+            try:
+                self._study = optuna.load_study(study_name=name, storage=self._storage)
+            except KeyError:
+                raise StudyError(f"There is no study {name} in study.storage={self.spec.storage}.") from None
+            self._ledger = Ledger(self._storage, name)
+            self._read_budget()
+            return
+        self._ledger = Ledger(self._storage, name)
+        if self._alike is not None:
+            self._agree(self._alike)
+        self._study = optuna.create_study(
+            storage=self._storage, study_name=name, direction=_DIRECTIONS[self.spec.direction], load_if_exists=True
+        )
+        self._read_budget()
+        self._heartbeat = Heartbeat(self._ledger, self._me, self.spec.takeover_minutes)
+        self._left = {trial.number for trial in self._mine_running()}
+        for trial in self._mine_running():
+            if not self._is_given(trial):
+                self._discard(trial, "its driver was killed while it asked for it")
+            elif "resumed_from" in trial.user_attrs:
+                self._replace(trial)
+            elif not self._distributions and not self._stands(trial):  # else it has stood: it has parameters
+                self._discard(trial, "another one came first")
+
+    def _agree(self, alike: Mapping[str, Any]) -> None:
+        """Make sure that the study in the storage, if somebody has created it before, is this one."""
+        mine = {f"study.{key}": value for key, value in self.spec.to_config().items()} | dict(alike)
+        for key in ("study.storage", "study.takeover_minutes", "study.num_trials"):
+            mine.pop(key)
+        wanted = self.spec.num_trials
+        mine = _jsonable("study", mine)
+        _, first = self._ledger.settle("settings", self._me, {"settings": mine, "num_trials": wanted})
+        theirs = first["settings"]
+        for key in sorted(theirs.keys() | mine.keys()):
+            if theirs.get(key) != mine.get(key):
+                raise StudyError(
+                    f"The study {self.spec.name} in study.storage has {key}={theirs.get(key)}, not {mine.get(key)}: "
+                    "all drivers of a study need the same settings; correct it, or choose another study name."
+                )
+        self._read_budget()
+        if self.spec.num_trials != wanted:
+            raise StudyError(
+                f"The study {self.spec.name} in study.storage has study.num_trials={self.spec.num_trials}, not "
+                f"{wanted}; correct it, or choose another study name."
+            )
+
+    def _read_budget(self) -> None:
+        """The number of trials that the first driver had, or that somebody has extended it to."""
+        budgets = [content["num_trials"] for _, content in self._ledger.read("settings")][:1]
+        budgets += [content for _, content in self._ledger.read("num_trials")]
+        if budgets and budgets[-1] != self.spec.num_trials:
+            self.spec = replace(self.spec, num_trials=budgets[-1])
+
+    def _stop_heartbeat(self) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+            self._heartbeat = None
+
+    def _is_dead(self, driver: str | None) -> bool:
+        return driver != self.driver and self._heartbeat is not None and self._heartbeat.is_dead(driver)
+
+    def _is_given(self, trial: FrozenTrial) -> bool:
+        """Whether a trial counts and has all its parameters, which are written one by one."""
+        if not self._shared:
+            return True
+        return not _is_void(trial) and trial.params.keys() == self._distributions.keys()
+
+    def _mine_running(self) -> list[FrozenTrial]:
+        return [
+            trial
+            for trial in self._frozen()
+            if trial.state.name == "RUNNING" and trial.user_attrs.get("driver") == self.driver
+        ]
+
+    def _points(self) -> list[dict[str, Any]]:
+        """The settings given by hand, each once, in the order in which trials take them."""
+        if self.spec.trials:
+            return self.spec.trials
+        points: list[dict[str, Any]] = []
+        for _, point in self._ledger.read("point"):
+            if point not in points:
+                points.append(point)
+        return points
+
+    def _ask_shared(self) -> TrialTicket | None:
+        """As `ask`: what dead drivers have left running, then new trials.
+
+        A new trial is created first and then looked at: it stands if it is within the budget and nobody else's with a
+        lower number has taken its point. So two drivers that ask at once never get more than there is, and what a
+        kill leaves half-done can be told by everybody.
+        """
+        known = self._asked | self._left
+        for trial in self._mine_running():  # created by a call whose answer was lost
+            if trial.number not in known:
+                self._discard(trial, "it was created twice")
+        for trial in self._frozen():
+            if trial.state.name == "RUNNING" and self._is_dead(trial.user_attrs.get("driver")):
+                adopted = self._adopt(trial)
+                if adopted is not None:
+                    return adopted
+        while True:
+            self._read_budget()
+            counting = [trial for trial in self._frozen() if not _is_void(trial)]
+            if len(counting) >= self.spec.num_trials:
+                return None
+            taken = {trial.user_attrs.get("point") for trial in counting}
+            points = self._points()
+            point = next((index for index in range(len(points)) if index not in taken), None)
+            attrs: dict[str, Any] = {"driver": self.driver, "place": self._next_place()}
+            if point is not None:
+                attrs["point"] = point
+            if self.spec.trials and point is None:
+                return None
+            fixed = None if point is None or self.spec.trials else points[point]
+            number = new_trial(self._storage, self._study._study_id, attrs, fixed)
+            self._asked.add(number)
+            trial = self._trial(number)
+            if not self._stands(trial):
+                self._discard(trial, "another one came first")
+                continue
+            self._study.sampler = self._shared_sampler(number)
+            suggesting = optuna.trial.Trial(self._study, trial._trial_id)
+            for key, distribution in self._distributions.items():
+                suggesting._suggest(key, distribution)
+            return self._ticket(self._trial(number))
+
+    def _shared_sampler(self, number: int) -> BaseSampler:
+        sampler = make_sampler(self.spec.sampler.name, self.spec.sampler.seed, number)
+        if isinstance(sampler, optuna.samplers.QMCSampler):
+            # it would count in the storage without a lock, and give two drivers the same point
+            vars(sampler)["_find_sample_id"] = lambda study, search_space: number
+        return sampler
+
+    def _next_place(self) -> int:
+        mine = [trial for trial in self._frozen() if trial.user_attrs.get("driver") == self.driver]
+        return max((trial.user_attrs["place"] for trial in mine if not _is_void(trial)), default=-1) + 1
+
+    def _stands(self, trial: FrozenTrial) -> bool:
+        """Whether a new trial is within the budget and the first with its point; the answer never turns to yes for
+        too many, since those it counts are there before it, or stand for one that was."""
+        before = [
+            other
+            for other in self._frozen()
+            if not _is_void(other) and (other.number < trial.number or "resumed_from" in other.user_attrs)
+        ]
+        point = trial.user_attrs.get("point")
+        if point is not None and any(other.user_attrs.get("point") == point for other in before):
+            return False
+        return len(before) < self.spec.num_trials
+
+    def _adopt(self, trial: FrozenTrial) -> TrialTicket | None:
+        """Do a dead driver's trial anew, under another number: whatever its driver says later comes too late."""
+        if not self._is_given(trial):
+            self._discard(trial, "its driver was killed while it asked for it")
+            return None
+        if "resumed_from" in trial.user_attrs and not self._replace(trial):
+            return None
+        if "resumed_from" not in trial.user_attrs and not self._distributions and not self._stands(trial):
+            self._discard(trial, "another one came first")
+            return None
+        if self._replacements(trial.number):
+            self._end_replaced(trial, self._replacements(trial.number)[0].number)
+            return None
+        attrs = {"driver": self.driver, "place": self._next_place(), "resumed_from": trial.number}
+        if "point" in trial.user_attrs:
+            attrs["point"] = trial.user_attrs["point"]
+        number = new_trial(
+            self._storage, self._study._study_id, attrs, params=trial.params, distributions=trial.distributions
+        )
+        self._asked.add(number)
+        return self._ticket(self._trial(number)) if self._replace(self._trial(number)) else None
+
+    def _replace(self, trial: FrozenTrial) -> bool:
+        """Let a trial take the place of the one it was resumed from, if it is the first to do so and that one has not
+        ended otherwise; whether it does. May be repeated."""
+        old = self._trial(trial.user_attrs["resumed_from"])
+        first = self._replacements(old.number)[0]
+        if first.number != trial.number:
+            self._discard(trial, "another one came first")
+            return False
+        if not self._end_replaced(old, trial.number):
+            self._discard(trial, f"trial {old.number} came to its end after all")
+            return False
+        return True
+
+    def _replacements(self, number: int) -> list[FrozenTrial]:
+        """Of a trial, by number: the first one stands, or has stood until it was replaced itself."""
+        return [trial for trial in self._frozen() if trial.user_attrs.get("resumed_from") == number]
+
+    def _end_replaced(self, old: FrozenTrial, number: int) -> bool:
+        """End a trial in favour of another; whether it had not ended otherwise. The storage ends it once."""
+        if old.state.name == "RUNNING":
+            with suppress(optuna.exceptions.UpdateFinishedTrialError):
+                self._storage.set_trial_user_attr(old._trial_id, "resumed_as", number)
+                self._discard(old, f"its driver was silent, and trial {number} took its place")
+        return _is_void(self._trial(old.number))
+
+    def _discard(self, trial: FrozenTrial, reason: str) -> None:
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self._storage.set_trial_user_attr(trial._trial_id, VOID, reason)
+            self._storage.set_trial_state_values(trial._trial_id, optuna.trial.TrialState.FAIL)
 
     def _frozen(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
@@ -437,6 +754,8 @@ class Study:
 
     def _running(self, number: int) -> FrozenTrial:
         trial = self._trial(number)
+        if _is_void(trial):
+            raise TrialTakenOver(f"Trial {number} does not count any more: {trial.user_attrs[VOID]}.")
         if trial.state.name != "RUNNING":
             raise StudyError(f"Trial {number} is {_STATES[trial.state.name]}; only a running trial can be changed.")
         return trial
@@ -444,16 +763,19 @@ class Study:
     def _params(self, trial: FrozenTrial) -> tuple[Params, Params]:
         """All and the active parameters; of a waiting trial what is known so far, and none."""
         if self.spec.trials:
-            listed = self.spec.trials[trial.number]
+            listed = self.spec.trials[trial.user_attrs["point"] if self._shared else trial.number]
             return dict(listed), dict(listed)
         if trial.state.name == "WAITING":
             return dict(trial.system_attrs.get("fixed_params", {})), {}
+        if trial.params.keys() != self._distributions.keys():  # one that does not count
+            return dict(trial.params), {}
         params = {key: trial.params[key] for key in self.space.parameters}
         return params, self.space.active(params)
 
     def _ticket(self, trial: FrozenTrial) -> TrialTicket:
         params, active = self._params(trial)
-        return TrialTicket(trial.number, params, active, dict(trial.user_attrs))
+        place = trial.user_attrs["place"] if self._shared else trial.number
+        return TrialTicket(trial.number, params, active, dict(trial.user_attrs), place)
 
     def _record(self, trial: FrozenTrial) -> TrialRecord:
         params, active = self._params(trial)
@@ -491,6 +813,10 @@ def _acquire(folder: Path) -> int:
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
     return descriptor
+
+
+def _is_void(trial: FrozenTrial) -> bool:
+    return trial.state.name == "FAIL" and VOID in trial.user_attrs
 
 
 def _jsonable(key: str, value: Any) -> Any:
