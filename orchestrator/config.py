@@ -23,6 +23,7 @@ from agents.cross_domain import CrossDomainConfig
 from agents.method import common_settings, effective_settings, load_method, method_settings
 from envs.errors import UserError
 from envs.transforms import base_name
+from sweeps.pbt import PBTSpec
 from sweeps.spec import PrunerSpec, SamplerSpec, StudySpec
 
 
@@ -38,6 +39,7 @@ class StudyConfig:
     pruner: PrunerSpec = field(default_factory=PrunerSpec)
     enqueue: list[dict[str, Any]] = field(default_factory=list)  # trials to begin with: {config key: value}
     objective_evaluations: int = 1  # a run's value is its mean score over this many last evaluations
+    pbt: PBTSpec | None = None  # population-based training, the trials being the population
 
 
 @dataclass
@@ -80,6 +82,8 @@ class Config:
     study: StudyConfig = field(default_factory=StudyConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    # settings that change while a run trains: [{updates: 5000, method.actor_lr: 1.0e-4}, ...], from so many updates on
+    schedule: list[dict[str, Any]] = field(default_factory=list)
     workdir: str = "offsweep-work"  # datasets, artifacts, studies and the default MLflow store
     tracking_uri: str | None = None  # None: MLFLOW_TRACKING_URI, else SQLite under workdir
     method_name: str = ""  # taken from method=...
@@ -119,12 +123,17 @@ class Config:
     def seeds(self) -> list[int]:
         return [self.seed + i for i in range(self.num_seeds)]
 
+    @property
+    def runs_per_pack(self) -> int | None:
+        """The size of the packs, where that is settled: as configured, or a population."""
+        return self.compute.runs_per_pack if self.study.pbt is None else self.study.num_trials
+
     def study_spec(self) -> StudySpec:
         """The study as `sweeps` takes it; steps are updates."""
         s = self.study
         spec = StudySpec(
             s.name, s.space, s.sampler, s.pruner, s.num_trials, self.num_seeds, total_steps=self.method.num_updates,
-            trials=s.trials,
+            trials=s.trials, pbt=s.pbt,
         )  # fmt: skip
         spec.validate()
         return spec
@@ -152,14 +161,14 @@ def load_config(files: Sequence[Path | Mapping[str, Any]], overrides: Sequence[s
     given = _merge(given, _parse_overrides(overrides))
     try:
         config = _resolve(given)
-        _check_effect(config, [word.partition("=")[0] for word in overrides])
+        check_effect(config, [word.partition("=")[0] for word in overrides])
         return config
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
         raise UserError(f"{where}{str(error).splitlines()[0]}") from None
 
 
-def _check_effect(config: Config, keys: Iterable[str]) -> None:
+def check_effect(config: Config, keys: Iterable[str]) -> None:
     """Refuse keys of the method's settings that change nothing."""
     idle_setting = getattr(config.method, "idle_setting", lambda key: None)
     for key in keys:
@@ -215,10 +224,10 @@ def check_space(config: Config) -> StudySpec:
     for key in config.study.space:
         if not key.startswith("method."):
             raise UserError(f"study.space: {key!r} cannot be searched; only keys that begin with method. can")
-    _check_effect(config, map(str, config.study.space))
+    check_effect(config, map(str, config.study.space))
     for key in {key for params in config.study.trials for key in params}:
-        if not str(key).startswith("method."):
-            raise UserError(f"study.trials: {key!r} cannot differ; only keys that begin with method. can")
+        if not str(key).startswith("method.") and key != "schedule":
+            raise UserError(f"study.trials: {key!r} cannot differ; only schedule and keys that begin with method. can")
     if config.study.trials and config.study.enqueue:
         raise UserError("study.trials lists every trial, so none can be enqueued; leave out study.enqueue")
     for params in config.study.enqueue:
@@ -266,7 +275,8 @@ def identity(config: Config, dataset_hash: str) -> dict[str, Any]:
     plain = to_dict(config)
     plain["method"] = {"name": config.method_name, **effective_settings(config.method)}
     del plain["evaluation"]["diagnostics"]
-    return {k: plain[k] for k in ("method", "seed", "evaluation")} | {"dataset": dataset_hash}
+    parts = ("method", "seed", "evaluation", *(["schedule"] if config.schedule else []))
+    return {k: plain[k] for k in parts} | {"dataset": dataset_hash}
 
 
 def digest(content: Any) -> str:

@@ -24,6 +24,7 @@ from orchestrator.config import Config, digest, load_config, pack_key, run_confi
 from orchestrator.learner import PACK_FILE, Evaluation, PackReport, PackSpec, RunSpec, evaluation_env
 from orchestrator.memory import is_out_of_memory
 from orchestrator.packing import COSTS_FILE, PackCosts, Packing, balanced, trials_at_once
+from orchestrator.population import TOO_LARGE, keep_schedule, population_settings
 from orchestrator.spool import RunSpool, read_records
 from sweeps.study import Study, TrialRecord, TrialTicket
 from sweeps.summary import COLLAPSING
@@ -122,7 +123,7 @@ class Driver:
         self.config, self.study, self.dataset, self.slots = config, study, dataset, slots
         self.tags, self.on_change = tags, on_change
         self.spool = spool
-        self.packing = packing or Packing(None, config.compute.runs_per_pack or config.num_seeds)
+        self.packing = packing or Packing(None, config.runs_per_pack or config.num_seeds)
         self.costs = PackCosts(study.folder / COSTS_FILE)
         self.progress = Progress(config, study, {}, time.monotonic())
         self._queue: deque[PackSpec] = deque()
@@ -289,8 +290,10 @@ class Driver:
                 tags = {**self.tags, "study": self.study.spec.name}
                 groups.setdefault(key, []).append(RunSpec(name, ticket.number, run.seed, to_dict(run), tags))
                 examples.setdefault(key, run)
-        packs = []
+        packs: list[PackSpec] = []
         for key, runs_of_group in groups.items():
+            if self.study.spec.pbt and self.packing.limit(key, examples[key]) < len(runs_of_group):
+                raise UserError(TOO_LARGE)
             start = 0
             for size in balanced(len(runs_of_group), self.packing.limit(key, examples[key])):
                 packs.append(self._pack(key, runs_of_group[start : start + size]))
@@ -306,7 +309,8 @@ class Driver:
 
     def _pack(self, key: str, runs: Sequence[RunSpec], parent: str | None = None) -> PackSpec:
         pack_id = f"{runs[0].run_key}-x{len(runs)}-{digest([run.run_key for run in runs])[:6]}"
-        return PackSpec(pack_id, str(self.study.folder), tuple(runs), key, parent)
+        population = population_settings(self.study)
+        return PackSpec(pack_id, str(self.study.folder), tuple(runs), key, parent, population=population)
 
     def _alive(self, pack: PackSpec) -> list[RunSpec]:
         """Its runs that still train, as far as is known here."""
@@ -315,7 +319,13 @@ class Driver:
 
     def _divide(self, pack: PackSpec) -> list[PackSpec]:
         """Two packs in place of one, that go on from its checkpoint. The last file to be written is the pack's own,
-        which names them: a kill in between leaves the pack as it was."""
+        which names them: a kill in between leaves the pack as it was.
+
+        Raises:
+            UserError: the pack is a population.
+        """
+        if pack.population is not None:
+            raise UserError(TOO_LARGE)
         alive = self._alive(pack)
         later = {run.run_key for run in alive[(len(alive) + 1) // 2 :]}
         halves = [[run for run in pack.runs if (run.run_key in later) is second] for second in (False, True)]
@@ -451,6 +461,7 @@ class Driver:
             return
         if trial.finished == set(trial.run_keys):
             self._keep(trial)
+            keep_schedule(self.study, number, trial.run_keys[0])
             self.study.tell(number, trial.final_value(self.config.study.objective_evaluations))
             self._end(trial)
 

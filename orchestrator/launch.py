@@ -31,8 +31,10 @@ from orchestrator.driver import Driver
 from orchestrator.learner import dataset_record, evaluation_env, flatten, resolve_device
 from orchestrator.packing import COSTS_FILE, PACKING_FILE
 from orchestrator.plan import choose_packing, duration, make_plan, print_plan
+from orchestrator.population import check_population, keep_population
 from orchestrator.profiling import TABLE, TRACE
 from orchestrator.progress import shown
+from orchestrator.schedule import check_schedule
 from orchestrator.spool import RunInfo, RunSpool, check_run_key
 from orchestrator.tracking import Tracker, check_reachable, default_tracking_uri
 from sweeps.spec import StudySpec
@@ -137,9 +139,11 @@ def _check_before_compute(config: Config) -> Dataset:
 
 
 def _check_data(config: Config) -> Dataset:
+    check_population(config)
     dataset = load_dataset(config.dataset, Path(config.workdir), shown)
     for one in corner_configs(config):
         check_rows(one, dataset)
+        check_schedule(one)
         load_method(one.method_name).check_environment(one.method, dataset.env_id)
     check_shapes(dataset, evaluation_env(config, dataset))
     return dataset
@@ -208,6 +212,8 @@ def _run(config: Config, study: Study, dataset: Dataset, console: Console, repor
                 driver = Driver(config, study, dataset, slots, tags, spool, display, packing)
                 driver.run()
         _compare_with_plan(console, spool, driver)
+        if study.spec.pbt is not None:
+            keep_population(study, spool)
         if report is not None:
             report(study, spool)
         _conclude(spool, study, value_unit(config, dataset))

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from sweeps.errors import StudyError, suggestion
+from sweeps.pbt import PBTSpec
 from sweeps.space import SearchSpace
 
 DIRECTIONS = ("maximize", "minimize")
@@ -50,6 +51,7 @@ class StudySpec:
     # instead of a space: every trial's settings, {configuration key: value}, in the order of the trials' numbers. All
     # of them run to their end, whatever the pruner
     trials: list[dict[str, Any]] = field(default_factory=list)
+    pbt: PBTSpec | None = None  # the trials are a population that is trained together
 
     def validate(self) -> SearchSpace:
         """Check every field; returns the search space that was read on the way.
@@ -89,6 +91,12 @@ class StudySpec:
                 f"study.num_trials is {self.num_trials}, but study.space varies nothing, so all trials "
                 "would be the same; add parameters to study.space, or raise study.seeds_per_trial instead."
             )
+        if self.pbt is not None:
+            self.pbt.validate(space, self.num_trials, self.seeds_per_trial)
+            if self.pruner.name != "none" and self.pruner != PrunerSpec():
+                raise StudyError(
+                    "Nothing is pruned in a population, whose worst members are replaced; leave out study.pruner."
+                )
         return space
 
     def _check_trials(self) -> None:
@@ -125,6 +133,8 @@ class StudySpec:
             known["sampler"] = SamplerSpec(**_known(SamplerSpec, known["sampler"], "study.sampler"))
         if "pruner" in known:
             known["pruner"] = PrunerSpec(**_known(PrunerSpec, known["pruner"], "study.pruner"))
+        if known.get("pbt") is not None:
+            known["pbt"] = PBTSpec(**_known(PBTSpec, known["pbt"], "study.pbt"))
         return cls(**known)
 
     def save(self, path: Path) -> None:

@@ -378,7 +378,7 @@ class Study:
             )
         else:
             self._study = optuna.load_study(study_name=studies[0].study_name, storage=self._storage)
-        pruner = PrunerSpec("none") if self.spec.trials else self.spec.pruner
+        pruner = PrunerSpec("none") if self.spec.trials or self.spec.pbt else self.spec.pruner
         self._study.pruner = make_pruner(pruner, self.spec.total_steps)
         self._check_space()
 
