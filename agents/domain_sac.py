@@ -95,6 +95,11 @@ class DomainSACConfig(ScheduleConfig):
     log_std_min: float = -10.0
     log_std_max: float = 2.0
 
+    @property
+    def initial_settings(self) -> tuple[str, ...]:
+        """What counts at the beginning only (see `agents.method.changeable_settings`)."""
+        return ("alpha",) if self.auto_alpha else ()
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "num_critics", "actor_lr", "critic_lr", "alpha_lr", "actor_every")
@@ -450,7 +455,8 @@ class DomainSAC:
         """Load in place."""
         self.target.flat.copy_(state["target"])
         for name, stack in self._stacks().items():
-            stack.flat.copy_(state[name])
+            if name != "log_alpha" or self.settings.auto_alpha:  # a fixed temperature is the configuration's
+                stack.flat.copy_(state[name])
         for name, optim in self._optimisers().items():
             optim.load_state_dict(state[f"{name}_optim"])
         self._read_alpha()

@@ -60,6 +60,18 @@ def common_settings(config: Any) -> dict[str, Any]:
     return plain
 
 
+def changeable_settings(config: Any) -> list[str]:
+    """The fields per member, those of its parts in use included (`guidance.coef`), that count as long as a run trains
+    and can therefore change meanwhile: without those that it says are part of what is learned (`initial_settings`)."""
+    kept, names = effective_settings(config), []
+    for item in dataclasses.fields(config):
+        if item.metadata.get("per_member") and item.name not in getattr(config, "initial_settings", ()):
+            names.append(item.name)
+        elif item.name in kept and dataclasses.is_dataclass(part := getattr(config, item.name)):
+            names += [f"{item.name}.{name}" for name in changeable_settings(part)]
+    return names
+
+
 def effective_settings(config: Any) -> dict[str, Any]:
     """The config as plain values, without the parts that it says are idle (`idle_parts`): those of a source of data
     that it does not use."""

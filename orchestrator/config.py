@@ -28,6 +28,7 @@ from envs.transforms import base_name
 from sweeps.confirm import ConfirmSpec
 from sweeps.divergence import DivergenceSpec
 from sweeps.objectives import SCORE, ObjectiveSpec
+from sweeps.pbt import PBTSpec
 from sweeps.racing import RacingSpec
 from sweeps.spec import PrunerSpec, SamplerSpec, StudySpec
 from sweeps.warm_start import WarmStartSpec
@@ -52,6 +53,7 @@ class StudyConfig:
     divergence: DivergenceSpec = field(default_factory=DivergenceSpec)
     racing: RacingSpec = field(default_factory=RacingSpec)  # only of studies that search
     confirm: ConfirmSpec = field(default_factory=ConfirmSpec)  # only of studies that search
+    pbt: PBTSpec | None = None  # population-based training, the trials being the population
 
 
 @dataclass
@@ -96,6 +98,8 @@ class Config:
     study: StudyConfig = field(default_factory=StudyConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    # settings that change while a run trains: [{updates: 5000, method.actor_lr: 1.0e-4}, ...], from so many updates on
+    schedule: list[dict[str, Any]] = field(default_factory=list)
     workdir: str = "offsweep-work"  # datasets, artifacts, studies and the default MLflow store
     tracking_uri: str | None = None  # None: MLFLOW_TRACKING_URI, else SQLite under workdir
     method_name: str = ""  # taken from method=...
@@ -167,13 +171,18 @@ class Config:
     def seeds(self) -> list[int]:
         return [self.seed + i for i in range(self.num_seeds)]
 
+    @property
+    def runs_per_pack(self) -> int | None:
+        """The size of the packs, where that is settled: as configured, or a population."""
+        return self.compute.runs_per_pack if self.study.pbt is None else self.study.num_trials
+
     def study_spec(self) -> StudySpec:
         """The study as `sweeps` takes it; steps are updates."""
         s = self.study
         spec = StudySpec(
             s.name, s.space, s.sampler, s.pruner, s.num_trials, self.num_seeds, total_steps=self.method.num_updates,
             trials=s.trials, objective=s.objective, warm_start=s.warm_start, divergence=s.divergence, racing=s.racing,
-            confirm=s.confirm, storage=s.storage, takeover_minutes=s.takeover_minutes,
+            confirm=s.confirm, storage=s.storage, takeover_minutes=s.takeover_minutes, pbt=s.pbt,
         )  # fmt: skip
         spec.validate()
         return spec
@@ -201,14 +210,14 @@ def load_config(files: Sequence[Path | Mapping[str, Any]], overrides: Sequence[s
     given = _merge(given, _parse_overrides(overrides))
     try:
         config = _resolve(given)
-        _check_effect(config, [word.partition("=")[0] for word in overrides])
+        check_effect(config, [word.partition("=")[0] for word in overrides])
         return config
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
         raise UserError(f"{where}{str(error).splitlines()[0]}") from None
 
 
-def _check_effect(config: Config, keys: Iterable[str]) -> None:
+def check_effect(config: Config, keys: Iterable[str]) -> None:
     """Refuse keys of the method's settings that change nothing."""
     idle_setting = getattr(config.method, "idle_setting", lambda key: None)
     for key in keys:
@@ -264,10 +273,10 @@ def check_space(config: Config) -> StudySpec:
     for key in config.study.space:
         if not key.startswith("method."):
             raise UserError(f"study.space: {key!r} cannot be searched; only keys that begin with method. can")
-    _check_effect(config, map(str, config.study.space))
+    check_effect(config, map(str, config.study.space))
     for key in {key for params in config.study.trials for key in params}:
-        if not str(key).startswith("method."):
-            raise UserError(f"study.trials: {key!r} cannot differ; only keys that begin with method. can")
+        if not str(key).startswith("method.") and key != "schedule":
+            raise UserError(f"study.trials: {key!r} cannot differ; only schedule and keys that begin with method. can")
     warm = config.study.warm_start
     if (warm.settings or warm.variants or warm.studies) and not config.study.space:
         raise UserError("study.warm_start names points of a search, but study.space varies nothing; leave it out")
@@ -331,7 +340,8 @@ def identity(config: Config, dataset_hash: str) -> dict[str, Any]:
     plain = to_dict(config)
     plain["method"] = {"name": config.method_name, **effective_settings(config.method)}
     del plain["evaluation"]["diagnostics"]
-    return {k: plain[k] for k in ("method", "seed", "evaluation")} | {"dataset": dataset_hash}
+    parts = ("method", "seed", "evaluation", *(["schedule"] if config.schedule else []))
+    return {k: plain[k] for k in parts} | {"dataset": dataset_hash}
 
 
 def digest(content: Any) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator.artifacts import write_text
 from orchestrator.config import Config, StudyConfig, apply_params, load_config, to_yaml
 from sweeps.confirm import Candidate, ConfirmSpec, candidates, load_candidates, save_candidates
+from sweeps.objectives import ObjectiveSpec
+from sweeps.selection import chosen_trials
 from sweeps.study import Study
 
 CONFIG_FILE = "config.yaml"  # of the stage's folder; written last
@@ -31,7 +34,9 @@ def prepare(config: Config, study: Study, folder: Path) -> tuple[Config, list[Ca
         if not study.spec.searches or not spec.top or study.num_finished < study.spec.num_trials:
             return None
         ignored = stage_seeds(config.method) if spec.fresh_stages else ()
-        chosen = candidates(study.trials(), study.spec.direction, spec.top, ignored)
+        records = study.trials()
+        ranked = chosen_trials(study.folder, records, len(records), study.spec.direction)
+        chosen = candidates(records, ranked, spec.top, ignored)
         if not chosen:
             return None
         save_candidates(folder, chosen)
@@ -54,15 +59,14 @@ def confirm_config(config: Config, trials: Sequence[Mapping[str, Any]]) -> Confi
     fresh = apply_params(config, seeds)
     fresh.seed, fresh.num_seeds = config.seed + config.num_seeds, spec.num_seeds
     fresh.evaluation.first_seed = config.evaluation.first_seed + config.evaluation.episodes
-    objective = {
-        item.name: getattr(config.study, item.name)
-        for item in dataclasses.fields(StudyConfig)
-        if item.name.startswith("objective")
-    }
+    # a search that saw no episodes is confirmed by them all the same, unless none may be played
+    objective = (
+        ObjectiveSpec() if config.evaluation.episodes else replace(config.study.objective, kind="offline", pulls=0)
+    )
     listed = [dict(params) for params in trials]
     fresh.study = StudyConfig(
         config.study.name, len(listed), trials=listed, confirm=ConfirmSpec(top=0), divergence=config.study.divergence,
-        **objective,
+        objective=objective, objective_evaluations=config.study.objective_evaluations,
     )  # fmt: skip
     return fresh
 

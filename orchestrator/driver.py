@@ -25,6 +25,7 @@ from orchestrator.config import Config, digest, load_config, pack_key, run_confi
 from orchestrator.learner import PACK_FILE, Evaluation, PackReport, PackSpec, RunSpec, evaluation_env
 from orchestrator.memory import is_out_of_memory
 from orchestrator.packing import COSTS_FILE, PackCosts, Packing, balanced, trials_at_once
+from orchestrator.population import TOO_LARGE, keep_schedule, population_settings
 from orchestrator.spool import RunSpool, read_records
 from sweeps.confirm import FINAL_VALUES
 from sweeps.objectives import SCORE
@@ -135,7 +136,7 @@ class Driver:
         self._first_seeds = config.seeds if first is None else config.seeds[:first]
         divergence = config.study.divergence
         self._q_bound = divergence.q_bound if study.spec.searches or divergence.always else None
-        self.packing = packing or Packing(None, config.compute.runs_per_pack or len(self._first_seeds))
+        self.packing = packing or Packing(None, config.runs_per_pack or len(self._first_seeds))
         self.costs = PackCosts(study.folder / COSTS_FILE)
         self.progress = Progress(config, study, {}, time.monotonic())
         self._queue: deque[PackSpec] = deque()
@@ -345,8 +346,10 @@ class Driver:
         examples.setdefault(key, run)
 
     def _write_packs(self, groups: Mapping[str, Sequence[RunSpec]], examples: Mapping[str, Config]) -> list[PackSpec]:
-        packs = []
+        packs: list[PackSpec] = []
         for key, runs in groups.items():
+            if self.study.spec.pbt and self.packing.limit(key, examples[key]) < len(runs):
+                raise UserError(TOO_LARGE)
             start = 0
             for size in balanced(len(runs), self.packing.limit(key, examples[key])):
                 packs.append(self._pack(key, runs[start : start + size]))
@@ -357,7 +360,10 @@ class Driver:
 
     def _pack(self, key: str, runs: Sequence[RunSpec], parent: str | None = None) -> PackSpec:
         pack_id = f"{runs[0].run_key}-x{len(runs)}-{digest([run.run_key for run in runs])[:6]}"
-        return PackSpec(pack_id, str(self.study.folder), tuple(runs), key, parent, q_bound=self._q_bound)
+        return PackSpec(
+            pack_id, str(self.study.folder), tuple(runs), key, parent, q_bound=self._q_bound,
+            population=population_settings(self.study),
+        )  # fmt: skip
 
     def _run_key(self, number: int, seed: int) -> str:
         return run_key(self.confirms[number], seed, "c") if self.confirms else run_key(number, seed)
@@ -369,7 +375,13 @@ class Driver:
 
     def _divide(self, pack: PackSpec) -> list[PackSpec]:
         """Two packs in place of one, that go on from its checkpoint. The last file to be written is the pack's own,
-        which names them: a kill in between leaves the pack as it was."""
+        which names them: a kill in between leaves the pack as it was.
+
+        Raises:
+            UserError: the pack is a population.
+        """
+        if pack.population is not None:
+            raise UserError(TOO_LARGE)
         alive = self._alive(pack)
         later = {run.run_key for run in alive[(len(alive) + 1) // 2 :]}
         halves = [[run for run in pack.runs if (run.run_key in later) is second] for second in (False, True)]
@@ -523,6 +535,7 @@ class Driver:
     def _complete(self, trial: TrialProgress) -> None:
         self._keep(trial)
         self._account(trial)
+        keep_schedule(self.study, trial.number, trial.run_keys[0])
         self.study.set_attr(trial.number, FINAL_VALUES, self._final_values(trial))
         self.study.tell(trial.number, trial.final_value(self.config.study.objective_evaluations))
         self._end(trial)

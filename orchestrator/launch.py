@@ -35,9 +35,11 @@ from orchestrator.driver import Driver
 from orchestrator.learner import dataset_record, evaluation_env, flatten, resolve_device
 from orchestrator.packing import COSTS_FILE, PACKING_FILE
 from orchestrator.plan import choose_packing, duration, make_plan, print_plan
+from orchestrator.population import check_population, keep_population
 from orchestrator.profiling import TABLE, TRACE
 from orchestrator.progress import shown
 from orchestrator.reading import about_study, save_figures, show_params
+from orchestrator.schedule import check_schedule
 from orchestrator.selection import keep_report, play_bandit
 from orchestrator.spool import RunInfo, RunSpool, check_run_key
 from orchestrator.tracking import Tracker, check_reachable, default_tracking_uri
@@ -166,10 +168,12 @@ def _check_before_compute(config: Config) -> Dataset:
 
 
 def _check_data(config: Config) -> Dataset:
+    check_population(config)
     dataset = load_dataset(config.dataset, Path(config.workdir), shown)
     for one in corner_configs(config):
         check_rows(one, dataset)
         check_objective(one, dataset)
+        check_schedule(one)
         load_method(one.method_name).check_environment(one.method, dataset.env_id)
     check_shapes(dataset, evaluation_env(config, dataset))
     return dataset
@@ -259,10 +263,14 @@ def _run(config: Config, study: Study, dataset: Dataset, console: Console, repor
                 driver.run()
             _compare_with_plan(console, spool, driver)
             concludes = study.claim("report")
+            confirmed: list[Confirmation] = []
             if concludes:
                 play_bandit(config, study, dataset, spool)
-                _record_confirmed(spool, _confirm(config, study, dataset, slots, tags, console))
+                confirmed = _confirm(config, study, dataset, slots, tags, console)
         if concludes:
+            _record_confirmed(spool, confirmed)
+            if study.spec.pbt is not None:
+                keep_population(study, spool)
             if report is not None:
                 report(study, spool)
             keep_report(spool, study, episode_unit(config, dataset))

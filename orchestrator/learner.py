@@ -48,9 +48,21 @@ from orchestrator.artifacts import (
     write_arrays,
     write_text,
 )
-from orchestrator.config import ComputeConfig, Config, digest, identity, load_config, stages_of, to_dict, to_yaml
+from orchestrator.config import (
+    ComputeConfig,
+    Config,
+    apply_params,
+    digest,
+    identity,
+    load_config,
+    stages_of,
+    to_dict,
+    to_yaml,
+)
 from orchestrator.offline_metrics import OfflineMetric, offline_metric
+from orchestrator.population import HISTORY_FILE, SCHEDULE_FILE, Population, write_schedule
 from orchestrator.profiling import TABLE, EpochProfile
+from orchestrator.schedule import scheduled_keys, settings_at, settings_of
 from orchestrator.spool import DatasetRecord, RunInfo, RunSpool, RunStatus
 from orchestrator.workers import Workers
 from sweeps import plots
@@ -84,6 +96,7 @@ class PackSpec:
     parent: str | None = None  # id of a pack that held these runs, too: training goes on from its checkpoint
     children: tuple[str, ...] = ()  # ids of the packs that took this one's place
     q_bound: float | None = None  # a run with a mean Q above so many times `value_bound` has diverged; None: none has
+    population: dict[str, Any] | None = None  # of runs that learn from each other (see `orchestrator.population`)
 
     @property
     def folder(self) -> Path:
@@ -259,6 +272,14 @@ class Learner:
         self.diagnoses: dict[str, list[Diagnosis]] = {run.run_key: [] for run in pack.runs}
         self.expert_value = expert_value(self.dataset.env_id, config.method.gamma, self.dataset.scaling)
         self.num_epochs = config.method.num_epochs
+        # of every run, what can change while it trains: as it begins, and as it is
+        self._initial = {
+            run.run_key: settings_of(c, scheduled_keys(c) if pack.population is None else pack.population["space"])
+            for run, c in zip(pack.runs, self.configs, strict=True)
+        }
+        self._in_force = dict(self._initial)
+        self.population = None if pack.population is None else Population(pack.population, self._initial)
+        self.lost: dict[str, int] = {}  # runs of a population that have diverged and wait to be replaced -> updates
         self._pending: list[PendingEvaluation] = []
         self._rollouts_ahead: PendingRollouts | None = None
         self._saved_at = time.monotonic()
@@ -291,6 +312,10 @@ class Learner:
             method.start_jobs = self.workers.start_interaction
         return method
 
+    def config_of(self, run_key: str) -> Config:
+        """The configuration that a run begins with."""
+        return self.configs[[run.run_key for run in self.pack.runs].index(run_key)]
+
     @property
     def checkpoint_path(self) -> Path:
         return self.pack.checkpoint_path
@@ -314,15 +339,18 @@ class Learner:
             dropped: keys of runs that are no longer wanted (all so far; those already gone are ignored). Their pending
                 evaluations are not taken in.
         """
-        self._drop([key for key in self.alive if key in dropped], "KILLED", "pruned")
+        self._drop([key for key in (*self.alive, *self.lost) if key in dropped], "KILLED", "pruned")
         every = self.configs[0].evaluation.every_epochs
         while self.alive and self.epoch < self.num_epochs:
             last = self.epoch + 1 == self.num_epochs
             due = last or (self.epoch + 1) % every == 0
             with self._profiled(due) as profiled:
+                self._change_settings()
                 self._train_epoch()
                 if due and self.alive:
-                    self._evaluate(MAX_PENDING if self.workers.evaluates_elsewhere else 0)
+                    # a population's next turn needs all of them
+                    ahead = self.workers.evaluates_elsewhere and self.population is None
+                    self._evaluate(MAX_PENDING if ahead else 0)
                 # a checkpoint belongs to what a profile shows
                 self._save(force=last or profiled)
             if due and not last:
@@ -331,6 +359,9 @@ class Learner:
         finished = not self.alive or self.epoch == self.num_epochs
         if finished:
             self._take_evaluations(0)
+            lost, self.lost = self.lost, {}  # nobody comes to replace them
+            self.diverged |= lost
+            self._drop(list(lost), "FAILED", "diverged")
         if finished and self.alive:
             self._log_waiting()
             self._finish()
@@ -341,6 +372,60 @@ class Learner:
         return PackReport(
             self.pack.pack_id, self.updates, finished, dict(self.evaluations), dict(self.diverged), None, collapsing
         )
+
+    # ---- settings that change -----------------------------------------------------------------------------------
+
+    def _change_settings(self) -> None:
+        """Give the runs the settings that are due before the next epoch, and those that a population replaces the state
+        of their parents."""
+        unchanged = {key: key for key in self.alive}
+        parents = self._turn() or unchanged
+        due = {key: self._settings_due(key) for key in parents}
+        self._log_settings(due)
+        if parents == unchanged and all(due[key] == self._in_force[key] for key in parents):
+            return
+        # a new pack goes on from the old one's state: all that follows from settings is made anew
+        state = self.method.select([self.alive.index(parent) for parent in parents.values()]).state_dict()
+        del self.method
+        members = [i for i, run in enumerate(self.pack.runs) if run.run_key in parents]
+        runs = [self.pack.runs[i] for i in members]
+        configs = [apply_params(self.configs[i], due[self.pack.runs[i].run_key]) for i in members]
+        self.method = self._make_method(configs, runs, training_data(self.dataset, self.device), self.device)
+        self.method.load_state_dict(state)
+        self.alive = [run.run_key for run in runs]
+        self._in_force |= due
+        self._rollouts_ahead = None  # what was asked for of those before
+        self._start_ahead()
+
+    def _settings_due(self, key: str) -> dict[str, Any]:
+        """What a run is trained with from now on, of what can change."""
+        if self.population is not None:
+            return self.population.settings[key]
+        return self._initial[key] | settings_at(self.config_of(key).schedule, self.updates)
+
+    def _turn(self) -> dict[str, str]:
+        """Where a turn of the population is due: of every run, in the pack's order, the one whose state it goes on
+        from."""
+        if self.population is None or not self.population.is_due(self.epoch, self.configs[0].evaluation.every_epochs):
+            return {}
+        values: dict[str, float | None] = {key: self.evaluations[key][-1].value for key in self.alive}
+        parents = self.population.turn(self.updates, {**values, **dict.fromkeys(self.lost)})
+        self.lost = {}
+        for key, parent in parents.items():
+            if key != parent:
+                self._spools[key].set_tags({"parent": self._name(parent)})
+        return parents
+
+    def _log_settings(self, due: Mapping[str, Mapping[str, Any]]) -> None:
+        """Log the settings that begin to hold now."""
+        kind = "schedule" if self.population is None else "pbt"
+        for key, settings in due.items():
+            begin = [0, *(e["updates"] for e in self.config_of(key).schedule)]
+            if self.population is not None:
+                begin = [step["updates"] for step in self.population.histories[key]]
+            if settings and self.updates in begin:
+                values = {f"{kind}/{name.removeprefix('method.')}": float(value) for name, value in settings.items()}
+                self._spools[key].metrics(self.updates, values)
 
     def _train_epoch(self) -> None:
         started = time.perf_counter()
@@ -521,17 +606,27 @@ class Learner:
             self._diverge([key for key in keys if key in self.alive], self.updates)
 
     def _diverge(self, keys: Sequence[str], updates: int) -> None:
-        self.diverged |= dict.fromkeys(keys, updates)
-        self._drop(keys, "FAILED", "diverged")
+        if self.population is None:
+            self.diverged |= dict.fromkeys(keys, updates)
+            self._drop(keys, "FAILED", "diverged")
+        else:  # until they are replaced, or nobody is there to replace them
+            self.lost |= dict.fromkeys(keys, updates)
+            self._leave(keys)
 
     def _drop(self, keys: Sequence[str], status: RunStatus, reason: str) -> None:
         if not keys:
             return
         for key in keys:
             self._end(key, status, reason)
+            self.lost.pop(key, None)
+        self._leave(keys)
+
+    def _leave(self, keys: Sequence[str]) -> None:
+        """Go on without some runs."""
         kept = [m for m, key in enumerate(self.alive) if key not in keys]
+        left = len(kept) < len(self.alive)
         self.alive = [self.alive[m] for m in kept]
-        if kept:
+        if kept and left:
             self.method = self.method.select(kept)
 
     # ---- what is left behind --------------------------------------------------------------------------------------
@@ -564,13 +659,19 @@ class Learner:
         return f"{kind}{number:03d}-s{run.seed}" if "study" in run.tags else run_key
 
     def _finish(self) -> None:
+        if self.population is not None:
+            save_json(self.pack.folder / HISTORY_FILE, self.population.state_dict())
         for m, key in enumerate(self.alive):
             folder, spool = self.run_folder(key), self._spools[key]
             write_arrays(folder / "policy.npz", self._policy(m))
             state = self.method.select([m]).state_dict()
             state.pop("replay", None)
             save_tensors(folder / "checkpoint.pt", state)
-            for name in ("policy.npz", "checkpoint.pt"):
+            names = ["policy.npz", "checkpoint.pt"]
+            if self.population is not None:
+                write_schedule(folder / SCHEDULE_FILE, self.config_of(key), self.population.schedule(key))
+                names.append(SCHEDULE_FILE)
+            for name in names:
                 spool.artifact(folder / name)
             self._end(key, "FINISHED", "finished")
 
@@ -611,7 +712,8 @@ class Learner:
                 "epoch": self.epoch, "diverged": self.diverged, "method": self.method.state_dict(),
                 "evaluations": {key: [asdict(e) for e in done] for key, done in self.evaluations.items()},
                 "diagnoses": {key: [asdict(d) for d in known] for key, known in self.diagnoses.items()},
-                "pending": pending,
+                "pending": pending, "lost": self.lost,
+                "population": None if self.population is None else self.population.state_dict(),
             })  # fmt: skip
         self._saved_at = time.monotonic()
         self._seconds_saving += time.perf_counter() - started
@@ -636,6 +738,9 @@ class Learner:
         self.diverged = {key: updates for key, updates in state["diverged"].items() if key in keys}
         self.evaluations = {key: [Evaluation(**e) for e in state["evaluations"][key]] for key in keys}
         self.diagnoses = {key: [Diagnosis(**d) for d in state["diagnoses"][key]] for key in keys}
+        if self.population is not None:
+            self.population.load_state_dict(state["population"])
+            self.lost = state["lost"]
         for updates, policies, *offline in state["pending"]:  # checkpoints of before there were any have no metrics
             mine = {key: _as_arrays(policy) for key, policy in policies.items() if key in self.alive}
             self._start_evaluation(updates, mine, dict(*offline))

@@ -337,7 +337,7 @@ def choose_packing(config: Config, spec: StudySpec, dataset: Dataset, slots: Slo
     """
     path = folder / PACKING_FILE
     estimator = Estimator.of_slots(slots, config, dataset)
-    given = config.compute.runs_per_pack
+    given = config.runs_per_pack
     if path.exists():
         packing = Packing.load(path, estimator.model, estimator.memory_limit)
         if given is not None:
@@ -346,7 +346,8 @@ def choose_packing(config: Config, spec: StudySpec, dataset: Dataset, slots: Slo
     ahead = outlook(config, spec)
     [first, *_] = _by_importance(ahead, dataset)
     look(slots, estimator, [first], math.inf)
-    size, reason = given or default_runs_per_pack(config, slots.size), "as configured"
+    size = given or default_runs_per_pack(config, slots.size)
+    reason = "as configured" if config.study.pbt is None else "the population"
     stages = _stages(estimator, ahead, ArtifactStore(Path(config.workdir) / "artifacts"))
     models = _models(estimator, ahead)
     predicted = _seconds(_packs(ahead, models, size, estimator.memory_limit), models, slots.size)
@@ -515,7 +516,7 @@ def make_plan(
     known_before = sum(estimator.look_up(c) is not None for c in configs)
     look(slots, estimator, configs[:1], math.inf)
     look(slots, estimator, configs, seconds / 2)
-    given = config.compute.runs_per_pack
+    given = config.runs_per_pack
     most = given or most_runs_per_pack(config, num_slots)
     measure_sizes(slots, estimator, configs[0], most, max(1.0, min(seconds / 2, 10.0 * math.log2(2 * most))))
     spent = time.monotonic() - started

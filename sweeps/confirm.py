@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sweeps.errors import StudyError
+from sweeps.pbt import SCHEDULE
 from sweeps.space import Params
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Candidate:
 
     number: int  # the trial of the search
     searched: float  # its value there
-    params: Params  # the active ones, without those that the confirm stage sets itself
+    params: Params  # the active ones, without those that the confirm stage sets itself; of a population its schedule
 
 
 @dataclass(frozen=True)
@@ -77,25 +78,34 @@ class Confirmation:
 
 
 def candidates(
-    records: Sequence[TrialRecord], direction: str, top: int, ignored: Collection[str] = ()
+    records: Sequence[TrialRecord], ranked: Sequence[int], top: int, ignored: Collection[str] = ()
 ) -> list[Candidate]:
-    """The best settings of a search: complete, not diverged, no two alike; best first, equals by number.
+    """The first of a search's ranked settings, no two alike.
 
     Args:
         records: of the search.
-        direction: maximize or minimize.
+        ranked: numbers of complete trials, best first (see `sweeps.selection.chosen_trials`).
         top: how many, at most.
         ignored: parameters that the confirm stage sets itself.
     """
-    sign = -1.0 if direction == "maximize" else 1.0
-    results = [(record.value, record) for record in records if record.state == "complete" and not record.diverged]
-    known = [(value, record) for value, record in results if value is not None]
+    by_number = {record.number: record for record in records}
     chosen: list[Candidate] = []
-    for value, record in sorted(known, key=lambda pair: (sign * pair[0], pair[1].number)):
-        params = {key: setting for key, setting in record.active.items() if key not in ignored}
+    for number in ranked:
+        record = by_number[number]
+        assert record.value is not None
+        params = {key: setting for key, setting in _settings(record).items() if key not in ignored}
         if len(chosen) < top and all(params != one.params for one in chosen):
-            chosen.append(Candidate(record.number, value, params))
+            chosen.append(Candidate(number, record.value, params))
     return chosen
+
+
+def _settings(record: TrialRecord) -> Params:
+    """What a trial was trained with: constants, or of a population's member the schedule that its state has seen."""
+    if SCHEDULE not in record.attrs:
+        return dict(record.active)
+    first, *later = record.attrs[SCHEDULE]
+    begun = {key: value for key, value in first.items() if key != "updates"}
+    return {**begun, SCHEDULE: list(later)} if later else begun
 
 
 def save_candidates(folder: Path, chosen: Sequence[Candidate]) -> None:

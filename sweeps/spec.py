@@ -14,6 +14,7 @@ from sweeps.confirm import ConfirmSpec
 from sweeps.divergence import DivergenceSpec
 from sweeps.errors import StudyError, suggestion
 from sweeps.objectives import ObjectiveSpec
+from sweeps.pbt import PBTSpec
 from sweeps.racing import RacingSpec
 from sweeps.space import SearchSpace
 from sweeps.warm_start import WarmStartSpec
@@ -64,6 +65,7 @@ class StudySpec:
     confirm: ConfirmSpec = field(default_factory=ConfirmSpec)
     storage: str | None = None  # URL of a database or gRPC server that several drivers share; None: the study's folder
     takeover_minutes: float = 30.0  # of silence, after which another driver does a driver's running trials anew
+    pbt: PBTSpec | None = None  # the trials are a population that is trained together
 
     @property
     def searches(self) -> bool:
@@ -117,6 +119,14 @@ class StudySpec:
                 f"study.num_trials is {self.num_trials}, but study.space varies nothing, so all trials "
                 "would be the same; add parameters to study.space, or raise study.seeds_per_trial instead."
             )
+        if self.pbt is not None:
+            self.pbt.validate(space, self.num_trials, self.seeds_per_trial)
+            if self.storage is not None:
+                raise StudyError("A population is trained by one driver; leave out study.storage or study.pbt.")
+            if self.pruner.name != "none" and self.pruner != PrunerSpec():
+                raise StudyError(
+                    "Nothing is pruned in a population, whose worst members are replaced; leave out study.pruner."
+                )
         return space
 
     def _check_trials(self) -> None:
@@ -155,9 +165,9 @@ class StudySpec:
             known["pruner"] = PrunerSpec(**_known(PrunerSpec, known["pruner"], "study.pruner"))
         for name, block in (
             ("objective", ObjectiveSpec), ("warm_start", WarmStartSpec), ("divergence", DivergenceSpec),
-            ("racing", RacingSpec), ("confirm", ConfirmSpec),
+            ("racing", RacingSpec), ("confirm", ConfirmSpec), ("pbt", PBTSpec),
         ):  # fmt: skip
-            if name in known:
+            if known.get(name) is not None:
                 known[name] = block(**_known(block, known[name], f"study.{name}"))
         return cls(**known)
 

@@ -443,7 +443,7 @@ class Study:
             self._connect()
         else:
             self._load_journal()
-        pruner = PrunerSpec("none") if self.spec.trials else self.spec.pruner
+        pruner = PrunerSpec("none") if self.spec.trials or self.spec.pbt else self.spec.pruner
         self._study.pruner = make_pruner(pruner, self.spec.total_steps)
         self._check_space()
 

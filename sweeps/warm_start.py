@@ -47,6 +47,8 @@ def best_of(
         top: how many, at most.
         confirmed: best first.
     """
-    ranks = {one.number: rank for rank, one in enumerate(confirmed) if not one.diverged}
-    ranked = candidates(records, direction, len(records))
-    return sorted(ranked, key=lambda one: ranks.get(one.number, len(ranks)))[:top]
+    from sweeps.selection import best_trials  # which knows what a study is, of which this is a part
+
+    first = [one.number for one in confirmed if not one.diverged]
+    others = [number for number in best_trials(records, len(records), direction) if number not in first]
+    return candidates(records, [*first, *others], top)

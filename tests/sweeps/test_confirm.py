@@ -16,6 +16,7 @@ from sweeps.confirm import (
     save_candidates,
 )
 from sweeps.errors import StudyError
+from sweeps.selection import best_trials
 from sweeps.spec import StudySpec
 from sweeps.study import Study
 
@@ -46,12 +47,13 @@ def search(tmp_path):
 
 def test_the_best_complete_settings_are_chosen_none_of_them_twice(search):
     records = Study.open(search, read_only=True).trials()
-    chosen = candidates(records, "maximize", 9, ["stage.seed"])
+    best, least = (best_trials(records, 9, direction) for direction in ("maximize", "minimize"))
+    chosen = candidates(records, best, 9, ["stage.seed"])
     assert chosen == [
         Candidate(1, 5.0, {"eta": 2.0}), Candidate(3, 5.0, {"eta": 4.0}), Candidate(0, 1.0, {"eta": 1.0}),
     ]  # fmt: skip
-    assert [one.number for one in candidates(records, "maximize", 9)] == [1, 3, 5, 0]
-    assert [one.number for one in candidates(records, "minimize", 2)] == [0, 5]
+    assert [one.number for one in candidates(records, best, 9)] == [1, 3, 5, 0]
+    assert [one.number for one in candidates(records, least, 2)] == [0, 5]
 
 
 def test_confirmations_come_with_their_interval_best_first(search):
