@@ -59,11 +59,16 @@ def spooled(workdir: Path) -> int:
     return sum(path.stat().st_size for path in (workdir / "studies" / STUDY).rglob("spool/[tc]0*.jsonl"))
 
 
+def wait_for_growth(workdir: Path, before: int, sweep: Sweep) -> None:
+    """Until learners have logged more than before, or all is over."""
+    wait_until("training", lambda: spooled(workdir) > before or sweep.process.poll() is not None)
+
+
 def undisturbed(base: Path, learners: int) -> tuple[Any, float]:
     """What an undisturbed study leaves, and how many seconds it was at work."""
     with workdir_from(base) as workdir:
         sweep = Sweep(workdir, {"num_learners": learners}, settings=settings())
-        wait_until("training", lambda: spooled(workdir) > 0 or sweep.process.poll() is not None)
+        wait_for_growth(workdir, 0, sweep)
         began = time.monotonic()
         sweep.finish()
         return what_is_left(workdir), time.monotonic() - began
@@ -76,7 +81,7 @@ def killed(base: Path, learners: int, kills: int, longest: float, draw: random.R
         for number in range(kills):
             before = spooled(workdir)
             sweep = Sweep(workdir, {"num_learners": learners}, number > 0, settings())
-            wait_until("training", lambda b=before, s=sweep: spooled(workdir) > b or s.process.poll() is not None)
+            wait_for_growth(workdir, before, sweep)
             delay = draw.uniform(0.0, longest)
             time.sleep(delay)
             if sweep.process.poll() is not None:

@@ -48,7 +48,7 @@ def test_only_contenders_get_further_seeds(workdir: Path):
 
 
 def test_trials_that_are_decided_on_together_share_packs(workdir: Path):
-    study, _ = race(workdir, runs_per_pack=4)
+    study, _ = race(workdir, runs_per_pack=12)
     packs = [PackSpec.load(study.folder, path.parent.name) for path in study.folder.glob("packs/*/pack.json")]
     runs = sorted([run.run_key for run in pack.runs] for pack in packs)
     # no variance is known of single runs, so that all get a second one; then t = 2.1 and more of two, with 4 degrees
@@ -66,7 +66,7 @@ class Killed(BaseException):
 
 # four trials have their packs noted, are then given seeds, and have the packs of these noted
 @pytest.mark.parametrize(("owner", "moment", "call", "runs_per_pack"), [
-    ("study", "set_attr", 6, 4), ("study", "set_attr", 10, 4), ("pack", "save", 2, 1), ("study", "tell", 1, 1),
+    ("study", "set_attr", 6, 12), ("study", "set_attr", 10, 12), ("pack", "save", 2, 1), ("study", "tell", 1, 1),
 ])  # fmt: skip
 def test_a_driver_killed_anywhere_decides_the_same(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, owner: str, moment: str, call: int, runs_per_pack: int
