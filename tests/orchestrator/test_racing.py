@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from envs.errors import UserError
+from orchestrator.config import check_space
 from orchestrator.learner import PackSpec
 from orchestrator.packing import Packing
 from sweeps.study import Study
@@ -91,3 +93,9 @@ def test_a_driver_killed_anywhere_decides_the_same(
     assert shown(study) == shown(wanted)
     packs = [sorted(p.parent.name for p in s.folder.glob("packs/*/pack.json")) for s in (study, wanted)]
     assert packs[0] == packs[1]
+
+
+def test_racing_without_a_search_is_refused(workdir: Path):
+    config = configured(workdir, num_trials=1, racing={"first_seeds": 1})
+    with pytest.raises(UserError, match=r"study\.racing compares the trials of a search"):
+        check_space(config)
