@@ -32,6 +32,7 @@ from benchmarks.kill_tests import SETTINGS, STUDY, Remains, Sweep, compare, prep
 from sweeps.confirm import FOLDER, Confirmation, confirmations
 
 BENCHMARK = "driver_kills"
+CASES = ("one_slot", "two_slots")
 TOP, FRESH_SEEDS = 2, 2
 
 
@@ -100,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog=f"python -m benchmarks.{BENCHMARK}", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--kills", type=int, default=5, help="of each study (default: %(default)s)")
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=CASES, metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     args = parser.parse_args(words)
     draw, command = random.Random(args.seed), " ".join(["python -m", f"benchmarks.{BENCHMARK}", *words])
@@ -109,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare(base)
         (wanted, wanted_best, wanted_fresh), seconds = undisturbed(base, 1)
         print(f"undisturbed: {seconds:.0f} s of training and tracking", file=sys.stderr)
-        for learners, case in ((1, "one_slot"), (2, "two_slots")):
+        for case in args.cases:
+            learners = CASES.index(case) + 1
             left, moments, confirming = killed(base, learners, args.kills, seconds / args.kills, draw)
             remains, best, fresh = left
             states = [state for state, *_ in remains.trials.values()]
