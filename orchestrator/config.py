@@ -280,6 +280,11 @@ def check_space(config: Config) -> StudySpec:
     warm = config.study.warm_start
     if (warm.settings or warm.variants or warm.studies) and not config.study.space:
         raise UserError("study.warm_start names points of a search, but study.space varies nothing; leave it out")
+    if config.study.racing.first_seeds is not None and not spec.searches:
+        raise UserError(
+            "study.racing compares the trials of a search, but this study has a single trial or lists its trials; "
+            "leave it out"
+        )
     if config.study.trials and config.study.enqueue:
         raise UserError("study.trials lists every trial, so none can be enqueued; leave out study.enqueue")
     for params in config.study.enqueue:

@@ -136,7 +136,7 @@ class Driver:
         self._first_seeds = config.seeds if first is None else config.seeds[:first]
         divergence = config.study.divergence
         self._q_bound = divergence.q_bound if study.spec.searches or divergence.always else None
-        self.packing = packing or Packing(None, config.runs_per_pack or len(self._first_seeds))
+        self.packing = packing or Packing(None, config.runs_per_pack or config.num_seeds)
         self.costs = PackCosts(study.folder / COSTS_FILE)
         self.progress = Progress(config, study, {}, time.monotonic())
         self._queue: deque[PackSpec] = deque()
@@ -281,7 +281,8 @@ class Driver:
 
     @property
     def _at_once(self) -> int:
-        return trials_at_once(self.packing.runs_per_pack, len(self._first_seeds))
+        # as if all seeds were to be trained: with fewer to begin with a sampler is not asked in fewer rounds
+        return trials_at_once(self.packing.runs_per_pack, self.config.num_seeds)
 
     def _ask(self, after: TrialTicket | None = None) -> list[TrialTicket]:
         """As many trials as fill a pack; their places begin at a multiple of that many, so that a batch that a dead

@@ -375,7 +375,9 @@ def _compare_with_plan(console: Console, spool: RunSpool, driver: Driver) -> Non
     planned *= 1 - done / total
     took = time.monotonic() - driver.progress.started
     pruned = sum(record.state == "pruned" for record in driver.study.trials())
-    beside = [f"{pruned} trials were pruned"] * bool(pruned) + ["packs were profiled"] * driver.config.compute.profile
+    raced = driver.study.spec.searches and driver.config.study.racing.first_seeds is not None
+    beside = [f"{pruned} trials were pruned"] * bool(pruned) + ["not every trial got all its seeds"] * raced
+    beside += ["packs were profiled"] * driver.config.compute.profile
     note = f" ({' and '.join(beside)}, which is not planned)" if beside else ""
     console.print(f"planned {duration(planned)}, took {duration(took)}{note}", highlight=False)
     spool.set_tags({

@@ -71,8 +71,6 @@ def test_the_best_are_trained_again_with_what_the_search_has_not_used(workdir: P
     # searched 9 and 8, in truth 4 and 6
     assert outcome.confirmed == [Confirmation(1, 8.0, (5.0, 6.0, 7.0)), Confirmation(2, 9.0, (3.0, 4.0, 5.0))]
     assert confirmations(folder) == outcome.confirmed
-    before = load_config([folder / "runs" / "t0002-s0" / "config.yaml"], []) if (folder / "runs").exists() else None
-    assert before is None  # nothing was trained
     config = load_config([folder / FOLDER / "config.yaml"], [])
     assert config.seeds == [2, 3, 4]
     assert config.evaluation.first_seed == 10_000 + config.evaluation.episodes
@@ -151,3 +149,26 @@ def test_trainings_listed_trials_and_older_studies_are_not_confirmed(workdir: Pa
     assert text != file.read_text()
     file.write_text(text)
     assert launch.resume("found", workdir, [], quiet()).confirmed == []
+
+
+def test_its_runs_are_beside_those_of_the_search_and_have_an_ensemble_of_their_own(workdir: Path):
+    """Real trainings."""
+    confirm = {"top": 1, "num_seeds": 1}
+    outcome = launch.start(configured(workdir, "num_seeds=1", name="found", num_trials=2, confirm=confirm), quiet())
+    [best] = outcome.confirmed
+    folder = workdir / "studies" / "found"
+    assert outcome.study.best is not None
+    assert (best.number, best.searched) == (outcome.study.best.number, outcome.study.best.value)
+    tags = tags_in_mlflow(workdir)
+    name = f"c{best.number:03d}-s1"
+    assert set(tags) == {"study found", "confirm found", "t000-s0", "t001-s0", name}
+    assert {key: tags[name][key] for key in ("stage", "trial", "seed", "study")} == {
+        "stage": "confirm", "trial": str(best.number), "seed": "1", "study": "found",
+    }  # fmt: skip
+    assert tags["t000-s0"]["stage"] == "search"
+    made = load_config([folder / FOLDER / "runs" / f"c{best.number:04d}-s1" / "config.yaml"], [])
+    of_search = load_config([folder / "runs" / f"t{best.number:04d}-s0" / "config.yaml"], [])
+    assert made.method.eta == of_search.method.eta
+    assert (made.method.dynamics.seed, of_search.method.dynamics.seed) == (1, 0)
+    assert len([*(workdir / "artifacts").rglob("content.pt")]) == 2
+    assert (folder / FOLDER / "runs" / f"c{best.number:04d}-s1" / "policy.npz").exists()

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from envs.errors import UserError
+from orchestrator.config import check_space
 from orchestrator.learner import PackSpec
 from orchestrator.packing import Packing
 from sweeps.study import Study
@@ -48,7 +50,7 @@ def test_only_contenders_get_further_seeds(workdir: Path):
 
 
 def test_trials_that_are_decided_on_together_share_packs(workdir: Path):
-    study, _ = race(workdir, runs_per_pack=4)
+    study, _ = race(workdir, runs_per_pack=12)
     packs = [PackSpec.load(study.folder, path.parent.name) for path in study.folder.glob("packs/*/pack.json")]
     runs = sorted([run.run_key for run in pack.runs] for pack in packs)
     # no variance is known of single runs, so that all get a second one; then t = 2.1 and more of two, with 4 degrees
@@ -66,7 +68,7 @@ class Killed(BaseException):
 
 # four trials have their packs noted, are then given seeds, and have the packs of these noted
 @pytest.mark.parametrize(("owner", "moment", "call", "runs_per_pack"), [
-    ("study", "set_attr", 6, 4), ("study", "set_attr", 10, 4), ("pack", "save", 2, 1), ("study", "tell", 1, 1),
+    ("study", "set_attr", 6, 12), ("study", "set_attr", 10, 12), ("pack", "save", 2, 1), ("study", "tell", 1, 1),
 ])  # fmt: skip
 def test_a_driver_killed_anywhere_decides_the_same(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, owner: str, moment: str, call: int, runs_per_pack: int
@@ -91,3 +93,9 @@ def test_a_driver_killed_anywhere_decides_the_same(
     assert shown(study) == shown(wanted)
     packs = [sorted(p.parent.name for p in s.folder.glob("packs/*/pack.json")) for s in (study, wanted)]
     assert packs[0] == packs[1]
+
+
+def test_racing_without_a_search_is_refused(workdir: Path):
+    config = configured(workdir, num_trials=1, racing={"first_seeds": 1})
+    with pytest.raises(UserError, match=r"study\.racing compares the trials of a search"):
+        check_space(config)

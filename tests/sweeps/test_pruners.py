@@ -51,10 +51,13 @@ def test_nothing_is_stopped_before_the_warm_up(tmp_path, name):
     assert max(reports) == 3
 
 
-def test_hyperband_gives_trials_to_two_brackets_with_the_default_warm_up(tmp_path):
-    reports = course(tmp_path, PrunerSpec("hyperband"), [(float(20 - i),) * 3 for i in range(20)])
-    assert set(reports) == {1, 3}
-    assert reports.count(3) > 7  # those of the second bracket, and the first third
+def test_hyperband_lets_a_bracket_of_trials_go_on_that_halving_would_stop(tmp_path):
+    falling = [(float(20 - i),) * 3 for i in range(20)]  # each trial is worse than all before it
+    halved = course(tmp_path, PrunerSpec("asha"), falling)
+    reports = course(tmp_path, PrunerSpec("hyperband"), falling)
+    assert set(halved) == set(reports) == {1, 3}
+    assert halved.count(3) == 1
+    assert reports.count(3) > 3
 
 
 @pytest.mark.parametrize(
