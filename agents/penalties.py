@@ -71,7 +71,8 @@ def max_pairwise(made: Predictions) -> Tensor:
 
 def mixture_variance(made: Predictions) -> Tensor:
     """sigma*^2 `(B, D)`: the variance of the members' Gaussians taken as one mixture."""
-    return made.std_EBD.square().mean(0).add_(made.mean_EBD.var(0, correction=0))
+    # var(0) takes four times as long on a CPU
+    return made.std_EBD.square().mean(0).add_((made.mean_EBD - made.mean_EBD.mean(0)).square_().mean(0))
 
 
 def ensemble_std(made: Predictions, reduction: str = "rms") -> Tensor:

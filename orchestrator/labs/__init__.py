@@ -27,7 +27,7 @@ from orchestrator.config import load_config
 from orchestrator.spool import RunSpool
 from sweeps.study import Study
 
-LABS = ("edge-of-reach", "grid-world", "refrigerator")
+LABS = ("edge-of-reach", "grid-world", "penalties", "penalties-halfcheetah", "refrigerator")
 STUDIES = Path(__file__).parent.parent.parent / "sweeps" / "studies"
 
 

@@ -1,0 +1,9 @@
+"""The penalties laboratory on HalfCheetah: see `orchestrator.labs.penalties`."""
+
+from __future__ import annotations
+
+from orchestrator.labs.penalties import options, show
+
+__all__ = ["ABOUT", "options", "show"]
+
+ABOUT = "the same on HalfCheetah, where no rule ends an episode"
