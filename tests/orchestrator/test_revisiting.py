@@ -12,7 +12,7 @@ STUDY = STUDIES / "revisiting.yaml"
 
 
 def test_every_trial_uses_the_same_ensemble() -> None:
-    config = load_config([STUDY], [])
+    config = load_config([STUDY], ["study.name=revisiting"])
     check_space(config)
     assert tuple(config.study.space["method.penalty"]["choices"]) == PENALTIES
     keys = {stage_key(load_method("mopo").stages(one.method)["dynamics"], "data") for one in corner_configs(config)}
@@ -23,7 +23,7 @@ def test_every_trial_uses_the_same_ensemble() -> None:
 
 def test_the_first_trial_is_what_was_tuned_by_hand() -> None:
     """As agents/mopo.yaml has it for the dataset."""
-    config = load_config([STUDY], [])
+    config = load_config([STUDY], ["study.name=revisiting"])
     (first,) = config.study.enqueue
     by_hand = settings_file("mopo")["variants"]["offlinerlkit"]
     block = by_hand["*"] | by_hand[config.dataset]

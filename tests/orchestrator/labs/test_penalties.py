@@ -11,18 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
 from agents.method import TrainingData, load_method
 from agents.penalties import PENALTIES
 from agents.penalty_quality import Judged
+from benchmarks.penalty_quality import lines
 from envs.recipes import EMBEDDED
 from envs.registry import load_dataset
 from orchestrator import labs
 from orchestrator.artifacts import ArtifactStore, stage_key
 from orchestrator.cli import main
-from orchestrator.config import apply_params, check_space, load_config, pack_key
+from orchestrator.config import apply_params, check_space, load_config, pack_key, to_yaml
 from orchestrator.labs import penalties as lab
 from orchestrator.labs.common import read_rows
 from orchestrator.learner import action_bounds
@@ -97,11 +99,16 @@ def test_ensembles_become_rows_tables_and_a_figure(
             assert math.isnan(row.inside_1) == (row.penalty not in ("max_aleatoric", "ensemble_std"))
     again = read_rows(folder, lab.LabRow)
     np.testing.assert_array_equal([row.spearman for row in again], [row.spearman for row in rows])
+    (folder / "config.yaml").write_text(to_yaml(config))
+    made = {line["case"]: line for line in lines(folder, "again")}
+    assert set(made) == {f"hopper/{penalty}/N{size}" for size in (2, 3) for penalty in PENALTIES}
+    line, mine = made["hopper/loo_kl/N3"], [row for row in rows if (row.penalty, row.members) == ("loo_kl", 3)]
+    imagined = [row.spearman for row in mine if row.step == 0 and row.imagined and not math.isnan(row.spearman)]
+    assert line["value"] == pytest.approx(np.mean(imagined), rel=1e-4)
+    assert line["reference"] == made["hopper/max_aleatoric/N3"]["value"]
 
 
 def test_rows_take_steps_apart_and_together() -> None:
-    import torch
-
     error = torch.rand(5, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     penalty = error.clone()
     penalty[4] = -error[4]  # at the last step the larger the error, the smaller
