@@ -293,7 +293,8 @@ class Ensemble:
                 "dynamics.use_members needs the holdout error of every member, which this stored ensemble lacks; give "
                 "another dynamics.seed, with which one is trained that has them"
             )
-        tensors = {k: v[:count] if k[0] in "Wb" else v for k, v in self.tensors.items()}
+        # cloned: a view would take the whole along wherever it is sent
+        tensors = {k: v[:count].clone() if k[0] in "Wb" else v for k, v in self.tensors.items()}
         errors = self.holdout_mse[:count]
         elites = sorted(sorted(range(count), key=errors.__getitem__)[:num_elites])
         return Ensemble(tensors, elites, self.observation_dim, self.input_clip, errors)

@@ -11,6 +11,8 @@ of the state that the rollout goes on with, in raw units as the penalties are. F
 that have not ended:
 
     spearman, pearson  of u and e
+    spearman_mean      of u and the squared distance of the mixture's mean: e without the draw, which favours penalties
+                       that know how widely members draw
     auroc              of u for "e is in its top 10 %": 1 if it tells all such steps from the others, 0.5 if none
     ause               area between two curves, the mean error of what is left when the share of steps with the largest
                        u, or with the largest e, is taken away, over the mean error of all: 0 is best
@@ -50,6 +52,7 @@ class Quality:
 
     spearman: float
     pearson: float
+    spearman_mean: float
     auroc: float
     ause: float
     inside_1: float  # not a number of a penalty that is no interval's width
@@ -61,18 +64,20 @@ class Judged:
     """Penalties and errors of H steps of B rollouts, float64; not a number where a rollout has ended."""
 
     error_HB: Tensor
+    mean_error_HB: Tensor  # of the mixture's mean
     penalty_HB: dict[str, Tensor]
     inside_HB2: dict[str, Tensor]  # by penalty: share of a step's columns within 1 and within 2 deviations
 
     def quality(self, name: str, steps: Sequence[int] | None = None) -> Quality:
         """Of a penalty, over some steps (from 1 on) taken together; None: all."""
         chosen = slice(None) if steps is None else [step - 1 for step in steps]
-        error, penalty = self.error_HB[chosen].flatten(), self.penalty_HB[name][chosen].flatten()
+        parts = (self.error_HB, self.mean_error_HB, self.penalty_HB[name])
+        error, mean_error, penalty = (part[chosen].flatten() for part in parts)
         known = error.isfinite() & penalty.isfinite()
         inside = [math.nan, math.nan]
         if name in self.inside_HB2:
             inside = self.inside_HB2[name][chosen].flatten(0, -2)[known].mean(0).tolist()
-        return Quality(*_statistics(error[known], penalty[known]), *inside)
+        return Quality(*_statistics(error[known], mean_error[known], penalty[known]), *inside)
 
     def count(self, steps: Sequence[int] | None = None) -> int:
         """Steps that are known."""
@@ -80,13 +85,13 @@ class Judged:
         return int(self.error_HB[chosen].isfinite().sum())
 
 
-def _statistics(error: Tensor, penalty: Tensor) -> tuple[float, float, float, float]:
+def _statistics(error: Tensor, mean_error: Tensor, penalty: Tensor) -> tuple[float, float, float, float, float]:
     if len(error) < _MEASURED_FROM:
-        return (math.nan,) * 4
+        return (math.nan,) * 5
     top = error > float(np.quantile(error.numpy(), 1 - TOP))
     return (
-        float(spearman(penalty, error)), pearson(penalty, error), float(auroc(penalty, top, ~top)),
-        ause(error, penalty),
+        float(spearman(penalty, error)), pearson(penalty, error), float(spearman(penalty, mean_error)),
+        float(auroc(penalty, top, ~top)), ause(error, penalty),
     )  # fmt: skip
 
 
@@ -198,6 +203,7 @@ class _Courses:
 
     def __init__(self, length: int, num_starts: int) -> None:
         self._error_HB = torch.full((length, num_starts), math.nan, dtype=torch.float64)
+        self._mean_error_HB = self._error_HB.clone()
         self._penalty_HB = {name: self._error_HB.clone() for name in PENALTIES}
         unknown_HB2 = self._error_HB.unsqueeze(-1).repeat(1, 1, 2)
         self._inside_HB2 = {name: unknown_HB2.clone() for name in ("max_aleatoric", "ensemble_std")}
@@ -205,6 +211,8 @@ class _Courses:
     def keep(self, t: int, place_B: Tensor, made: Predictions, obs_BS: Tensor, true_next_BS: Tensor) -> None:
         change_BS, row = true_next_BS - obs_BS, torch.arange(len(place_B))
         self._error_HB[t, place_B] = (made.sample_BD[:, :-1] - change_BS).double().square().sum(-1)
+        mean_BS = made.mean_EBD.mean(0)[:, :-1]
+        self._mean_error_HB[t, place_B] = (mean_BS - change_BS).double().square().sum(-1)
         for name, kept_HB in self._penalty_HB.items():
             kept_HB[t, place_B] = EnsemblePenalty(name)(made).double()
         widths = {
@@ -217,4 +225,4 @@ class _Courses:
             self._inside_HB2[name][t, place_B] = inside_B2
 
     def judged(self) -> Judged:
-        return Judged(self._error_HB, self._penalty_HB, self._inside_HB2)
+        return Judged(self._error_HB, self._mean_error_HB, self._penalty_HB, self._inside_HB2)

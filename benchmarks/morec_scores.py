@@ -109,7 +109,8 @@ def dynamics_overrides(dataset: str, args: argparse.Namespace) -> list[str]:
     config = load_config([], ["method=mopo", f"dataset={dataset}"]).method.dynamics
     if args.dynamics_epochs is not None:
         config.max_epochs = args.dynamics_epochs
-    return [f"method.dynamics.{key}={value}" for key, value in flatten(asdict(config)).items() if key != "filter"]
+    settings = {key: value for key, value in asdict(config).items() if key not in ("filter", "use_members")}
+    return [f"method.dynamics.{key}={value}" for key, value in flatten(settings).items()]
 
 
 def last_values(spool: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from benchmarks.labs import lab_main
 from orchestrator.config import load_config
 
 BENCHMARK = "penalty_quality"
+STATISTICS = ("pearson", "spearman_mean", "auroc", "ause", "inside_1", "inside_2")
 LABS = ("penalties", "penalties-halfcheetah")
 
 
@@ -43,7 +44,7 @@ def lines(folder: Path, command: str) -> Iterator[dict[str, Any]]:
                 mean(references, "spearman"), config.compute.threads, command,
                 reference_is="max_aleatoric in the same ensembles", dataset=config.dataset, penalty=penalty,
                 members=members, steps=LENGTH, seeds=_seeds(imagined),
-                **{name: mean(imagined, name) for name in ("pearson", "auroc", "ause", "inside_1", "inside_2")},
+                **{name: mean(imagined, name) for name in STATISTICS},
                 states=sum(row.states for row in imagined),
                 spearman_by_scenario=_by_scenario(mine, "spearman"), pearson_by_scenario=_by_scenario(mine, "pearson"),
                 spearman_by_seed=[mean([r for r in imagined if r.seed == s], "spearman") for s in _seeds(imagined)],
@@ -68,7 +69,7 @@ def _by_scenario(rows: list[Any], statistic: str) -> dict[str, float]:
 
 def main() -> int:
     """Print the lines."""
-    return max(lab_main(BENCHMARK, __doc__, lab, lines) for lab in LABS)
+    return lab_main(BENCHMARK, __doc__, LABS, lines)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,8 @@ def dynamics_overrides(dataset: str, args: argparse.Namespace) -> list[str]:
     config = load_config([], ["method=ravl", f"dataset={dataset}"]).method.dynamics
     if args.dynamics_epochs is not None:
         config.max_epochs = args.dynamics_epochs
-    return [f"method.dynamics.{key}={value}" for key, value in flatten(asdict(config)).items()]
+    settings = {key: value for key, value in asdict(config).items() if key != "use_members"}
+    return [f"method.dynamics.{key}={value}" for key, value in flatten(settings).items()]
 
 
 def ensemble_key(config: Config, dataset: Dataset) -> str | None:

@@ -74,8 +74,12 @@ def test_statistics_are_scipys() -> None:
     rng = np.random.default_rng(0)
     error, noise = rng.exponential(size=300), rng.exponential(size=300)
     penalty = error + 2 * noise
-    one = Judged(torch.tensor(error)[None], {"loo_kl": torch.tensor(penalty)[None]}, {}).quality("loo_kl")
+    other = rng.exponential(size=300)
+    one = Judged(
+        torch.tensor(error)[None], torch.tensor(other)[None], {"loo_kl": torch.tensor(penalty)[None]}, {}
+    ).quality("loo_kl")
     assert one.spearman == pytest.approx(stats.spearmanr(penalty, error).statistic)
+    assert one.spearman_mean == pytest.approx(stats.spearmanr(penalty, other).statistic)
     assert one.pearson == pytest.approx(stats.pearsonr(penalty, error).statistic)
     assert pearson(torch.tensor(penalty), torch.tensor(error)) == one.pearson
     assert one.ause == pytest.approx(naive_ause(error, penalty))
@@ -91,7 +95,16 @@ def test_an_error_is_that_of_a_step_and_not_what_has_gathered() -> None:
     model.tensors["b0"][:, 0, 3:] = -60.0
     found = judged(model, length=6)
     torch.testing.assert_close(found.error_HB, torch.full((6, 400), 0.25, dtype=torch.float64), rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(found.mean_error_HB, found.error_HB, rtol=1e-4, atol=0.0)
     assert found.count() == 2400
+
+
+def test_the_error_of_the_mean_has_no_draw() -> None:
+    found = judged(ensemble([(0.5, 0.0), (-0.1, 0.0)]))
+    torch.testing.assert_close(
+        found.mean_error_HB, torch.full((4, 400), 0.04, dtype=torch.float64), rtol=1e-4, atol=0.0
+    )
+    assert float(found.error_HB.mean()) > 0.04 + STD**2
 
 
 def test_columns_within_a_deviation_are_counted() -> None:

@@ -112,7 +112,7 @@ def test_rows_take_steps_apart_and_together() -> None:
     error = torch.rand(5, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     penalty = error.clone()
     penalty[4] = -error[4]  # at the last step the larger the error, the smaller
-    rows = lab.lab_rows(0, "expert", True, 7, Judged(error, dict.fromkeys(PENALTIES, penalty), {}))
+    rows = lab.lab_rows(0, "expert", True, 7, Judged(error, error, dict.fromkeys(PENALTIES, penalty), {}))
     found = {row.step: row.spearman for row in rows if row.penalty == "loo_kl"}
     assert (found[1], found[5]) == (pytest.approx(1.0), pytest.approx(-1.0))
     assert -1 < found[0] < 1
