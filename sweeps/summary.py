@@ -22,7 +22,7 @@ from sweeps.study import State, TrialRecord
 FAILURE = "failure"  # what a trial keeps: why it failed, or why its parameters were refused
 COLLAPSING = "run_collapsing"  # what a trial keeps: run key -> mean Q over an expert's value, of the collapsing runs
 
-_MOST, _MOST_RESAMPLED = 2000, 500  # trials that importances are worked out of, and resampled
+_MOST, _MOST_RESAMPLED = 1000, 500  # trials that importances are worked out of, and resampled
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def parameter_importances(
     understates it.
 
     Args:
-        records: of the study; of more than 2,000 complete trials, that many drawn at random count.
+        records: of the study; of more than 1,000 complete trials, that many drawn at random count.
         space: of the study.
         direction: maximize or minimize.
         min_trials: complete trials below which the answer would be noise.

@@ -22,7 +22,9 @@ from sweeps.spec import StudySpec
 from sweeps.study import LOCK_FILE, Study
 from tests.sweeps.test_plots_study import Again
 
-ABOUT = About("ravl", "tiny", "score", "whose pair", "mean return 3.0", 5, "/work", "sqlite:///x.db", 2.0)
+ABOUT = About(
+    "ravl", "tiny", "score", "whose pair", "mean return 3.0", 5, "/work", "sqlite:///x.db", price_per_hour=2.0
+)
 SPACE = {
     "method.eta": {"type": "float", "low": 0.1, "high": 10.0, "log": True},
     "method.kind": {"type": "categorical", "choices": ["a", "b"]},
@@ -47,9 +49,9 @@ def make_study(workdir: Path, trials: int, finished: int) -> Path:
     return folder
 
 
-def shown(workdir: Path, **options: Any) -> str:
+def shown(workdir: Path, name: str = "made", **options: Any) -> str:
     text = io.StringIO()
-    reading.show("made", workdir, Console(file=text, width=200), **options)
+    reading.show(name, workdir, Console(file=text, width=200), **options)
     return text.getvalue()
 
 
@@ -82,11 +84,9 @@ def test_running_stopped_and_empty_studies(tmp_path: Path):
     assert "last driven by process 1 on another-machine" in shown(tmp_path)
     with Study.create(tmp_path / "studies" / "empty", StudySpec("empty", SPACE, num_trials=3)):
         ABOUT.save(tmp_path / "studies" / "empty")
-    text = io.StringIO()
-    reading.show("empty", tmp_path, Console(file=text, width=200))
-    assert "0 of 3 trials ended" in text.getvalue()
-    reading.show("empty", tmp_path, Console(file=(text := io.StringIO())), as_json=True)
-    assert json.loads(text.getvalue())["best"] is None
+    empty = shown(tmp_path, name="empty")
+    assert "0 of 3 trials ended" in empty
+    assert json.loads(shown(tmp_path, name="empty", as_json=True))["best"] is None
 
 
 def test_failures_and_confirmations_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
