@@ -17,6 +17,7 @@ from rich.console import Console
 from envs.errors import UserError
 from orchestrator import reading
 from orchestrator.cli import main
+from orchestrator.config import check_space, load_config
 from orchestrator.reading import About
 from sweeps.spec import StudySpec
 from sweeps.study import LOCK_FILE, Study
@@ -177,3 +178,11 @@ def test_a_shipped_study_is_found_by_its_name(
     assert main(["sweep", "dmeo", "--workdir", str(workdir)]) == 2
     line = capsys.readouterr().err
     assert "no such study comes with offsweep; known: demo, edge-of-reach" in line
+
+
+def test_the_study_of_the_docs_can_be_run():
+    text = (Path(__file__).parents[2] / "docs" / "studies.md").read_text()
+    block = text.split("```yaml\n# study.yaml\n")[1].split("```")[0]
+    config = load_config([yaml.safe_load(block)], [])
+    spec = check_space(config)
+    assert (spec.name, spec.num_trials, len(spec.space)) == ("first-study", 24, 3)
