@@ -310,8 +310,8 @@ def print_study(console: Console, study: Study, records: Sequence[TrialRecord], 
         mean = f"mean return {sum(returns) / len(returns):.1f} " if returns else ""
         _say(
             console, "best trial",
-            f"{mean}({unit} {best.value:.1f}) over {len(returns)} seeds x {about.episodes} episodes; trial "
-            f"{best.number}: {show_params(best.active) or 'as configured'}",
+            f"{mean}({unit} {best.value:.1f}) over {len(best.attrs.get('run_values', {}))} seeds x {about.episodes} "
+            f"episodes; trial {best.number}: {show_params(best.active) or 'as configured'}",
         )  # fmt: skip
     _print_confirmed(console, confirmed_trials(study.folder), unit)
     _print_history(console, records, spec.direction, unit)
@@ -414,7 +414,9 @@ def _print_parameters(
     for key in order:
         parameter = space.parameters[key]
         values = [record.active[key] for record in best if key in record.active]
-        found = sorted(set(map(str, values))) if parameter.type == "categorical" else _ends(values)
+        found = _ends(values)
+        if parameter.type == "categorical":
+            found = [str(choice) for choice in parameter.choices if choice in values]
         cells: list[Any] = [names[key]]
         if importances:
             cells += [f"{importances[key]:.0%}", Bar(1.0, 0.0, importances[key], width=16)]
@@ -422,32 +424,37 @@ def _print_parameters(
     console.print(table)
 
 
-def _ends(values: Sequence[float]) -> list[str]:
-    low, high = (f"{end:.3g}" for end in (min(values), max(values))) if values else ("", "")
-    return [low if low == high else f"{low} to {high}"] if values else []
+def _ends(values: Sequence[Any]) -> list[str]:
+    """From the least to the largest, where they are numbers."""
+    numbers = [value for value in values if isinstance(value, int | float)]
+    if not numbers:
+        return []
+    low, high = f"{min(numbers):.3g}", f"{max(numbers):.3g}"
+    return [low if low == high else f"{low} to {high}"]
 
 
 def _print_cost(console: Console, cost: Cost, about: About, label: str = "cost") -> None:
     about_text = "" if cost.exact else "about "
     saved = cost.updates_saved / max(1, cost.updates + cost.updates_saved)
-    pruning = f" (pruning saved {saved:.0%})" if cost.updates_saved else ""
+    stopping = f" (stopping early saved {saved:.0%})" if cost.updates_saved else ""
     money, price = _money(cost, about), ""
     if money is not None:
         price = f", {money:.2f} at {about.price_per_hour:g} an hour"
     _say(
         console, label,
         f"{duration(cost.wall_seconds)} from first to last, {cost.pack_seconds / 3600:.2f} hours of packs{price}; "
-        f"{about_text}{cost.updates:,} updates{pruning}, {about_text}{cost.online_episodes:,} online episodes",
+        f"{about_text}{cost.updates:,} updates{stopping}, {about_text}{cost.online_episodes:,} online episodes",
     )  # fmt: skip
 
 
 def _print_next(console: Console, study: Study, about: About, best: TrialRecord | None, state: str) -> None:
+    # Optuna's pages get a copy: what is pressed in them is written to the file that they have open
+    journal, copy = study.folder / JOURNAL_FILE, f"{study.spec.name}.log"
     console.print("next:")
     for line in (
         *([f"offsweep resume {study.spec.name} --workdir {about.workdir}"] if state == "stopped" else []),
         f"offsweep ui --workdir {about.workdir}    # MLflow: experiment {study.spec.name!r}",
-        # a copy: what is pressed in those pages is written to the file that they have open
-        f"cp {study.folder / JOURNAL_FILE} {study.spec.name}.log && optuna-dashboard {study.spec.name}.log",
+        *([f"cp {journal} {copy} && optuna-dashboard {copy}"] if journal.exists() else []),
     ):
         console.print(f"  {line}", highlight=False, soft_wrap=True)
     run = next(iter(best.attrs.get("run_values", {})), None) if best else None

@@ -232,7 +232,7 @@ class Cost:
     wall_seconds: float  # from the first trial asked for to the last one told, or until now
     pack_seconds: float  # the same of every pack, summed: what its slot was occupied, waits included
     updates: int  # gradient updates of all runs
-    updates_saved: int  # that pruning left out
+    updates_saved: int  # that trials did without which were pruned or not given all seeds
     online_episodes: int  # in the real environment, those for the pruner included
     exact: bool  # False: updates and episodes of some trials, made before these were kept, follow from their reports
 
@@ -311,7 +311,7 @@ def study_cost(
         reported = max(record.intermediate, default=0) * trained
         spent = reported if kept["updates"] is None else int(kept["updates"])
         updates += spent
-        if record.state == "pruned":
+        if record.state == "pruned" or (record.state == "complete" and not record.diverged and trained < seeds):
             saved += max(0, seeds * total_steps - spent)
         evaluated = len(record.intermediate) * trained * episodes
         online += evaluated if kept["online_episodes"] is None else int(kept["online_episodes"])

@@ -67,7 +67,7 @@ def test_a_finished_study(tmp_path: Path):
     assert "importance" in text
     assert "0.1 to 10.0" in text
     # 24 trials x 2 seeds x 5 updates, of which the pruned one was to make 5 more of each seed
-    assert "about 240 updates (pruning saved 4%), about 240 online episodes" in text
+    assert "about 240 updates (stopping early saved 4%), about 240 online episodes" in text
     assert "hours of packs, 0.00 at 2 an hour" in text
     assert shown(tmp_path).count("complete") == 24  # 23 rows, and their number
 
@@ -110,7 +110,7 @@ def test_failures_and_confirmations_are_told(tmp_path: Path, monkeypatch: pytest
 
 
 def test_machines_get_everything(tmp_path: Path):
-    make_study(tmp_path, 24, 24)
+    folder = make_study(tmp_path, 24, 24)
     machine = json.loads(shown(tmp_path, as_json=True))
     assert (machine["state"], machine["counts"]) == ("finished", {"complete": 23, "pruned": 1})
     assert (machine["best"]["trial"], machine["best"]["value"]) == (22, 22.0)
@@ -119,6 +119,8 @@ def test_machines_get_everything(tmp_path: Path):
     assert machine["cost"]["updates_saved"] == 10
     assert len(machine["trials"]) == 24
     assert machine["trials"][0]["intermediate"] == {"5": 22.0}
+    (folder / "importances.json").write_text('{"method.kind": 0.8, "method.eta": 0.2}')  # kept at its end
+    assert json.loads(shown(tmp_path, as_json=True))["importances"] == {"method.kind": 0.8, "method.eta": 0.2}
     assert [row["number"] for row in json.loads(shown(tmp_path, as_json=True, top=2))["trials"]] == [22, 21]
 
 
