@@ -91,8 +91,10 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("--figures", type=Path, metavar="FOLDER", help="draw the study's figures there, as PNG files")
     add_workdir(show)
 
-    text = "Serve MLflow's pages for the runs in the work folder. Optuna's pages of a study's trials are "
-    ui = add("ui", f"{text}`optuna-dashboard WORKDIR/studies/NAME/journal.log` (pip install -e '.[dashboard]').")
+    ui = add(
+        "ui", "Serve MLflow's pages for the runs in the work folder. Optuna's pages of a study's trials: copy "
+        "studies/NAME/journal.log and open the copy with optuna-dashboard (pip install -e '.[dashboard]').",
+    )  # fmt: skip
     ui.add_argument("--host", default="127.0.0.1")
     ui.add_argument("--port", type=int, default=5000)
     add_workdir(ui)

@@ -38,7 +38,7 @@ from orchestrator.plan import choose_packing, duration, make_plan, print_plan
 from orchestrator.population import check_population, keep_population
 from orchestrator.profiling import TABLE, TRACE
 from orchestrator.progress import shown
-from orchestrator.reading import about_study, save_figures, show_params
+from orchestrator.reading import IMPORTANCES_FILE, about_study, save_figures, show_params
 from orchestrator.schedule import check_schedule
 from orchestrator.selection import keep_report, play_bandit
 from orchestrator.spool import RunInfo, RunSpool, check_run_key
@@ -429,8 +429,8 @@ def _conclude(spool: RunSpool, study: Study, unit: str) -> None:
     for path in save_figures(study, records, unit, study.folder / "plots"):
         spool.artifact(path, "plots")
     if study.space.parameters and (importances := parameter_importances(records, study.space, direction)):
-        save_json(study.folder / "importances.json", importances)
-        spool.artifact(study.folder / "importances.json")
+        save_json(study.folder / IMPORTANCES_FILE, importances)
+        spool.artifact(study.folder / IMPORTANCES_FILE)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["rank", "trial", "state", unit, "collapsing", "hyperparameters"])

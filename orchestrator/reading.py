@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from envs.files import write_atomically
 from sweeps.confirm import FOLDER as CONFIRM_FOLDER
 from sweeps.confirm import Confirmation, confirmations
 from sweeps.plots_study import study_figures
+from sweeps.selection import SelectionReport, report_lines
 from sweeps.study import JOURNAL_FILE, LOCK_FILE, SPEC_FILE, Study, TrialRecord
 from sweeps.summary import (
     Cost,
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from orchestrator.config import Config
 
 ABOUT_FILE = "about.json"
+IMPORTANCES_FILE = "importances.json"
 TOP = 30  # rows of the table, unless asked otherwise
 _NAMED = 8  # trials that a sentence names
 
@@ -64,6 +67,7 @@ class About:
     episodes: int  # of an evaluation
     workdir: str
     store: str  # of MLflow
+    episode_unit: str = "score"  # what the value of a policy's episodes is called
     price_per_hour: float | None = None  # of a pack, in any currency
 
     def save(self, folder: Path) -> None:
@@ -79,6 +83,7 @@ def about_study(config: Config, dataset: Dataset, store: str, on_gpu: bool | Non
         store: of MLflow.
         on_gpu: whether its packs are; None: not known, and so there is no price.
     """
+    from envs.scores import reference_scores
     from orchestrator.display import score_label, value_unit
     from orchestrator.learner import evaluation_env
 
@@ -95,7 +100,8 @@ def about_study(config: Config, dataset: Dataset, store: str, on_gpu: bool | Non
         price = compute.price_per_cpu_hour * (compute.threads + compute.num_rollout_workers + compute.num_evaluators)
     return About(
         config.method_name, config.dataset, value_unit(config, dataset), score_label(config, dataset), data,
-        config.evaluation.episodes, config.workdir, store, price,
+        config.evaluation.episodes, config.workdir, store,
+        "return" if reference_scores(evaluation_env(config, dataset)) is None else "score", price,
     )  # fmt: skip
 
 
@@ -171,8 +177,7 @@ def save_figures(study: Study, records: Sequence[TrialRecord], unit: str, folder
         for name, draw in study_figures(
             records, space, direction, unit, study.spec.total_steps, importances, confirmations(study.folder)
         ).items():
-            figure = draw()
-            write_atomically(folder / name, lambda path, figure=figure: figure.savefig(path, format="png", dpi=120))
+            write_atomically(folder / name, partial(draw().savefig, format="png", dpi=120))
             drawn.append(folder / name)
     except OSError as error:
         raise UserError(f"cannot write figures to {folder}: {error.strerror}; choose another folder") from error
@@ -214,10 +219,11 @@ def to_json(study: Study, records: Sequence[TrialRecord], about: About, top: int
     Args:
         top: trials at most, best first; None: all.
     """
-    spec, best = study.spec, study.best
+    spec = study.spec
     by_number = {record.number: record for record in records}
     course = history(records, spec.direction)
     rows = trial_rows(records, spec.direction)
+    best, state = _best(study, records, rows), study_state(study, records)
     confirm = _confirm_study(study.folder)
     return {
         "name": spec.name,
@@ -226,7 +232,7 @@ def to_json(study: Study, records: Sequence[TrialRecord], about: About, top: int
         "unit": about.unit,
         "label": about.label,
         "data": about.data,
-        "state": study_state(study, records),
+        "state": state,
         "num_trials": spec.num_trials,
         "seeds_per_trial": spec.seeds_per_trial,
         "counts": state_counts(records),
@@ -239,12 +245,13 @@ def to_json(study: Study, records: Sequence[TrialRecord], about: About, top: int
              "interval": None if math.isnan(one.interval[0]) else list(one.interval), "diverged": one.diverged}
             for one in confirmations(study.folder)
         ],
-        "importances": parameter_importances(records, study.space, spec.direction) if study.space.parameters else None,
+        "importances": _importances(study, records, state),
         "history": [
             {"trial": int(number), "value": float(value), "best": float(least)}
             for number, value, least in zip(course.numbers, course.values, course.best, strict=True)
         ],
         "cost": {**asdict(cost := _cost(study, records, about)), "money": _money(cost, about)},
+        "selection": None if (kept := SelectionReport.load(study.folder)) is None else kept.to_json(),
         "confirm_cost": None if confirm is None else asdict(_cost(confirm, confirm.trials(), about)),
         "running": [asdict(trial) for trial in running_trials(records, spec.total_steps)],
         "failures": [{"reason": reason, "trials": numbers} for reason, numbers in failures(records).items()],
@@ -259,11 +266,12 @@ def to_json(study: Study, records: Sequence[TrialRecord], about: About, top: int
 def print_study(console: Console, study: Study, records: Sequence[TrialRecord], about: About, top: int) -> None:
     """The table of trials, the best setting beside the data it learned from, what decided, what it took, and what to
     open next."""
-    spec, unit, best = study.spec, about.unit, study.best
+    spec, unit = study.spec, about.unit
     state = study_state(study, records)
     counts = ", ".join(f"{count} {name}" for name, count in state_counts(records).items())
     ended = sum(record.finished is not None for record in records)
     rows = trial_rows(records, spec.direction)
+    best = _best(study, records, rows)
     if rows:
         console.print(_table(rows[:top], {record.number: record for record in records}, about, spec.name))
         if len(rows) > top:
@@ -279,8 +287,8 @@ def print_study(console: Console, study: Study, records: Sequence[TrialRecord], 
         mean = f"mean return {sum(returns) / len(returns):.1f} " if returns else ""
         _say(
             console, "best trial",
-            f"{mean}({unit} {best.value:.1f}) over {len(returns)} seeds x {about.episodes} episodes; trial "
-            f"{best.number}: {show_params(best.active) or 'as configured'}",
+            f"{mean}({unit} {best.value:.1f}) over {len(best.attrs.get('run_values', {}))} seeds x {about.episodes} "
+            f"episodes; trial {best.number}: {show_params(best.active) or 'as configured'}",
         )  # fmt: skip
     _print_confirmed(console, confirmations(study.folder), unit)
     _print_history(console, records, spec.direction, unit)
@@ -288,11 +296,14 @@ def print_study(console: Console, study: Study, records: Sequence[TrialRecord], 
     for reason, numbers in failures(records).items():
         trials = f"trial{'s' * (len(numbers) > 1)} {_some(numbers)}"
         console.print(f"[yellow]failed:[/yellow]     {trials}: {reason}", highlight=False, markup=True)
-    _print_parameters(console, study, records)
+    _print_parameters(console, study, records, _importances(study, records, state))
     if records:
         _print_cost(console, _cost(study, records, about), about)
         if (confirm := _confirm_study(study.folder)) is not None:
             _print_cost(console, _cost(confirm, confirm.trials(), about), about, "confirming")
+    selection = SelectionReport.load(study.folder)
+    for sentence in [] if selection is None else report_lines(selection, about.episode_unit):
+        _say(console, "selection", sentence)
     _print_next(console, study, about, best, state)
 
 
@@ -345,16 +356,31 @@ def _print_running(console: Console, study: Study, records: Sequence[TrialRecord
         _say(console, "", f"and {len(under_way) - _NAMED} more")
 
 
-def _print_parameters(console: Console, study: Study, records: Sequence[TrialRecord]) -> None:
+def _best(study: Study, records: Sequence[TrialRecord], rows: Sequence[TrialRow]) -> TrialRecord | None:
+    ranked = rows[0].number if rows and rows[0].rank else None
+    return study.best if ranked is None else next(record for record in records if record.number == ranked)
+
+
+def _importances(study: Study, records: Sequence[TrialRecord], state: str) -> dict[str, float] | None:
+    """Those that a finished study has kept: what works them out takes seconds to load."""
+    kept = study.folder / IMPORTANCES_FILE
+    if state in ("finished", "confirming") and kept.exists():
+        found: dict[str, float] = json.loads(kept.read_text())
+        return found
+    return parameter_importances(records, study.space, study.spec.direction) if study.space.parameters else None
+
+
+def _print_parameters(
+    console: Console, study: Study, records: Sequence[TrialRecord], importances: Mapping[str, float] | None
+) -> None:
     """What decided, and what the best trials have in common."""
     direction, space = study.spec.direction, study.space
     done = results(records)
     if not space.parameters or len(done) < 3:
         return
-    importances = parameter_importances(records, space, direction)
     order = list(importances or space.parameters)
     sign = -1.0 if direction == "maximize" else 1.0
-    best = sorted(done, key=lambda record: sign * (record.value or 0.0))[: max(3, len(done) // 10)]
+    best = sorted(done, key=lambda record: sign * (record.value or 0.0))[: max(3, min(10, len(done) // 10))]
     names = short_names(order)
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("parameter")
@@ -366,7 +392,9 @@ def _print_parameters(console: Console, study: Study, records: Sequence[TrialRec
     for key in order:
         parameter = space.parameters[key]
         values = [record.active[key] for record in best if key in record.active]
-        found = sorted(set(map(str, values))) if parameter.type == "categorical" else _ends(values)
+        found = _ends(values)
+        if parameter.type == "categorical":
+            found = [str(choice) for choice in parameter.choices if choice in values]
         cells: list[Any] = [names[key]]
         if importances:
             cells += [f"{importances[key]:.0%}", Bar(1.0, 0.0, importances[key], width=16)]
@@ -374,31 +402,37 @@ def _print_parameters(console: Console, study: Study, records: Sequence[TrialRec
     console.print(table)
 
 
-def _ends(values: Sequence[float]) -> list[str]:
-    low, high = (f"{end:.3g}" for end in (min(values), max(values))) if values else ("", "")
-    return [low if low == high else f"{low} to {high}"] if values else []
+def _ends(values: Sequence[Any]) -> list[str]:
+    """From the least to the largest, where they are numbers."""
+    numbers = [value for value in values if isinstance(value, int | float)]
+    if not numbers:
+        return []
+    low, high = f"{min(numbers):.3g}", f"{max(numbers):.3g}"
+    return [low if low == high else f"{low} to {high}"]
 
 
 def _print_cost(console: Console, cost: Cost, about: About, label: str = "cost") -> None:
     about_text = "" if cost.exact else "about "
     saved = cost.updates_saved / max(1, cost.updates + cost.updates_saved)
-    pruning = f" (pruning saved {saved:.0%})" if cost.updates_saved else ""
+    stopping = f" (stopping early saved {saved:.0%})" if cost.updates_saved else ""
     money, price = _money(cost, about), ""
     if money is not None:
         price = f", {money:.2f} at {about.price_per_hour:g} an hour"
     _say(
         console, label,
         f"{duration(cost.wall_seconds)} from first to last, {cost.pack_seconds / 3600:.2f} hours of packs{price}; "
-        f"{about_text}{cost.updates:,} updates{pruning}, {about_text}{cost.online_episodes:,} online episodes",
+        f"{about_text}{cost.updates:,} updates{stopping}, {about_text}{cost.online_episodes:,} online episodes",
     )  # fmt: skip
 
 
 def _print_next(console: Console, study: Study, about: About, best: TrialRecord | None, state: str) -> None:
+    # Optuna's pages get a copy: what is pressed in them is written to the file that they have open
+    journal, copy = study.folder / JOURNAL_FILE, f"{study.spec.name}.log"
     console.print("next:")
     for line in (
         *([f"offsweep resume {study.spec.name} --workdir {about.workdir}"] if state == "stopped" else []),
         f"offsweep ui --workdir {about.workdir}    # MLflow: experiment {study.spec.name!r}",
-        f"optuna-dashboard {study.folder / JOURNAL_FILE}    # the same trials in Optuna's pages",
+        *([f"cp {journal} {copy} && optuna-dashboard {copy}"] if journal.exists() else []),
     ):
         console.print(f"  {line}", highlight=False, soft_wrap=True)
     run = next(iter(best.attrs.get("run_values", {})), None) if best else None

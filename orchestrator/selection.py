@@ -21,7 +21,7 @@ from orchestrator.learner import evaluation_env
 from orchestrator.spool import RunSpool
 from orchestrator.workers import PolicyArrays, evaluate
 from sweeps.plots_selection import online_budget_figure
-from sweeps.selection import PULLS_FILE, Pull, best_trials, next_arm, read_pulls, selection_report
+from sweeps.selection import PULLS_FILE, REPORT_FILE, Pull, best_trials, next_arm, read_pulls, selection_report
 from sweeps.study import Study
 
 FIRST_SEED = 1_000_000  # beyond evaluation.first_seed: episodes that no evaluation has seen
@@ -80,8 +80,8 @@ def keep_report(spool: RunSpool, study: Study, unit: str) -> None:
     report = selection_report(study.folder, study.trials())
     if report is None:
         return
-    save_json(study.folder / "online_budget.json", report.to_json())
-    spool.artifact(study.folder / "online_budget.json")
+    save_json(study.folder / REPORT_FILE, report.to_json())
+    spool.artifact(study.folder / REPORT_FILE)
     spool.set_tags({"online_episodes": str(report.search_episodes + report.pulls)})
     if report.eop:
         figure, path = online_budget_figure(report, unit), study.folder / "online_budget.png"

@@ -172,7 +172,9 @@ def curves_figure(records: Sequence[TrialRecord], direction: str, value_name: st
         axes.add_collection(LineCollection(lines, colors=color, linewidths=width, alpha=alpha, linestyles=style))
         ends = [line[-1] for line in lines]
         if marker:
-            axes.scatter(*zip(*ends, strict=True), marker=marker, s=18, color=color, alpha=min(1.0, 2 * alpha))
+            axes.scatter(
+                [x for x, _ in ends], [y for _, y in ends], marker=marker, s=18, color=color, alpha=min(1.0, 2 * alpha)
+            )
         axes.plot([], [], style, color=color, marker=marker, markersize=4, label=kind)
     if best is not None and best.intermediate:
         axes.plot(
@@ -249,16 +251,17 @@ def parallel_figure(
         dot_colors += [color] * len(points)
     axes.add_collection(LineCollection(lines, colors=line_colors, linewidths=1.1, zorder=2))
     if dots:
-        axes.scatter(*zip(*dots, strict=True), s=14, color=dot_colors, zorder=2)
+        axes.scatter([x for x, _ in dots], [y for _, y in dots], s=14, color=dot_colors, zorder=2)
     if best is not None:
         segments, points = pieces(best)
-        for color, width in (("black", 4.0), (_COLORS["best"], 2.6)):
-            axes.add_collection(LineCollection(segments, colors=color, linewidths=width, zorder=3))
+        for edge, width in (("black", 4.0), (_COLORS["best"], 2.6)):
+            axes.add_collection(LineCollection(segments, colors=edge, linewidths=width, zorder=3))
         if points:
-            axes.scatter(*zip(*points, strict=True), s=46, color=_COLORS["best"], edgecolor="black", zorder=3)
+            across, up = [x for x, _ in points], [y for _, y in points]
+            axes.scatter(across, up, s=46, color=_COLORS["best"], edgecolor="black", zorder=3)
     stars = [record for record in done if record.number in confirmed]
     if stars:
-        heights = [places(record)[-1] for record in stars]
+        heights = [(value_of(record) - low) / (high - low) for record in stars]
         axes.scatter(
             [len(keys)] * len(stars), heights, marker="*", s=130, color=_COLORS["confirmed"], edgecolor="white",
             linewidth=0.6, zorder=6, label="confirmed", clip_on=False,
@@ -359,7 +362,15 @@ def pair_figure(
             for p in parameters
         ]
         axes.scatter(
-            *places, c=values, cmap=scale.cmap, norm=scale.norm, s=34, edgecolor="white", linewidth=0.6, zorder=3
+            places[0],
+            places[1],
+            c=values,
+            cmap=scale.cmap,
+            norm=scale.norm,
+            s=34,
+            edgecolor="white",
+            linewidth=0.6,
+            zorder=3,
         )
         best = _best(shown, direction)
         if best is not None:
@@ -370,7 +381,8 @@ def pair_figure(
             )  # fmt: skip
             axes.legend(fontsize="small")
         figure.colorbar(scale, ax=axes, label=value_name)
-    for parameter, which in zip(parameters, ("x", "y"), strict=True):
+    sides: tuple[Literal["x", "y"], ...] = ("x", "y")
+    for parameter, which in zip(parameters, sides, strict=True):
         if parameter.type == "categorical":
             _name_choices(axes, parameter, which)
         else:

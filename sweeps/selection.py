@@ -27,6 +27,7 @@ FloatArray = NDArray[np.float64]
 ALPHA = 2.0  # of the UCB bonus
 ARMS, PULLS, REPEATS = 8, 200, 1_000
 REGRETS = (1, 3, 5)  # k of regret@k
+REPORT_FILE = "online_budget.json"  # of a study's folder, once it has ended
 PULLS_FILE = "selection.jsonl"  # of a study's folder: the episodes of the bandit of kind=hybrid
 _RESAMPLES = 1_000
 _STEPS_KEPT = (1, 2, 3, 5, 8, 10, 15, 20, 30, 50, 75, 100, 150, 200)  # pulls at which a curve is told
@@ -232,6 +233,18 @@ class SelectionReport:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def load(cls, study_folder: Path) -> SelectionReport | None:
+        """What was kept of a study that has ended; None before."""
+        try:
+            kept = json.loads((study_folder / REPORT_FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        bandit = None if kept["bandit"] is None else BanditCurve(**kept["bandit"])
+        eop = [(n, value) for n, value in kept["eop"]]
+        regret = {int(k): value for k, value in kept["regret"].items()}
+        return cls(**{**kept, "bandit": bandit, "eop": eop, "regret": regret})
 
 
 def stored_policies(study_folder: Path, records: Sequence[TrialRecord], metric: str = SCORE) -> list[StoredPolicy]:

@@ -21,7 +21,7 @@ from sweeps.study import State, TrialRecord
 FAILURE = "failure"  # what a trial keeps: why it failed, or why its parameters were refused
 COLLAPSING = "run_collapsing"  # what a trial keeps: run key -> mean Q over an expert's value, of the collapsing runs
 
-_MOST, _MOST_RESAMPLED = 2000, 500  # trials that importances are worked out of, and resampled
+_MOST, _MOST_RESAMPLED = 1000, 500  # trials that importances are worked out of, and resampled
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def parameter_importances(
     understates it.
 
     Args:
-        records: of the study; of more than 2,000 complete trials, that many drawn at random count.
+        records: of the study; of more than 1,000 complete trials, that many drawn at random count.
         space: of the study.
         direction: maximize or minimize.
         min_trials: complete trials below which the answer would be noise.
@@ -203,7 +203,7 @@ class Cost:
     wall_seconds: float  # from the first trial asked for to the last one told, or until now
     pack_seconds: float  # the same of every pack, summed: what its slot was occupied, waits included
     updates: int  # gradient updates of all runs
-    updates_saved: int  # that pruning left out
+    updates_saved: int  # that trials did without which were pruned or not given all seeds
     online_episodes: int  # in the real environment, those for the pruner included
     exact: bool  # False: updates and episodes of some trials, made before these were kept, follow from their reports
 
@@ -282,7 +282,7 @@ def study_cost(
         reported = max(record.intermediate, default=0) * trained
         spent = reported if kept["updates"] is None else int(kept["updates"])
         updates += spent
-        if record.state == "pruned":
+        if record.state == "pruned" or (record.state == "complete" and not record.diverged and trained < seeds):
             saved += max(0, seeds * total_steps - spent)
         evaluated = len(record.intermediate) * trained * episodes
         online += evaluated if kept["online_episodes"] is None else int(kept["online_episodes"])

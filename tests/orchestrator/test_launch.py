@@ -17,6 +17,7 @@ from envs.errors import UserError
 from orchestrator import launch, reading
 from orchestrator.cli import main
 from orchestrator.config import Config, load_config, to_dict
+from orchestrator.spool import read_records
 from sweeps.study import Study
 from tests.orchestrator.studies import ScriptedSlots, configured, quiet
 
@@ -96,6 +97,28 @@ def test_a_study_is_shown_while_it_has_a_driver(workdir: Path):
         reading.show("killed", workdir, Console(file=text, width=200))
     assert "best trial:" in text.getvalue()
     assert "3.0" not in text.getvalue()  # three trials: 0, 1, 2
+
+
+@pytest.mark.usefixtures("scripted")
+def test_a_study_that_has_ended_leaves_what_reading_it_needs(workdir: Path):
+    folder = launch.start(configured(workdir, "compute.price_per_cpu_hour=3"), quiet()).study.folder
+    assert sorted(path.name for path in (folder / "plots").iterdir())[:3] == [
+        "curves.png",
+        "history.png",
+        "parallel.png",
+    ]
+    logged = [one for one, _ in read_records(folder / "spool" / "study.jsonl") if one]
+    tags = {key: value for one in logged if one["type"] == "tags" for key, value in one["tags"].items()}
+    assert (tags["best_trial"], tags["trials"]) == ("2", "3 complete")
+    assert "eta=" in tags["best_params"]
+    sent = [Path(one["path"]).name for one in logged if one["type"] == "artifact" and one["artifact_path"] == "plots"]
+    assert "parallel.png" in sent
+    # neither the dataset nor the configuration is read again
+    (folder / "config.yaml").unlink()
+    text = io.StringIO()
+    reading.show("killed", workdir, Console(file=text, width=200))
+    assert "best trial:" in text.getvalue()
+    assert "at 3 an hour" in text.getvalue()
 
 
 def test_a_study_that_was_killed_before_it_began_says_so(workdir: Path):

@@ -17,12 +17,15 @@ from rich.console import Console
 from envs.errors import UserError
 from orchestrator import reading
 from orchestrator.cli import main
+from orchestrator.config import check_space, load_config
 from orchestrator.reading import About
 from sweeps.spec import StudySpec
 from sweeps.study import LOCK_FILE, Study
 from tests.sweeps.test_plots_study import Again
 
-ABOUT = About("ravl", "tiny", "score", "whose pair", "mean return 3.0", 5, "/work", "sqlite:///x.db", 2.0)
+ABOUT = About(
+    "ravl", "tiny", "score", "whose pair", "mean return 3.0", 5, "/work", "sqlite:///x.db", price_per_hour=2.0
+)
 SPACE = {
     "method.eta": {"type": "float", "low": 0.1, "high": 10.0, "log": True},
     "method.kind": {"type": "categorical", "choices": ["a", "b"]},
@@ -47,9 +50,9 @@ def make_study(workdir: Path, trials: int, finished: int) -> Path:
     return folder
 
 
-def shown(workdir: Path, **options: Any) -> str:
+def shown(workdir: Path, name: str = "made", **options: Any) -> str:
     text = io.StringIO()
-    reading.show("made", workdir, Console(file=text, width=200), **options)
+    reading.show(name, workdir, Console(file=text, width=200), **options)
     return text.getvalue()
 
 
@@ -64,7 +67,7 @@ def test_a_finished_study(tmp_path: Path):
     assert "importance" in text
     assert "0.1 to 10.0" in text
     # 24 trials x 2 seeds x 5 updates, of which the pruned one was to make 5 more of each seed
-    assert "about 240 updates (pruning saved 4%), about 240 online episodes" in text
+    assert "about 240 updates (stopping early saved 4%), about 240 online episodes" in text
     assert "hours of packs, 0.00 at 2 an hour" in text
     assert shown(tmp_path).count("complete") == 24  # 23 rows, and their number
 
@@ -82,11 +85,9 @@ def test_running_stopped_and_empty_studies(tmp_path: Path):
     assert "last driven by process 1 on another-machine" in shown(tmp_path)
     with Study.create(tmp_path / "studies" / "empty", StudySpec("empty", SPACE, num_trials=3)):
         ABOUT.save(tmp_path / "studies" / "empty")
-    text = io.StringIO()
-    reading.show("empty", tmp_path, Console(file=text, width=200))
-    assert "0 of 3 trials ended" in text.getvalue()
-    reading.show("empty", tmp_path, Console(file=(text := io.StringIO())), as_json=True)
-    assert json.loads(text.getvalue())["best"] is None
+    empty = shown(tmp_path, name="empty")
+    assert "0 of 3 trials ended" in empty
+    assert json.loads(shown(tmp_path, name="empty", as_json=True))["best"] is None
 
 
 def test_failures_and_confirmations_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -94,7 +95,7 @@ def test_failures_and_confirmations_are_told(tmp_path: Path, monkeypatch: pytest
     with Study.open(folder) as study:
         study.tell_failed(2, "no room")
     confirmed = [Again(1, 1.0, (0.5, 0.25), (-1.25, 2.0)), Again(0, 0.0, (-3.0,), diverged=True)]
-    monkeypatch.setattr(reading, "confirmed_trials", lambda _: confirmed)
+    monkeypatch.setattr(reading, "confirmations", lambda _: confirmed)
     text = shown(tmp_path)
     assert "failed:     trial 2: no room" in text
     line = "confirmed:  trial 1: searched 1.0 / confirmed 0.4 (-1.2 to 2.0) score, 2 fresh seeds: 0.5 0.2"
@@ -109,7 +110,7 @@ def test_failures_and_confirmations_are_told(tmp_path: Path, monkeypatch: pytest
 
 
 def test_machines_get_everything(tmp_path: Path):
-    make_study(tmp_path, 24, 24)
+    folder = make_study(tmp_path, 24, 24)
     machine = json.loads(shown(tmp_path, as_json=True))
     assert (machine["state"], machine["counts"]) == ("finished", {"complete": 23, "pruned": 1})
     assert (machine["best"]["trial"], machine["best"]["value"]) == (22, 22.0)
@@ -118,6 +119,8 @@ def test_machines_get_everything(tmp_path: Path):
     assert machine["cost"]["updates_saved"] == 10
     assert len(machine["trials"]) == 24
     assert machine["trials"][0]["intermediate"] == {"5": 22.0}
+    (folder / "importances.json").write_text('{"method.kind": 0.8, "method.eta": 0.2}')  # kept at its end
+    assert json.loads(shown(tmp_path, as_json=True))["importances"] == {"method.kind": 0.8, "method.eta": 0.2}
     assert [row["number"] for row in json.loads(shown(tmp_path, as_json=True, top=2))["trials"]] == [22, 21]
 
 
@@ -177,3 +180,11 @@ def test_a_shipped_study_is_found_by_its_name(
     assert main(["sweep", "dmeo", "--workdir", str(workdir)]) == 2
     line = capsys.readouterr().err
     assert "no such study comes with offsweep; known: demo, edge-of-reach" in line
+
+
+def test_the_study_of_the_docs_can_be_run():
+    text = (Path(__file__).parents[2] / "docs" / "studies.md").read_text()
+    block = text.split("```yaml\n# study.yaml\n")[1].split("```")[0]
+    config = load_config([yaml.safe_load(block)], [])
+    spec = check_space(config)
+    assert (spec.name, spec.num_trials, len(spec.space)) == ("first-study", 24, 3)

@@ -163,7 +163,7 @@ def test_what_a_study_cost_by_hand():
     assert (cost.wall_seconds, cost.pack_seconds) == (150.0, 60.0 + 20.0 + 20.0)
     # kept; kept; one seed to its last report at 6; two seeds to 3
     assert cost.updates == 20 + 12 + 6 + 2 * 3
-    assert cost.updates_saved == 2 * 10 - 12
+    assert cost.updates_saved == (2 * 10 - 12) + (2 * 10 - 6)  # pruned; not given its second seed
     # kept; two seeds, two reports; one seed, two reports; two seeds, one report
     assert cost.online_episodes == 12 + 2 * 2 * 5 + 2 * 5 + 2 * 5
     assert not cost.exact
