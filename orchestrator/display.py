@@ -167,9 +167,9 @@ def print_summary(console: Console, study: Study, config: Config, dataset: Datas
     if best is not None and best.value is not None:
         returns = list(best.attrs.get("run_returns", {}).values())
         mean = f"mean return {sum(returns) / len(returns):.1f} " if returns else ""
-        episodes = config.evaluation.episodes
+        runs, episodes = len(best.attrs.get("run_values", {})), config.evaluation.episodes
         console.print(
-            f"best trial: {mean}({unit} {best.value:.1f}) over {len(returns)} seeds x {episodes} episodes; "
+            f"best trial: {mean}({unit} {best.value:.1f}) over {runs} seeds x {episodes} episodes; "
             f"trial {best.number}: {show_params(best.active) or 'as configured'}"
         )
     folder = study.folder
