@@ -200,7 +200,10 @@ def load_config(files: Sequence[Path | Mapping[str, Any]], overrides: Sequence[s
 def _check_effect(config: Config, keys: Iterable[str]) -> None:
     """Refuse keys of the method's settings that change nothing."""
     idle_setting = getattr(config.method, "idle_setting", lambda key: None)
+    judged_in_model = config.study.objective.metric == "model_return"
     for key in keys:
+        if judged_in_model and key.startswith("method.dynamics."):
+            continue
         if key.startswith("method.") and (why := idle_setting(key.removeprefix("method."))) is not None:
             raise UserError(f"{why}; leave it out, or change what it depends on")
 

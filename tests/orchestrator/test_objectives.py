@@ -142,6 +142,9 @@ def test_methods_without_what_a_metric_needs_are_refused() -> None:
     load_config([], ["method=td3_bc", *words])
     with pytest.raises(UserError, match="of another domain"):
         load_config([], ["method=vgdf", *words])
+    # what an ensemble of the objective is like can be said, though the method has no use for it
+    words[1] = "study.objective={kind: offline, metric: model_return}"
+    assert load_config([], ["method=bc", *words, "method.dynamics.seed=3"]).method.dynamics.seed == 3
 
 
 def test_every_episode_is_counted_whatever_became_of_its_trial(workdir: Path) -> None:
