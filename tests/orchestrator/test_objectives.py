@@ -121,7 +121,7 @@ def test_a_method_without_a_model_gets_an_ensemble_for_its_objective(workdir: Pa
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["evaluation.episodes=0"], "leaves nothing that a trial could be judged by"),
+        (["evaluation.episodes=0"], "must be at least 1 where trials are judged by their scores"),
         (["study.objective={kind: offline}"], "metric=score is not there"),
         (["study.objective={kind: hybrid, metric: fqe}"], "study.objective.pulls"),
         (["study.objective.kind=offlin"], "did you mean"),
