@@ -532,7 +532,8 @@ class _Bench:
         arrays = in_environment(method.policy(0), low, high, scaling.observation_mean, scaling.observation_std)
         network = NetworkPolicy(arrays, "calibration", "")
         evaluation = self.config.evaluation
-        seeds = range(evaluation.first_seed, evaluation.first_seed + evaluation.episodes)
+        # one even where none is played: what a step takes is kept for other studies
+        seeds = range(evaluation.first_seed, evaluation.first_seed + max(1, evaluation.episodes))
         timing, begun, steps = Clock(0.5), self.now(), 0
 
         def act(observations: np.ndarray) -> np.ndarray:

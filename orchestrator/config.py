@@ -142,8 +142,8 @@ class Config:
         if objective.metric == SCORE:
             if not self.evaluation.episodes:
                 raise UserError(
-                    "evaluation.episodes=0 leaves nothing that a trial could be judged by; set it to at least 1, or "
-                    "search by an offline metric, such as study.objective={kind: offline, metric: fqe}"
+                    "evaluation.episodes=0 must be at least 1 where trials are judged by their scores; raise it, or search "
+                    "by an offline metric, such as study.objective={kind: offline, metric: fqe}"
                 )
             return
         where, method = f"study.objective.metric={objective.metric}", load_method(self.method_name)
@@ -220,7 +220,10 @@ def load_config(files: Sequence[Path | Mapping[str, Any]], overrides: Sequence[s
 def check_effect(config: Config, keys: Iterable[str]) -> None:
     """Refuse keys of the method's settings that change nothing."""
     idle_setting = getattr(config.method, "idle_setting", lambda key: None)
+    judged_in_model = config.study.objective.metric == "model_return"
     for key in keys:
+        if judged_in_model and key.startswith("method.dynamics."):
+            continue
         if key.startswith("method.") and (why := idle_setting(key.removeprefix("method."))) is not None:
             raise UserError(f"{why}; leave it out, or change what it depends on")
 

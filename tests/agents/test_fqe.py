@@ -30,8 +30,8 @@ def constant_actor(actions: list[float], observation_dim: int) -> TanhActor:
 
 
 def chain(reward_scale: float = 1.0, reward_shift: float = 0.0) -> TrainingData:
-    """A walk along one-hot states 0, 1, 2, 3: the action 0.5 goes on and -0.5 stays; each step costs 1, and that from
-    3 to the end gives 10. Every pair of state and action is there 50 times; one episode begins in state 0."""
+    """A walk along one-hot states 0, 1, 2, 3: the action 0.5 goes on and -0.5 stays; steps cost 1; that to the end
+    gives 10. Every pair of state and action is there 50 times; one episode begins in state 0."""
     rows = [(s, a) for s in range(NUM_STATES) for a in (0.5, -0.5)] * 50
     state = torch.tensor([s for s, _ in rows])
     action = torch.tensor([a for _, a in rows])
