@@ -166,6 +166,8 @@ def test_a_second_driver_joins_a_shared_study_if_its_settings_are_the_same(workd
     assert "best trial:" in text.getvalue().partition("draws its plots")[2]
     with pytest.raises(UserError, match=r"^study.storage was sqlite.* cannot change while a study is resumed"):
         launch.resume("killed", other, [f"study.storage=sqlite:///{tmp_path}/elsewhere.db"], quiet())
+    with pytest.raises(UserError, match=r"study.storage needs a study.name"):
+        launch.start(configured(other, name="", **study), quiet())
     with pytest.raises(UserError, match="holds a password"):
         launch.start(configured(other, storage="postgresql://me:secret@host/db", name="new"), quiet())
     assert not (other / "studies" / "new").exists()
