@@ -2,8 +2,8 @@
 
 A trial has 6 parameters, 5 reports and an attribute, and is drawn at random, so that no sampler's time is counted. The
 reference is the journal in the study's folder. All places take turns, a few trials at a time, and each number is the
-median over turns. `cpu_ms` is of the driver's process, without that of a server. PostgreSQL waits for the disk (fsync), as
-do the journal and SQLite; the gRPC server is Optuna's over Optuna's own journal.
+median over turns. `cpu_ms` is of the driver's process, without that of a server. PostgreSQL waits for the disk (fsync),
+as do the journal and SQLite; the gRPC server is Optuna's over Optuna's own journal.
 """
 
 from __future__ import annotations
