@@ -81,6 +81,8 @@ def start(config: Config, console: Console, report: Report | None = None) -> Out
     workdir = Path(config.workdir).absolute()
     config.workdir = str(workdir)
     if not config.study.name:
+        if config.study.storage is not None:
+            raise UserError("study.storage needs a study.name, by which the drivers of a study find each other")
         stamp = time.strftime("%Y%m%d-%H%M%S")
         config.study.name = f"{config.method_name}-{re.sub('[^A-Za-z0-9.]+', '-', Path(config.dataset).stem)}-{stamp}"
     check_run_key(config.study.name)

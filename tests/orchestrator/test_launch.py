@@ -169,3 +169,28 @@ def test_a_plain_configuration_is_not_changed_by_reading_it(workdir: Path):
     config = configured(workdir)
     assert to_dict(load_config([to_dict(config)], [])) == to_dict(config)
     assert os.path.isabs(config.workdir)
+
+
+@pytest.mark.usefixtures("scripted")
+def test_a_second_driver_joins_a_shared_study_if_its_settings_are_the_same(workdir: Path, tmp_path: Path):
+    other = Path(shutil.copytree(workdir, tmp_path / "other"))
+    study = {"storage": f"sqlite:///{tmp_path}/studies.db"}
+    outcome = launch.start(configured(workdir, **study), quiet())
+    with pytest.raises(UserError, match=r"has method.tau=0.005, not 0.1"):
+        launch.start(configured(other, "method.tau=0.1", **study), quiet())
+    text = io.StringIO()
+    joined = launch.start(configured(other, "compute.threads=2", **study), Console(file=text, width=200))
+    assert "another driver of this study draws its plots" in text.getvalue()
+    assert [trial.value for trial in joined.study.trials()] == [trial.value for trial in outcome.study.trials()]
+    assert (outcome.study.folder / "history.png").exists()
+    assert not (joined.study.folder / "history.png").exists()
+    launch.resume("killed", other, [], quiet())
+    launch.show("killed", other, Console(file=text, width=200))
+    assert "best trial:" in text.getvalue().partition("draws its plots")[2]
+    with pytest.raises(UserError, match=r"^study.storage was sqlite.* cannot change while a study is resumed"):
+        launch.resume("killed", other, [f"study.storage=sqlite:///{tmp_path}/elsewhere.db"], quiet())
+    with pytest.raises(UserError, match=r"study.storage needs a study.name"):
+        launch.start(configured(other, name="", **study), quiet())
+    with pytest.raises(UserError, match="holds a password"):
+        launch.start(configured(other, storage="postgresql://me:secret@host/db", name="new"), quiet())
+    assert not (other / "studies" / "new").exists()

@@ -8,13 +8,13 @@ import time
 
 import pytest
 
+from benchmarks import storage_servers as storages
 from sweeps import storage as storage_module
 from sweeps._optuna import optuna
 from sweeps.errors import StudyError
 from sweeps.spec import PrunerSpec, SamplerSpec, StudySpec
 from sweeps.storage import PASSWORD, Ledger, _Patient, new_trial, open_storage
 from sweeps.study import Study, TrialTakenOver
-from tests.sweeps import storages
 
 SPACE = {"x": {"type": "float", "low": 0.0, "high": 1.0}, "k": {"type": "int", "low": 1, "high": 9}}
 needs_postgres = pytest.mark.skipif(storages.postgres_programs() is None, reason="no PostgreSQL server is installed")

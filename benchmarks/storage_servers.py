@@ -1,4 +1,4 @@
-"""Servers for tests of shared storages, on this machine and for one test run."""
+"""Servers that a study can be shared through, on this machine and for one run of the tests or the benchmark."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PASSWORD = "of-this-test"
+PASSWORD = "of-this-run"
 
 
 def postgres_programs() -> Path | None:
@@ -29,9 +29,10 @@ def free_port() -> int:
 
 
 class Postgres:
-    """A PostgreSQL server with data of its own, run by `nobody` where the tests are run by root, which it refuses."""
+    """A PostgreSQL server with data of its own, run by `nobody` where we are root, by whom it refuses to be run."""
 
-    def __init__(self, programs: Path, folder: Path) -> None:
+    def __init__(self, programs: Path, folder: Path, durable: bool) -> None:
+        self._durable = durable
         self._programs, self._data, self.port = programs, folder / "data", free_port()
         self._user = "nobody" if os.geteuid() == 0 else None
         if self._user:
@@ -56,7 +57,7 @@ class Postgres:
         return self.url(database)
 
     def start(self) -> None:
-        options = f"-p {self.port} -h 127.0.0.1 -k '' -c fsync=off"
+        options = f"-p {self.port} -h 127.0.0.1 -k '' -c fsync={'on' if self._durable else 'off'}"
         self._call("pg_ctl", "start", "--wait", f"--log={self._log}", f"--options={options}")
 
     def stop(self, mode: str = "fast") -> None:
@@ -68,12 +69,13 @@ class Postgres:
 
 
 @contextmanager
-def postgres_server() -> Iterator[Postgres]:
+def postgres_server(durable: bool = False) -> Iterator[Postgres]:
+    """A server; without `durable` it does not wait for the disk."""
     programs = postgres_programs()
     assert programs is not None
     folder = Path(tempfile.mkdtemp(prefix="postgres-test-"))
     try:
-        server = Postgres(programs, folder)
+        server = Postgres(programs, folder, durable)
         yield server
         server.stop("immediate")
     finally:
