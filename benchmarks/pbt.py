@@ -1,4 +1,4 @@
-"""Population-based training (`study.pbt`) beside constants at the same number of updates: RAVL on Pendulum-v1, eta and
+"""Population-based training (`study.pbt`) beside constants at the same number of updates: EDAC on Pendulum-v1, eta and
 the actor's learning rate, a population of `--population`.
 
 For every seed two studies are trained: a population, and the same trials, with the hyperparameters that the population
@@ -32,14 +32,14 @@ from sweeps.statistics import paired_difference
 from sweeps.study import Study
 
 BENCHMARK = "pbt"
+EPOCH = 250  # updates
 SPACE: dict[str, Any] = {
     "method.eta": {"type": "float", "low": 0.01, "high": 10.0, "log": True},
     "method.actor_lr": {"type": "float", "low": 1e-5, "high": 3e-3, "log": True},
 }
 SETTINGS: dict[str, Any] = {
     "method": {
-        "name": "ravl", "hidden": [64, 64], "num_critics": 4, "batch_size": 64, "updates_per_epoch": 250,
-        "rollout_batch": 500, "dynamics": {"max_epochs": 50},
+        "name": "edac", "hidden": [64, 64], "num_critics": 4, "batch_size": 64, "updates_per_epoch": EPOCH,
     },
     "dataset": "embedded/pendulum-medium-snapshots-v0",
     "evaluation": {"episodes": 10, "diagnostics": False},
@@ -49,9 +49,10 @@ SETTINGS: dict[str, Any] = {
 
 def trained(args: argparse.Namespace, name: str, seed: int, **study: Any) -> Study:
     """A study of this benchmark, trained to its end."""
+    apart = args.turn_updates if "pbt" in study else args.updates  # constants need no score on the way
     given = {
         "workdir": str(args.workdir), "seed": seed, "method": {"num_updates": args.updates},
-        "evaluation": {"every_epochs": args.turn_updates // 250}, "study": {"name": f"{args.name}-{name}", **study},
+        "evaluation": {"every_epochs": apart // EPOCH}, "study": {"name": f"{args.name}-{name}", **study},
     }  # fmt: skip
     config = load_config([SETTINGS, given], [
         f"num_seeds={args.fresh if 'trials' in study else 1}", f"compute.runs_per_pack={args.population}",
@@ -83,8 +84,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="repetitions of the whole (default: %(default)s)")
     parser.add_argument("--fresh", type=int, default=4, help="further seeds of each best trial (default: %(default)s)")
     parser.add_argument("--population", type=int, default=8, help="members (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=5_000, help="of every run (default: %(default)s)")
-    parser.add_argument("--turn-updates", type=int, default=500, help="between two turns (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=3_000, help="of every run (default: %(default)s)")
+    parser.add_argument("--turn-updates", type=int, default=250, help="between two turns (default: %(default)s)")
     workdir = Path(os.environ.get("OFFSWEEP_WORKDIR", "offsweep-work"))
     parser.add_argument("--workdir", type=Path, default=workdir, help="work folder (default: %(default)s)")
     parser.add_argument("--name", default=f"pbt-{time.strftime('%Y%m%d-%H%M%S')}", help="of the studies")

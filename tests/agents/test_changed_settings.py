@@ -9,13 +9,18 @@ from collections.abc import Sequence
 from dataclasses import is_dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from agents.method import changeable_settings, load_method
+from agents.dynamics import train_ensemble
+from agents.method import TrainingData, changeable_settings, load_method
+from agents.vgdf import VGDF, VGDFConfig
 from tests.agents import test_cross_domain_baselines as cross_domain
 from tests.agents import test_model_based as model_based
 from tests.agents import test_model_free as model_free
+from tests.agents import test_synthetic as synthetic
+from tests.agents import test_vgdf as vgdf
 from tests.agents.domains import online_data
 
 SEED = 7
@@ -23,10 +28,13 @@ NAMES = (
     *(f"model-free {name}" for name in model_free.METHODS),
     *(f"model-based {name}" for name in ("ravl", "mopo", "mobile")),
     *(f"cross-domain {name}" for name in cross_domain.METHODS),
+    "vgdf ahead",
+    "pools ahead",
 )
 # settings that nothing depends on as they are combined in these packs
 IDLE = {
     **{f"cross-domain {name}": {"alpha_lr"} for name in cross_domain.METHODS},
+    "vgdf ahead": {"alpha_lr"},
     "model-free cql": {"target_action_gap"},
 }
 
@@ -39,6 +47,12 @@ def configs_of(name: str) -> list[Any]:
         return [*configs[:2], configs[3 if configs[2] == configs[0] else 2]]
     if kind == "model-based":
         return [model_based.PACKS[method][m] for m in (0, 2, 3)]
+    if kind == "vgdf":  # with steps under way
+        settings = {**vgdf.GATED, "start_gate": 149, "asynchronous": True, "collect_every": 10}
+        return [VGDFConfig(**settings, critic_lr=rate) for rate in (3e-4, 1e-3, 3e-3)]
+    if kind == "pools":  # with a pool asked for
+        base = synthetic.configured(synchronous=False)
+        return [replace(base, critic_lr=rate) for rate in (3e-4, 1e-3, 3e-3)]
     own = [{}, *cross_domain.OWN[method]]
     return [cross_domain.config(method, **settings) for settings in own]
 
@@ -50,13 +64,28 @@ def made(name: str, configs: Sequence[Any]) -> Any:
         return model_free.METHODS[method][0](configs, seeds, model_free.data(), {})
     if kind == "model-based":
         return model_based.learner(configs, seeds)
+    if kind == "vgdf":
+        return VGDF(configs, seeds, online_data(), {})
+    if kind == "pools":
+        return synthetic.make(configs, seeds, *pools())
     data = online_data() if method in cross_domain.SAMPLED else cross_domain.recorded()
     return cross_domain.METHODS[method](configs, seeds, data, {})
 
 
-def train(method: Any, epoch: int) -> Any:
-    method.add_rollouts([job.run(method.rollout_model) for job in method.rollout_jobs(epoch)])
-    method.train_epoch(epoch)
+@functools.cache
+def pools() -> tuple[TrainingData, dict[str, Any]]:
+    """Data for pools, and the ensemble that they are rolled out in."""
+    bound = np.full(1, 2.0, np.float32)
+    data = TrainingData.from_dataset(synthetic.dataset(), -bound, bound)
+    columns = data.observations, data.actions, data.rewards, data.next_observations
+    return data, {"dynamics": train_ensemble(*columns, synthetic.ENSEMBLE).state_dict()}
+
+
+def train(method: Any, part: int) -> Any:
+    """The epochs before a change or after it; pools are taken in with every second one."""
+    epochs = ((0, 1, 2), (3, 4)) if getattr(method, "pools", None) else ((0,), (1,))
+    for epoch in epochs[part]:
+        synthetic.step(method, epoch)
     return method
 
 

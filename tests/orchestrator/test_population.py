@@ -20,7 +20,7 @@ from orchestrator import launch
 from orchestrator.artifacts import load_tensors
 from orchestrator.cluster import InlineSlots
 from orchestrator.config import Config, load_config
-from orchestrator.learner import Learner, PackSpec
+from orchestrator.learner import Learner, PackSpec, PendingRollouts
 from orchestrator.population import HISTORY_FILE, SCHEDULE_FILE, check_population
 from orchestrator.schedule import check_schedule, settings_at
 from orchestrator.workers import Workers
@@ -146,7 +146,7 @@ def stop_in_epoch(epoch: int, run: Callable[[], Any]) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModelBasedSAC, "train_epoch", dying)
-        with pytest.raises(Stop):
+        with pytest.raises((Stop, RuntimeError)):  # the latter is the driver's
             run()
 
 
@@ -410,3 +410,12 @@ def test_a_population_that_does_not_fit_one_pack_is_refused(workdir: Path, monke
     config = study_of(workdir, name="large")
     with pytest.raises(UserError, match="does not fit the memory in one pack"):
         drive(config, InlineSlots(config.compute, dataset_of(config)))
+
+
+def test_a_pool_asked_for_ahead_is_asked_for_anew(workdir: Path) -> None:
+    """What rollout workers have begun with the settings of before is not taken in."""
+    learner = make_learner(population(workdir))
+    learner.advance()
+    learner._rollouts_ahead = PendingRollouts(tuple(KEYS), lambda: pytest.fail("nobody wants it"))
+    learner._change_settings()
+    assert learner._rollouts_ahead is None

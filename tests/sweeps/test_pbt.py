@@ -130,7 +130,7 @@ def test_the_figure_shows_the_ancestry_of_the_best() -> None:
     figure = schedule_figure({"t0": one, "t1": two}, "t1", SPACE, 100)
     [other, best] = figure.axes[0].get_lines()
     assert best.get_label() == "best run's ancestry"
-    assert list(zip(*best.get_data(), strict=True)) == [(0, 1e-4), (50, 2e-4), (100, 2e-4)]
-    assert list(zip(*other.get_data(), strict=True)) == [(0, 1e-4), (100, 1e-4)]
+    assert np.asarray(best.get_data()).T.tolist() == [[0, 1e-4], [50, 2e-4], [100, 2e-4]]
+    assert np.asarray(other.get_data()).T.tolist() == [[0, 1e-4], [100, 1e-4]]
     assert [axes.get_yscale() for axes in figure.axes] == ["log", "linear", "linear", "linear"]
     assert [label.get_text() for label in figure.axes[3].get_yticklabels()] == ["a", "b", "c"]
