@@ -20,7 +20,7 @@ DIRECTIONS = ("maximize", "minimize")
 class SamplerSpec:
     """How the next trial is chosen."""
 
-    name: str = "tpe"  # tpe, gp, qmc or random
+    name: str = "tpe"  # tpe, gp-mixed, gp, qmc or random
     seed: int = 0  # >= 0; the same seed and the same results give the same trials
 
 
@@ -58,7 +58,7 @@ class StudySpec:
             StudyError, SpaceError: naming the first field that makes no sense.
         """
         from sweeps.pruners import PRUNERS
-        from sweeps.samplers import SAMPLERS
+        from sweeps.samplers import check_sampler
 
         if not self.name:
             raise StudyError("The study needs a name; set study.name.")
@@ -73,8 +73,7 @@ class StudySpec:
                 raise StudyError(f"study.{label} must be a whole number of at least {least}, not {number!r}.")
         if self.direction not in DIRECTIONS:
             raise StudyError(f"Unknown study.direction '{self.direction}'; {suggestion(self.direction, DIRECTIONS)}.")
-        if self.sampler.name not in SAMPLERS:
-            raise StudyError(f"Unknown sampler '{self.sampler.name}'; {suggestion(self.sampler.name, SAMPLERS)}.")
+        check_sampler(self.sampler.name)
         if self.pruner.name not in PRUNERS:
             raise StudyError(f"Unknown pruner '{self.pruner.name}'; {suggestion(self.pruner.name, PRUNERS)}.")
         if not 0 <= self.pruner.warmup_fraction <= 1:
