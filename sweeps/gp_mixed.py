@@ -82,7 +82,8 @@ class GPMixedSampler(optuna.samplers.BaseSampler):
             return {}
         encoding = Encoding(search_space)
         trials = [t for t in study.get_trials(deepcopy=False) if search_space.keys() <= t.params.keys()]
-        ended = [t for t in trials if t.state.name == "COMPLETE"]
+        # the last report of a pruned trial is no result, but it keeps the model from going there again
+        ended = [t for t in trials if t.state.name in ("COMPLETE", "PRUNED") and t.values is not None]
         if len(ended) < START_TRIALS:
             return encoding.params(self._start(len(search_space), trial.number, encoding))
         from sweeps.gp_model import propose

@@ -41,6 +41,7 @@ FIT_ITERATIONS = 30
 MC_SAMPLES = 64
 RAW_SAMPLES = 64  # points from which the optimiser's starts are drawn
 RESTARTS = 4
+RENEWAL = 1.1  # growth of the number of results by which a fit begins afresh, and not from the one before
 SPRAY = 2  # of them near each point that may be the best
 ALTERNATIONS = 5  # between ordered values and choices, and the continuous parameters
 OTHERS = 256  # points to choose from where the best one has been tried
@@ -109,14 +110,14 @@ def propose(
         values: (N,), larger is better, standardised.
         variances: (N,) of the values' noise; None: fitted.
         running: (R, D) of the running trials.
-        earlier: an earlier fit, from which this one starts.
+        earlier: an earlier fit.
         seed: of all random numbers.
 
     Returns:
         Its row (D,), which no trial has yet unless the space is too small, and the fit.
     """
     with _alone(seed):
-        model = _fit(torch.tensor(rows), torch.tensor(values), variances, encoding.choices, earlier)
+        model, fit = _fit(torch.tensor(rows), torch.tensor(values), variances, encoding.choices, earlier)
         acquisition = qLogNoisyExpectedImprovement(
             model, torch.tensor(rows), SobolQMCNormalSampler(torch.Size([MC_SAMPLES]), seed=seed % 2**31),
             X_pending=torch.tensor(running) if len(running) else None,
@@ -139,25 +140,31 @@ def propose(
             if others:
                 with torch.no_grad():
                     row = others[int(acquisition(torch.tensor(np.array(others)).unsqueeze(-2)).argmax())]
-        fit = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).tolist()
     return row, fit
 
 
 def _fit(
     rows: Tensor, values: Tensor, variances: Floats | None, categorical: Collection[int],
     earlier: Sequence[float] | None,
-) -> SingleTaskGP:  # fmt: skip
+) -> tuple[SingleTaskGP, list[float]]:  # fmt: skip
+    """The model, and what the next fit begins from: the number of results at the last fresh start, and its parameters.
+
+    Fits that only ever began from the one before, the first from ten results, were seen to stay in its optimum where
+    a fresh start finds a far better one.
+    """
     noise = None if variances is None else torch.tensor(variances).unsqueeze(-1)
     kernel = MixedKernel(rows.shape[-1], categorical)
     model = SingleTaskGP(rows, values.unsqueeze(-1), noise, covar_module=kernel, outcome_transform=None)
     sizes = [p.numel() for p in model.parameters()]
-    if earlier is not None and len(earlier) == sum(sizes):
-        parts = torch.tensor(earlier, dtype=torch.float64).split(sizes)
+    fresh = len(rows)
+    if earlier is not None and len(earlier) == 1 + sum(sizes) and fresh < RENEWAL * earlier[0]:
+        fresh = int(earlier[0])
+        parts = torch.tensor(earlier[1:], dtype=torch.float64).split(sizes)
         for parameter, part in zip(model.parameters(), parts, strict=True):
             parameter.data.copy_(part.view_as(parameter))
     likelihood = ExactMarginalLogLikelihood(model.likelihood, model)
     fit_gpytorch_mll(likelihood, optimizer_kwargs={"options": {"maxiter": FIT_ITERATIONS}})
-    return model
+    return model, [fresh, *torch.cat([p.detach().reshape(-1) for p in model.parameters()]).tolist()]
 
 
 def _is_among(row: Floats, rows: Floats) -> bool:

@@ -27,8 +27,8 @@ def make_sampler(name: str, seed: int, trial_number: int, space: Space) -> BaseS
 
     Args:
         name: `tpe` (tree-structured Parzen estimator, multivariate, running trials counted as bad), `gp-mixed`
-            (Gaussian process of `sweeps.gp_mixed`), `gp` (Optuna's; both use completed trials only, so pair
-            them with no pruner), `qmc` (scrambled Sobol' sequence) or `random`.
+            (Gaussian process of `sweeps.gp_mixed`), `gp` (Optuna's; uses completed trials only, so pair it with
+            no pruner), `qmc` (scrambled Sobol' sequence) or `random`.
         seed: of the study, >= 0.
         trial_number: of the trial that is asked for.
         space: distribution of every parameter.
