@@ -10,6 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from orchestrator.spool import RunSpool, read_records
 from sweeps.confirm import FINAL_VALUES
 from sweeps.objectives import SCORE
 from sweeps.racing import is_contender
-from sweeps.study import Study, TrialRecord, TrialTakenOver, TrialTicket
+from sweeps.study import Proposal, Study, TrialRecord, TrialTakenOver, TrialTicket
 from sweeps.summary import COLLAPSING
 
 MAX_DEATHS = 10  # of a learner's process while the same pack makes no progress
@@ -149,22 +150,35 @@ class Driver:
         self._recorded = 0  # ended trials whose value is in the spool
         self._waiting: dict[str, list[PackSpec]] = {}  # stage key -> packs that need it
         self._failures_in_a_row = 0
+        self._begun: list[TrialTicket] = []  # trials asked for that do not fill a pack yet
+        self._sampler = ThreadPoolExecutor(1, "sampler")
+        self._choice: Future[Proposal] | None = None  # of the coming trial, under way or made
 
     def run(self) -> None:
         """Until every trial has ended."""
-        self._resume()
-        self.progress.done_at_start = self.progress.updates_done()
-        self._fill()
-        while self._busy or self.study.others_running():
+        with self._sampler:
+            self._resume()
+            self.progress.done_at_start = self.progress.updates_done()
+            self._fill()
+            while self._busy or self._choice is not None or self.study.others_running():
+                self.on_change(self.progress)
+                if not self._busy and self._choice is None:  # the trials of a driver that dies now are done here
+                    time.sleep(POLL_SECONDS)
+                    self._fill()
+                    continue
+                for slot, result in self._wait():
+                    self._handle(slot, result)
+                    self._fill()
+                if self._choice is not None and self._choice.done():
+                    self._fill()
             self.on_change(self.progress)
-            if not self._busy:  # the trials of a driver that dies now are done here
-                time.sleep(POLL_SECONDS)
-                self._fill()
-                continue
-            for slot, result in self.slots.wait(timeout=1.0):
-                self._handle(slot, result)
-                self._fill()
-        self.on_change(self.progress)
+
+    def _wait(self) -> list[tuple[int, Any]]:
+        """What slots have ended; returns early, or with nothing, where the sampler has made its choice."""
+        if not self._busy:
+            wait([self._choice] if self._choice is not None else [], timeout=1.0)
+            return []
+        return self.slots.wait(timeout=1.0 if self._choice is None else 0.05)
 
     # ---- what to run ----------------------------------------------------------------------------------------------
 
@@ -203,7 +217,10 @@ class Driver:
             batches.setdefault(tickets[number].place // self._at_once, []).append(tickets[number])
         for batch in batches.values():
             if batch[-1].number == newest:  # this one may have been asked for in part only
-                batch += self._ask(after=batch[-1])
+                self._begun = batch
+                while (asked := self._ask()) is None:  # the other slots wait, too: they know the batch that was begun
+                    wait([self._choice] if self._choice is not None else [])
+                batch = asked
             self._queue.extend(self._make_packs(batch))
 
     def _records(self) -> list[TrialRecord]:
@@ -229,7 +246,7 @@ class Driver:
             if self._waiting:  # for a stage that another slot builds; further trials would be asked for blindly
                 return False
             tickets = self._ask()
-            if not tickets:
+            if not tickets:  # the sampler thinks, or there are no more
                 return False
             self._queue.extend(self._make_packs(tickets))
         if not self._queue:
@@ -284,16 +301,23 @@ class Driver:
         # as if all seeds were to be trained: with fewer to begin with a sampler is not asked in fewer rounds
         return trials_at_once(self.packing.runs_per_pack, self.config.num_seeds)
 
-    def _ask(self, after: TrialTicket | None = None) -> list[TrialTicket]:
+    def _ask(self) -> list[TrialTicket] | None:
         """As many trials as fill a pack; their places begin at a multiple of that many, so that a batch that a dead
-        driver has begun to ask for, up to the ticket `after`, is completed to what it would have been."""
-        tickets: list[TrialTicket] = []
-        last = after
-        while last is None or (last.place + 1) % self._at_once:
-            last = self.study.ask()
-            if last is None:
+        driver has begun to ask for is completed to what it would have been. None while a sampler that takes its time
+        chooses one of them, in a thread of its own."""
+        while not self._begun or (self._begun[-1].place + 1) % self._at_once:
+            if self._choice is None and (choose := self.study.propose()) is not None:
+                self._choice = self._sampler.submit(choose)
+            proposal = None
+            if self._choice is not None:
+                if not self._choice.done():
+                    return None
+                proposal, self._choice = self._choice.result(), None
+            ticket = self.study.ask(proposal)
+            if ticket is None:
                 break
-            tickets.append(last)
+            self._begun.append(ticket)
+        tickets, self._begun = self._begun, []
         return tickets
 
     def _make_packs(self, tickets: Sequence[TrialTicket]) -> list[PackSpec]:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sweeps._optuna import optuna
-from sweeps.samplers import make_sampler
+from sweeps.samplers import ADAPTIVE_SAMPLERS, make_sampler
 from sweeps.space import Params
 from sweeps.spec import StudySpec
 
-ADAPTIVE_SAMPLERS = ("tpe", "gp")  # those that learn from the results so far
+__all__ = ["ADAPTIVE_SAMPLERS", "stand_in_trials"]
 
 
 def stand_in_trials(spec: StudySpec, enqueue: Sequence[Mapping[str, Any]] = ()) -> list[Params]:
@@ -30,7 +30,7 @@ def stand_in_trials(spec: StudySpec, enqueue: Sequence[Mapping[str, Any]] = ()) 
         study.enqueue_trial(dict(params))
     trials = []
     for number in range(spec.num_trials):
-        study.sampler = make_sampler("random", spec.sampler.seed, number)
+        study.sampler = make_sampler("random", spec.sampler.seed, number, distributions)
         params = study.ask(distributions).params
         trials.append(space.active({key: params[key] for key in space.parameters}))
     return trials

@@ -26,7 +26,7 @@ DIRECTIONS = ("maximize", "minimize")
 class SamplerSpec:
     """How the next trial is chosen."""
 
-    name: str = "tpe"  # tpe, gp, qmc or random
+    name: str = "tpe"  # tpe, gp-mixed, gp, qmc or random
     seed: int = 0  # >= 0; the same seed and the same results give the same trials
 
 
@@ -79,7 +79,7 @@ class StudySpec:
             StudyError, SpaceError: naming the first field that makes no sense.
         """
         from sweeps.pruners import check_pruner
-        from sweeps.samplers import SAMPLERS
+        from sweeps.samplers import check_sampler
         from sweeps.storage import check_url
 
         if not self.name:
@@ -94,8 +94,7 @@ class StudySpec:
                 raise StudyError(f"study.{label} must be a whole number of at least {least}, not {number!r}.")
         if self.direction not in DIRECTIONS:
             raise StudyError(f"Unknown study.direction '{self.direction}'; {suggestion(self.direction, DIRECTIONS)}.")
-        if self.sampler.name not in SAMPLERS:
-            raise StudyError(f"Unknown sampler '{self.sampler.name}'; {suggestion(self.sampler.name, SAMPLERS)}.")
+        check_sampler(self.sampler.name)
         check_pruner(self.pruner)
         self.objective.validate()
         self.warm_start.validate()

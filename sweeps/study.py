@@ -13,11 +13,12 @@ with the same numbers and parameters, and everything that had been reported and 
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -29,9 +30,9 @@ from sweeps._optuna import optuna
 from sweeps.errors import StudyError
 from sweeps.journal import Journal, mend
 from sweeps.pruners import make_pruner
-from sweeps.samplers import make_sampler
+from sweeps.samplers import SLOW_SAMPLERS, GivenSampler, Space, make_sampler
 from sweeps.space import Params
-from sweeps.spec import PrunerSpec, StudySpec
+from sweeps.spec import PrunerSpec, SamplerSpec, StudySpec
 from sweeps.storage import Heartbeat, Ledger, driver_id, new_trial, open_storage
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ _DIRECTIONS = {
 SPEC_FILE = "study.yaml"
 JOURNAL_FILE = "journal.log"
 LOCK_FILE = "driver.lock"
+BASIS = "offsweep:basis"  # with the study: which trials were running when the sampler began to choose trial `number`
 VOID = "void"  # attribute of a trial that does not count, with the reason
 
 
@@ -71,6 +73,14 @@ class TrialTicket:
     active: Params  # those that apply: what the configuration is to be overridden with
     attrs: dict[str, Any] = field(default_factory=dict)  # kept with the trial before its driver died
     place: int = -1  # how many trials its driver has been given before; its number where there is one driver only
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What the sampler has chosen for a coming trial."""
+
+    params: Params  # a value for every parameter of the space
+    attrs: dict[str, Any]  # what it keeps with the trial, for the next time
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,7 @@ class Study:
         self._distributions = self.space.distributions()
         self._lock = lock
         self._asked: set[int] = set()  # by this driver
+        self._ended: dict[int, TrialRecord] = {}  # what never changes again
         self._shared = spec.storage is not None
         self._heartbeat: Heartbeat | None = None
         self._left: set[int] = set()  # running trials of this driver from before its death
@@ -211,26 +222,67 @@ class Study:
 
     # What to run
 
-    def ask(self) -> TrialTicket | None:
+    def propose(self) -> Callable[[], Proposal] | None:
+        """What chooses the parameters of the coming trial, for a sampler that takes its time over them.
+
+        It works on a copy of the trials as they are now, and so may be called in another thread while this study is
+        told how others end. `ask` takes what it returns.
+
+        Which trials had ended when the sampler began is written down: where a driver was killed before it asked, the
+        next one's sampler knows no more of them, and chooses the same parameters.
+
+        Returns:
+            None where `ask` needs no proposal: the sampler is quick, the trial is listed or enqueued, all
+            `spec.num_trials` have been asked for, or other drivers ask at the same time.
+        """
+        self._check_driver()
+        if self.spec.sampler.name not in SLOW_SAMPLERS or not self.space.parameters or self._shared:
+            return None
+        trials = self._frozen()
+        number = self._coming(trials)
+        if number is None or number < len(trials):
+            return None
+        basis = self._storage.get_study_system_attrs(self._study._study_id).get(BASIS, {})
+        if basis.get("number") != number:
+            basis = {"number": number, "running": [t.number for t in trials if t.state.name == "RUNNING"]}
+            self._storage.set_study_system_attr(self._study._study_id, BASIS, basis)
+        running = set(basis["running"])
+        snapshot = [_as_running(trial) if trial.number in running else trial for trial in trials]
+        return lambda: _choose(self.spec.sampler, self.spec.direction, self._distributions, snapshot)
+
+    def ask(self, proposal: Proposal | None = None) -> TrialTicket | None:
         """The next trial to run, or None when all `spec.num_trials` have been asked for.
 
         Listed trials come in their order, enqueued ones before those of the sampler. Depends on nothing but the spec
         and the journal: the same results told in the same order lead to the same trials, whether or not the study was
-        resumed between.
+        resumed between. With `propose`, these are the results that were told before it.
+
+        Args:
+            proposal: of what `propose` has returned; None: it is worked out here, if the sampler needs one. One that
+                an enqueued trial has come before is left aside.
         """
         self._check_driver()
         if self._shared:
             return self._ask_shared()
         trials = self._frozen()
-        waiting = [trial.number for trial in trials if trial.state.name == "WAITING"]
-        if len(trials) - len(waiting) >= self.spec.num_trials:
+        number = self._coming(trials)
+        if number is None:
             return None
-        number = waiting[0] if waiting else len(trials)
-        self._study.sampler = make_sampler(self.spec.sampler.name, self.spec.sampler.seed, number)
+        enqueued = number < len(trials)
+        if proposal is None and (choose := self.propose()) is not None:
+            proposal = choose()
+        if proposal is None or enqueued:
+            sampler = self.spec.sampler
+            self._study.sampler = make_sampler(sampler.name, sampler.seed, number, self._distributions)
+        else:
+            self._study.sampler = GivenSampler(proposal.params)
         with self._group():
-            number = self._study.ask(self._distributions).number
-        self._asked.add(number)
-        return self._ticket(self._trial(number))
+            trial = self._study.ask(self._distributions)
+            if proposal is not None and not enqueued:
+                for key, value in proposal.attrs.items():
+                    self._storage.set_trial_system_attr(trial._trial_id, key, value)
+        self._asked.add(trial.number)
+        return self._ticket(self._trial(trial.number))
 
     def enqueue(self, params: Mapping[str, Any]) -> None:
         """Make `params` a coming trial, before any that the sampler chooses; part of `spec.num_trials`.
@@ -376,7 +428,17 @@ class Study:
 
     def trials(self) -> list[TrialRecord]:
         """All trials by number, waiting and running ones included."""
-        return [self._record(trial) for trial in self._frozen() if self._is_given(trial)]
+        records = []
+        for trial in self._frozen():
+            record = self._ended.get(trial.number)
+            if record is None:
+                if not self._is_given(trial):
+                    continue
+                record = self._record(trial)
+                if trial.state.is_finished():
+                    self._ended[trial.number] = record
+            records.append(record)
+        return records
 
     def trial(self, number: int) -> TrialRecord:
         """One trial, also one that does not count.
@@ -450,6 +512,7 @@ class Study:
     def _load_journal(self) -> None:
         path = self.folder / JOURNAL_FILE
         self._journal = Journal(path)
+        self._ended = {}
         try:
             self._storage: BaseStorage = optuna.storages.JournalStorage(self._journal)
             studies = self._storage.get_all_studies()
@@ -668,7 +731,7 @@ class Study:
             return self._ticket(self._trial(number))
 
     def _shared_sampler(self, number: int) -> BaseSampler:
-        sampler = make_sampler(self.spec.sampler.name, self.spec.sampler.seed, number)
+        sampler = make_sampler(self.spec.sampler.name, self.spec.sampler.seed, number, self._distributions)
         if isinstance(sampler, optuna.samplers.QMCSampler):
             # it would count in the storage without a lock, and give two drivers the same point
             vars(sampler)["_find_sample_id"] = lambda study, search_space: number
@@ -747,10 +810,20 @@ class Study:
         return self._study.get_trials(deepcopy=False)
 
     def _trial(self, number: int) -> FrozenTrial:
-        trials = self._frozen()
-        if not 0 <= number < len(trials):
-            raise StudyError(f"There is no trial {number}; the study has {len(trials)}.")
-        return trials[number]
+        try:
+            if number < 0:
+                raise KeyError(number)
+            trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+            return self._storage.get_trial(trial_id)
+        except KeyError:
+            raise StudyError(f"There is no trial {number}; the study has {len(self._frozen())}.") from None
+
+    def _coming(self, trials: Sequence[FrozenTrial]) -> int | None:
+        """Number of the trial that is asked for next: the first waiting one, else a new one; None: all have been."""
+        waiting = [trial.number for trial in trials if trial.state.name == "WAITING"]
+        if len(trials) - len(waiting) >= self.spec.num_trials:
+            return None
+        return waiting[0] if waiting else len(trials)
 
     def _running(self, number: int) -> FrozenTrial:
         trial = self._trial(number)
@@ -790,6 +863,23 @@ class Study:
             started=_utc(None if trial.state.name == "WAITING" else trial.datetime_start),
             finished=_utc(trial.datetime_complete),
         )
+
+
+def _choose(sampler: SamplerSpec, direction: str, space: Space, trials: Sequence[FrozenTrial]) -> Proposal:
+    """What a sampler makes of these trials."""
+    study = optuna.create_study(direction=_DIRECTIONS[direction])
+    for trial in trials:
+        study._storage.create_new_trial(study._study_id, template_trial=trial)
+    study.sampler = make_sampler(sampler.name, sampler.seed, len(trials), space)
+    chosen = study.ask(dict(space))
+    return Proposal(chosen.params, study._storage.get_trial_system_attrs(chosen._trial_id))
+
+
+def _as_running(trial: FrozenTrial) -> FrozenTrial:
+    """A trial as it was before it ended, for samplers."""
+    trial = copy.copy(trial)
+    trial.state, trial.values, trial.datetime_complete = optuna.trial.TrialState.RUNNING, None, None
+    return trial
 
 
 def _acquire(folder: Path) -> int:

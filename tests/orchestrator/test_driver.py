@@ -8,8 +8,9 @@ import io
 import json
 import shutil
 import sqlite3
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from orchestrator.learner import LearnerProcess, PackReport, PackSpec
 from orchestrator.memory import OutOfMemory
 from orchestrator.packing import Packing
 from orchestrator.spool import RunInfo, RunSpool
-from sweeps.study import Study
+from sweeps.study import Proposal, Study
 from tests.orchestrator.studies import ScriptedSlots, configured, copied, dataset_of, drive, points, records
 
 ETA = {"method.eta": {"type": "float", "low": 0.01, "high": 10.0, "log": True}}
@@ -403,6 +404,44 @@ def test_trials_that_overtake_each_other_are_all_recorded(workdir: Path):
     assert [r["step"] for r in metrics] == [0, 1, 2, 3]  # ascending, else the tracker takes them for repetitions
     assert [r["values"]["trial/number"] for r in metrics] != [0, 1, 2, 3]
     assert {r["values"]["trial/value"] for r in metrics} == {0.0, 1.0, 2.0, 3.0}
+
+
+def test_reports_are_handled_while_the_sampler_thinks(workdir: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its choice of trial 2 is made only when the study has been told how trial 1 went on."""
+    config = scripted(workdir, num_trials=4, sampler={"name": "gp", "seed": 0}, pruner={"name": "none"})
+    handled = threading.Event()
+    propose, report = Study.propose, Study.report
+
+    def late(study: Study) -> Callable[[], Proposal] | None:
+        choose, late = propose(study), len(study.trials()) == 2
+        if choose is None:
+            return None
+
+        def think() -> Proposal:
+            assert not late or handled.wait(30), "the driver waited for the sampler"
+            return choose()
+
+        return think
+
+    def seen(study: Study, number: int, step: int, value: float) -> None:
+        report(study, number, step, value)
+        if study.trials()[0].finished is not None and number == 1:
+            handled.set()
+
+    monkeypatch.setattr(Study, "propose", late)
+    monkeypatch.setattr(Study, "report", seen)
+    slots = AlternatingSlots(config, lambda trial, seed, updates: float(trial), size=2)
+    trials = drive(config, slots).trials()
+    assert [t.value for t in trials] == [0.0, 1.0, 2.0, 3.0]
+    assert handled.is_set()
+
+
+class AlternatingSlots(ScriptedSlots):
+    """Slots take turns, and the first is ahead by one call."""
+
+    def wait(self, timeout: float) -> list[tuple[int, Any]]:
+        self._under_way.reverse()
+        return super().wait(timeout)
 
 
 def test_stages_of_a_searched_dynamics_setting_do_not_mix(workdir: Path):

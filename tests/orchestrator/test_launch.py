@@ -185,7 +185,7 @@ def test_a_second_driver_joins_a_shared_study_if_its_settings_are_the_same(workd
     assert (outcome.study.folder / "history.png").exists()
     assert not (joined.study.folder / "history.png").exists()
     launch.resume("killed", other, [], quiet())
-    launch.show("killed", other, Console(file=text, width=200))
+    reading.show("killed", other, Console(file=text, width=200))
     assert "best trial:" in text.getvalue().partition("draws its plots")[2]
     with pytest.raises(UserError, match=r"^study.storage was sqlite.* cannot change while a study is resumed"):
         launch.resume("killed", other, [f"study.storage=sqlite:///{tmp_path}/elsewhere.db"], quiet())

@@ -42,7 +42,7 @@ def run_all(study):
 # Asking
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "gp"])
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "gp", "gp-mixed"])
 def test_trials_follow_from_the_seed_and_the_results_also_across_resumes(tmp_path, sampler, capfd, recwarn):
     spec = make_spec(sampler=SamplerSpec(sampler, 5), num_trials=13)
     with Study.create(tmp_path / "whole", spec) as study:
