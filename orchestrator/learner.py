@@ -408,7 +408,8 @@ class Learner:
         from."""
         if self.population is None or not self.population.is_due(self.epoch, self.configs[0].evaluation.every_epochs):
             return {}
-        values: dict[str, float | None] = {key: self.evaluations[key][-1].value for key in self.alive}
+        metric = self.configs[0].study.objective.metric
+        values: dict[str, float | None] = {key: self.evaluations[key][-1].objective(metric) for key in self.alive}
         parents = self.population.turn(self.updates, {**values, **dict.fromkeys(self.lost)})
         self.lost = {}
         for key, parent in parents.items():

@@ -180,10 +180,10 @@ def test_a_second_driver_joins_a_shared_study_if_its_settings_are_the_same(workd
         launch.start(configured(other, "method.tau=0.1", **study), quiet())
     text = io.StringIO()
     joined = launch.start(configured(other, "compute.threads=2", **study), Console(file=text, width=200))
-    assert "another driver of this study draws its plots" in text.getvalue()
+    assert "another driver of this study confirms its best trials and draws its plots" in text.getvalue()
     assert [trial.value for trial in joined.study.trials()] == [trial.value for trial in outcome.study.trials()]
-    assert (outcome.study.folder / "history.png").exists()
-    assert not (joined.study.folder / "history.png").exists()
+    assert (outcome.study.folder / "plots" / "history.png").exists()
+    assert not (joined.study.folder / "plots" / "history.png").exists()
     launch.resume("killed", other, [], quiet())
     reading.show("killed", other, Console(file=text, width=200))
     assert "best trial:" in text.getvalue().partition("draws its plots")[2]

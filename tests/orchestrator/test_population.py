@@ -178,7 +178,7 @@ def test_the_worst_take_over_what_the_best_have_learned(workdir: Path) -> None:
     pack = population(workdir)
     learner = make_learner(pack)
     learner.advance()
-    values = {key: learner.evaluations[key][-1].value for key in KEYS}
+    values = {key: learner.evaluations[key][-1].value or 0.0 for key in KEYS}
     worst, best = min(values, key=lambda k: values[k]), max(values, key=lambda k: values[k])
     states = {key: learner.method.select([m]).state_dict() for m, key in enumerate(KEYS)}
     learner._change_settings()
