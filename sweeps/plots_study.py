@@ -594,11 +594,13 @@ def _surface(points: np.ndarray, values: np.ndarray) -> tuple[float, Callable[[n
     from scipy.interpolate import RBFInterpolator
 
     spread = float(values.var())
-    if spread == 0:
+    # trials at the same place are held out together: they would give each other's value away
+    unique, place = np.unique(points, axis=0, return_inverse=True)
+    if spread == 0 or len(unique) < _FOLDS:
         return 0.0, None
-    # where trials share a place (whole numbers), a spline needs them apart; far below what can be seen
+    folds = (np.random.default_rng(0).permutation(len(unique)) % _FOLDS)[place]
+    # a spline needs points apart; far below what can be seen
     points = points + 1e-6 * np.random.default_rng(0).standard_normal(points.shape)
-    folds = np.random.default_rng(0).permutation(len(values)) % _FOLDS
     best: tuple[float, float] = (-math.inf, 0.0)
     for smoothing in (0.01, 0.1, 1.0, 10.0):
         predicted = np.empty_like(values)

@@ -138,6 +138,8 @@ def test_a_surface_is_drawn_only_where_it_predicts():
     noise = drawn(lambda x, idle: rng.normal())
     assert noise.get_title().startswith("no surface")
     assert len(noise.collections) < len(smooth.collections)
+    few = [record(i, float(i % 5), x=1.0 + i % 5, idle=0.2 * (i % 5)) for i in range(40)]  # they predict each other
+    assert "no surface" in pair_figure(few, SPACE, "maximize", ("x", "idle"), "score").axes[0].get_title()
     beside = pair_figure(RECORDS, SPACE, "maximize", ("x", "kind"), "score").axes[0]
     assert [tick.get_text() for tick in beside.get_yticklabels()] == ["a", "None"]
 
