@@ -84,7 +84,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="repetitions of the whole (default: %(default)s)")
     parser.add_argument("--fresh", type=int, default=4, help="further seeds of each best trial (default: %(default)s)")
     parser.add_argument("--population", type=int, default=8, help="members (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=3_000, help="of every run (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=2_000, help="of every run (default: %(default)s)")
     parser.add_argument("--turn-updates", type=int, default=250, help="between two turns (default: %(default)s)")
     workdir = Path(os.environ.get("OFFSWEEP_WORKDIR", "offsweep-work"))
     parser.add_argument("--workdir", type=Path, default=workdir, help="work folder (default: %(default)s)")

@@ -31,6 +31,7 @@ from sweeps.study import Study
 HISTORY_FILE = "population.json"  # of a pack's folder
 LINEAGE_FILE = "lineage.json"  # of a study's folder
 SCHEDULE_FILE = "schedule.yaml"  # of a run's folder
+MAX_DRAWS = 20  # of hyperparameters that no other member has
 TOO_LARGE = (
     "the population of study.pbt does not fit the memory in one pack, which it has to be; lower study.num_trials, "
     "method.batch_size, method.hidden or what the method's replay holds"
@@ -115,10 +116,17 @@ class Population:
         runs = sorted(values, key=lambda key: self._places[key])
         chosen = exploit([values[key] for key in runs], self.spec.quantile, np.random.default_rng([self.seed, updates]))
         parents = {key: runs[source] for key, source in zip(runs, chosen, strict=True)}
+        siblings: dict[str, list[str]] = {}
         for key in (key for key, parent in parents.items() if parent != key):
             parent = parents[key]
             draws = np.random.default_rng([self.seed, updates, self._places[key]])
-            params = explore(self.settings[parent], self.space, self.spec, draws)
+            # with the same state, seed and settings as another member's it would for ever be its double
+            taken = [self.settings[parent], *(self.settings[k] for k in siblings.setdefault(parent, []))]
+            for _ in range(MAX_DRAWS):
+                params = explore(self.settings[parent], self.space, self.spec, draws)
+                if params not in taken:
+                    break
+            siblings[parent].append(key)
             self.turns.append({
                 "updates": updates, "run": key, "parent": parent, "value": values[key], "parent_value": values[parent],
                 "settings": params,

@@ -21,7 +21,7 @@ from orchestrator.artifacts import load_tensors
 from orchestrator.cluster import InlineSlots
 from orchestrator.config import Config, load_config
 from orchestrator.learner import Learner, PackSpec, PendingRollouts
-from orchestrator.population import HISTORY_FILE, SCHEDULE_FILE, check_population
+from orchestrator.population import HISTORY_FILE, SCHEDULE_FILE, Population, check_population
 from orchestrator.schedule import check_schedule, settings_at
 from orchestrator.workers import Workers
 from sweeps.pbt import SCHEDULE, replayed_params
@@ -194,6 +194,19 @@ def test_the_worst_take_over_what_the_best_have_learned(workdir: Path) -> None:
     before = MEMBERS[KEYS.index(best)][0]
     assert turn["settings"].keys() == before.keys()
     assert turn["settings"] != before
+
+
+def test_nobody_becomes_the_double_of_another() -> None:
+    """At a bound a factor changes nothing, and of two factors two members would often get the same."""
+    space = {"method.actor_lr": {"type": "float", "low": 1e-4, "high": 1e-3}}
+    spec = {"quantile": 0.4, "perturb": [0.5, 0.8, 2.0], "resample": 0.0}
+    for seed in range(10):
+        told = Population({"spec": spec, "space": space, "seed": seed}, {k: {"method.actor_lr": 1e-3} for k in "abcde"})
+        parents = told.turn(50, {"a": 1.0, "b": 0.0, "c": 0.0, "d": None, "e": None})
+        settings = {key: told.settings[key]["method.actor_lr"] for key in "abcde"}
+        for parent in set(parents.values()):
+            family = [settings[key] for key in "abcde" if parents[key] == parent]
+            assert len(set(family)) == len(family)
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 3])
