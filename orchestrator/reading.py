@@ -83,8 +83,7 @@ def about_study(config: Config, dataset: Dataset, store: str, on_gpu: bool | Non
         store: of MLflow.
         on_gpu: whether its packs are; None: not known, and so there is no price.
     """
-    from envs.scores import reference_scores
-    from orchestrator.display import score_label, value_unit
+    from orchestrator.display import episode_unit, score_label, value_unit
     from orchestrator.learner import evaluation_env
 
     data, summary = "", dataset.summary()
@@ -100,8 +99,7 @@ def about_study(config: Config, dataset: Dataset, store: str, on_gpu: bool | Non
         price = compute.price_per_cpu_hour * (compute.threads + compute.num_rollout_workers + compute.num_evaluators)
     return About(
         config.method_name, config.dataset, value_unit(config, dataset), score_label(config, dataset), data,
-        config.evaluation.episodes, config.workdir, store,
-        "return" if reference_scores(evaluation_env(config, dataset)) is None else "score", price,
+        config.evaluation.episodes, config.workdir, store, episode_unit(config, dataset), price,
     )  # fmt: skip
 
 
@@ -290,7 +288,7 @@ def print_study(console: Console, study: Study, records: Sequence[TrialRecord], 
             f"{mean}({unit} {best.value:.1f}) over {len(best.attrs.get('run_values', {}))} seeds x {about.episodes} "
             f"episodes; trial {best.number}: {show_params(best.active) or 'as configured'}",
         )  # fmt: skip
-    _print_confirmed(console, confirmations(study.folder), unit)
+    _print_confirmed(console, confirmations(study.folder), unit, about.episode_unit if about.episodes else unit)
     _print_history(console, records, spec.direction, unit)
     _print_running(console, study, records, unit, state)
     for reason, numbers in failures(records).items():
@@ -324,15 +322,17 @@ def _table(rows: Sequence[TrialRow], records: Mapping[int, TrialRecord], about: 
     return table
 
 
-def _print_confirmed(console: Console, confirmed: Sequence[Confirmation], unit: str) -> None:
+def _print_confirmed(console: Console, confirmed: Sequence[Confirmation], unit: str, fresh_unit: str) -> None:
+    searched_unit = "" if unit == fresh_unit else f" {unit}"
     for one in confirmed:
         low, high = one.interval
         interval = f" ({low:.1f} to {high:.1f})" if low == low else ""
         values = " ".join(f"{value:.1f}" for value in one.values)
+        seeds = f"{len(one.values)} fresh seed{'s' * (len(one.values) > 1)}"
         _say(
             console, "confirmed",
-            f"trial {one.number}: searched {one.searched:.1f} / confirmed {one.mean:.1f}{interval} {unit}, "
-            f"{len(one.values)} fresh seed{'s' * (len(one.values) > 1)}: {values}{', diverged' * one.diverged}",
+            f"trial {one.number}: searched {one.searched:.1f}{searched_unit} / confirmed {one.mean:.1f}{interval} "
+            f"{fresh_unit}, {seeds}: {values}{', diverged' * one.diverged}",
         )  # fmt: skip
 
 

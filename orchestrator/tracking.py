@@ -28,7 +28,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -706,7 +706,8 @@ def _check_database(uri: str) -> None:
     if _scheme(uri) == "sqlite":
         path = _sqlite_path(uri)
         try:
-            with sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True) as connection:
+            # not for reading only: what a killed process has written half-way is then not rolled back
+            with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True)) as connection:
                 connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         except sqlite3.DatabaseError as error:
             raise TrackingError(

@@ -558,6 +558,23 @@ def test_reachability_is_said_in_one_sentence(study, tmp_path):
         check_reachable(f"http://user:secret@127.0.0.1:{port}")
 
 
+def test_what_a_killed_process_has_written_half_way_is_rolled_back(tmp_path):
+    path, left = tmp_path / "mlflow.db", tmp_path / "left"
+    left.mkdir()
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE runs (name TEXT)")
+        connection.execute("INSERT INTO runs VALUES ('kept')")
+    connection.execute("PRAGMA cache_size = 1")  # the transaction spills into the file
+    connection.executemany("INSERT INTO runs VALUES (?)", [("lost" * 500,)] * 2000)
+    for file in (path, tmp_path / "mlflow.db-journal"):  # as they lie after a kill
+        shutil.copy(file, left)
+    connection.rollback()
+    connection.close()
+    check_reachable(f"sqlite:///{left / 'mlflow.db'}")
+    with sqlite3.connect(left / "mlflow.db") as mended:
+        assert mended.execute("SELECT name FROM runs").fetchall() == [("kept",)]
+
+
 def test_a_web_server_that_is_not_mlflow_is_told_apart():
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
