@@ -39,6 +39,11 @@ class MOPOConfig(ModelBasedConfig):
     penalty_target: float | None = per_member(None)
     penalty_lr: float = per_member(0.01)  # of log penalty_coef, a step an epoch, with a penalty_target
 
+    @property
+    def initial_settings(self) -> tuple[str, ...]:
+        """What counts at the beginning only (see `agents.method.changeable_settings`)."""
+        return ("penalty_coef",) if self.penalty_target is not None else ()
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_not_negative(self, "penalty_coef")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sweeps.errors import StudyError
-from sweeps.pbt import SCHEDULE
+from sweeps.pbt import replayed_params
 from sweeps.space import Params
 
 if TYPE_CHECKING:
@@ -93,19 +93,10 @@ def candidates(
     for number in ranked:
         record = by_number[number]
         assert record.value is not None
-        params = {key: setting for key, setting in _settings(record).items() if key not in ignored}
+        params = {key: setting for key, setting in replayed_params(record).items() if key not in ignored}
         if len(chosen) < top and all(params != one.params for one in chosen):
             chosen.append(Candidate(number, record.value, params))
     return chosen
-
-
-def _settings(record: TrialRecord) -> Params:
-    """What a trial was trained with: constants, or of a population's member the schedule that its state has seen."""
-    if SCHEDULE not in record.attrs:
-        return dict(record.active)
-    first, *later = record.attrs[SCHEDULE]
-    begun = {key: value for key, value in first.items() if key != "updates"}
-    return {**begun, SCHEDULE: list(later)} if later else begun
 
 
 def save_candidates(folder: Path, chosen: Sequence[Candidate]) -> None:
