@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 FIT = "gp-mixed:fit"  # what a trial keeps: the model's parameters when it was chosen
+FAILURE = "gp-mixed:failure"  # likewise: why there was no model, so that the trial is a point of the Sobol' sequence
 SEED_VALUES = "run_values"  # likewise: run key -> value, a run for each seed
 
 START_TRIALS = 10  # trials that must have ended before the model chooses
@@ -86,16 +87,20 @@ class GPMixedSampler(optuna.samplers.BaseSampler):
         ended = [t for t in trials if t.state.name in ("COMPLETE", "PRUNED") and t.values is not None]
         if len(ended) < START_TRIALS:
             return encoding.params(self._start(len(search_space), trial.number, encoding))
-        from sweeps.gp_model import propose
+        from sweeps.gp_model import FAILURES, propose
 
         sign = 1.0 if study.direction.name == "MAXIMIZE" else -1.0
         values, variances = observations([sign * t.values[0] for t in ended], [_seed_values(t) for t in ended])
         earlier = next((t.system_attrs[FIT] for t in reversed(trials) if FIT in t.system_attrs), None)
         running = [t.params for t in trials if t.state.name == "RUNNING"]
-        row, fit = propose(
-            encoding, encoding.rows([t.params for t in ended]), values, variances, encoding.rows(running), earlier,
-            self._seed,
-        )  # fmt: skip
+        try:
+            row, fit = propose(
+                encoding, encoding.rows([t.params for t in ended]), values, variances, encoding.rows(running), earlier,
+                self._seed,
+            )  # fmt: skip
+        except FAILURES as error:  # a study does not end because a matrix could not be factored
+            study._storage.set_trial_system_attr(trial._trial_id, FAILURE, str(error)[:200])
+            return encoding.params(self._start(len(search_space), trial.number, encoding))
         study._storage.set_trial_system_attr(trial._trial_id, FIT, fit)
         return encoding.params(row)
 
