@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,12 +47,10 @@ def check_installed() -> None:
     Raises:
         StudyError: it is not.
     """
-    try:
-        import botorch  # noqa: F401
-    except ImportError:
+    if find_spec("botorch") is None:  # not imported here, which takes seconds
         raise StudyError(
             "The sampler gp-mixed needs BoTorch; run pip install 'offsweep[bo]', or set study.sampler.name=tpe."
-        ) from None
+        )
 
 
 class GPMixedSampler(optuna.samplers.BaseSampler):
