@@ -121,8 +121,8 @@ def func3c(seed: int) -> Objective:
 
     def best_of(categories: tuple[int, ...]) -> float:
         low, high = np.full(2, -1.0), np.full(2, 1.0)
-        for _ in range(4):  # finer and finer around the best point of a grid
-            xs, ys = np.linspace(low[0], high[0], 201), np.linspace(low[1], high[1], 201)
+        for _ in range(5):  # finer and finer around the best point of a grid
+            xs, ys = np.linspace(low[0], high[0], 101), np.linspace(low[1], high[1], 101)
             grid = value(categories, *np.meshgrid(xs, ys, indexing="ij"))
             i, j = np.unravel_index(int(grid.argmax()), grid.shape)
             centre, width = np.array([xs[i], ys[j]]), (high - low) / 20

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 FIT = "gp-mixed:fit"  # what a trial keeps: the model's parameters when it was chosen
+FAILURE = "gp-mixed:failure"  # likewise: why there was no model, so that the trial is a point of the Sobol' sequence
 SEED_VALUES = "run_values"  # likewise: run key -> value, a run for each seed
 
 START_TRIALS = 10  # trials that must have ended before the model chooses
@@ -45,12 +47,10 @@ def check_installed() -> None:
     Raises:
         StudyError: it is not.
     """
-    try:
-        import botorch  # noqa: F401
-    except ImportError:
+    if find_spec("botorch") is None:  # not imported here, which takes seconds
         raise StudyError(
             "The sampler gp-mixed needs BoTorch; run pip install 'offsweep[bo]', or set study.sampler.name=tpe."
-        ) from None
+        )
 
 
 class GPMixedSampler(optuna.samplers.BaseSampler):
@@ -86,16 +86,20 @@ class GPMixedSampler(optuna.samplers.BaseSampler):
         ended = [t for t in trials if t.state.name in ("COMPLETE", "PRUNED") and t.values is not None]
         if len(ended) < START_TRIALS:
             return encoding.params(self._start(len(search_space), trial.number, encoding))
-        from sweeps.gp_model import propose
+        from sweeps.gp_model import FAILURES, propose
 
         sign = 1.0 if study.direction.name == "MAXIMIZE" else -1.0
         values, variances = observations([sign * t.values[0] for t in ended], [_seed_values(t) for t in ended])
         earlier = next((t.system_attrs[FIT] for t in reversed(trials) if FIT in t.system_attrs), None)
         running = [t.params for t in trials if t.state.name == "RUNNING"]
-        row, fit = propose(
-            encoding, encoding.rows([t.params for t in ended]), values, variances, encoding.rows(running), earlier,
-            self._seed,
-        )  # fmt: skip
+        try:
+            row, fit = propose(
+                encoding, encoding.rows([t.params for t in ended]), values, variances, encoding.rows(running), earlier,
+                self._seed,
+            )  # fmt: skip
+        except FAILURES as error:  # a study does not end because a matrix could not be factored
+            study._storage.set_trial_system_attr(trial._trial_id, FAILURE, str(error)[:200])
+            return encoding.params(self._start(len(search_space), trial.number, encoding))
         study._storage.set_trial_system_attr(trial._trial_id, FIT, fit)
         return encoding.params(row)
 

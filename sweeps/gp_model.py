@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from botorch.acquisition.logei import qLogNoisyExpectedImprovement
+from botorch.exceptions.errors import ModelFittingError
 from botorch.fit import fit_gpytorch_mll
 from botorch.models import SingleTaskGP
 from botorch.optim.optimize_mixed import optimize_acqf_mixed_alternating
@@ -29,6 +30,7 @@ from gpytorch.constraints import GreaterThan
 from gpytorch.kernels import Kernel
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from gpytorch.priors import LogNormalPrior
+from linear_operator.utils.errors import NanError, NotPSDError
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -37,13 +39,14 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
+FAILURES = (ModelFittingError, NanError, NotPSDError)  # of `propose`
 FIT_ITERATIONS = 30
 MC_SAMPLES = 64
 RAW_SAMPLES = 64  # points from which the optimiser's starts are drawn
 RESTARTS = 4
 RENEWAL = 1.1  # growth of the number of results by which a fit begins afresh, and not from the one before
 SPRAY = 2  # of them near each point that may be the best
-ALTERNATIONS = 5  # between ordered values and choices, and the continuous parameters
+ALTERNATIONS = 3  # between ordered values and choices, and the continuous parameters
 OTHERS = 256  # points to choose from where the best one has been tried
 TOLERANCE = 1e-2  # of the logarithm of the expected improvement
 
@@ -112,6 +115,9 @@ def propose(
         running: (R, D) of the running trials.
         earlier: an earlier fit.
         seed: of all random numbers.
+
+    Raises:
+        FAILURES: the numbers do not allow a fit.
 
     Returns:
         Its row (D,), which no trial has yet unless the space is too small, and the fit.

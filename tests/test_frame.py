@@ -104,7 +104,7 @@ def test_everything_imported_is_a_declared_dependency():
     """Otherwise an installation works only as long as some other dependency happens to bring it."""
     declared = {canonicalize_name(requirement.name) for requirement in requirements()}
     declared |= {"mujoco"}  # by gymnasium[mujoco]
-    optional = {"botorch", "d4rl", "gpytorch", "minari"}
+    optional = {"botorch", "d4rl", "gpytorch", "linear_operator", "minari"}
     providers = importlib.metadata.packages_distributions()
     undeclared = {
         f"{file.relative_to(ROOT)} imports {top}"

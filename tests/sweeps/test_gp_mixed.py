@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from linear_operator.utils.errors import NotPSDError
 
 from envs.errors import UserError
 from sweeps.gp_mixed import Encoding, observations
@@ -121,6 +122,28 @@ def test_without_botorch_a_study_is_refused_at_once(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"needs BoTorch; run pip install 'offsweep\[bo\]'"):
         Study.create(tmp_path / "study", StudySpec("s", SPACE, SamplerSpec("gp-mixed"), num_trials=3))
     assert not (tmp_path / "study").exists()
+
+
+def test_pruned_trials_are_known_and_a_failing_model_ends_nothing(tmp_path, monkeypatch):
+    told = []
+
+    def fails(code, rows, values, *rest):
+        told.append((len(rows), int(values.argmin())))
+        raise NotPSDError("no")
+
+    monkeypatch.setattr("sweeps.gp_model.propose", fails)
+    with Study.create(tmp_path, StudySpec("s", SPACE, SamplerSpec("gp-mixed", 1), num_trials=20)) as study:
+        for i in range(11):
+            trial = study.ask()
+            if i == 4:
+                study.report(i, 1, -5.0)
+                study.tell_pruned(i)
+            else:
+                study.tell(trial.number, float(i))
+        assert told == [(10, 4)]
+        assert study._trial(10).system_attrs["gp-mixed:failure"] == "no"
+        assert study.trials()[10].state == "complete"
+        assert study.trials()[10].params not in [t.params for t in study.trials()[:10]]
 
 
 def test_a_killed_drivers_choice_is_made_again_from_what_was_known(tmp_path):

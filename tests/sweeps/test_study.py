@@ -7,6 +7,7 @@ import textwrap
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from envs.errors import UserError
@@ -64,6 +65,21 @@ def test_trials_follow_from_the_seed_and_the_results_also_across_resumes(tmp_pat
     # The optimiser reports to the driver, not to the terminal.
     assert capfd.readouterr() == ("", "")
     assert recwarn.list == []
+
+
+def test_tpe_is_optunas_though_it_is_told_the_space(tmp_path):
+    import optuna
+
+    plain = optuna.create_study(direction="maximize")
+    with Study.create(tmp_path, make_spec()) as study:
+        for number in range(16):
+            ours = study.ask()
+            seed = int(np.random.SeedSequence([5, number]).generate_state(1)[0])
+            plain.sampler = optuna.samplers.TPESampler(seed=seed)
+            theirs = plain.ask(study.space.distributions())
+            assert ours.params == theirs.params
+            study.tell(number, value_of(ours.params))
+            plain.tell(theirs, value_of(ours.params))
 
 
 def test_the_sampler_learns_from_what_it_is_told(tmp_path):
