@@ -128,8 +128,8 @@ class Config:
         if objective.metric == SCORE:
             if not self.evaluation.episodes:
                 raise UserError(
-                    "evaluation.episodes=0 must be at least 1 where trials are judged by their scores; raise it, or search "
-                    "by an offline metric, such as study.objective={kind: offline, metric: fqe}"
+                    "evaluation.episodes=0 must be at least 1 where trials are judged by their scores; raise it, or "
+                    "search by an offline metric, such as study.objective={kind: offline, metric: fqe}"
                 )
             return
         where, method = f"study.objective.metric={objective.metric}", load_method(self.method_name)
