@@ -636,16 +636,16 @@ class Driver:
         """
         ended = [record for record in self._records() if record.finished is not None]
         ended.sort(key=lambda record: (record.finished, record.number))
-        for i in range(self._recorded, len(ended)):
-            number = ended[i].number
-            values = {"trial/number": float(self.confirms[number] if self.confirms else number)}
-            told = ended[i].value
-            if told is not None:
-                values["trial/value"] = told
-            good = [r.value for r in ended[: i + 1] if r.state == "complete" and not r.diverged and r.value is not None]
-            if good:
-                values["trial/best_value"] = max(good)
-            self.spool.metrics(i, values)
+        best: float | None = None
+        for i, record in enumerate(ended):
+            told = record.value
+            if told is not None and record.state == "complete" and not record.diverged:
+                best = told if best is None else max(best, told)
+            if i < self._recorded:
+                continue
+            number = self.confirms[record.number] if self.confirms else record.number
+            known = {"trial/number": float(number), "trial/value": told, "trial/best_value": best}
+            self.spool.metrics(i, {name: value for name, value in known.items() if value is not None})
         self._recorded = len(ended)
 
     def _close_runs(self, record: TrialRecord) -> None:
