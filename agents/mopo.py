@@ -42,7 +42,8 @@ class MOPOConfig(ModelBasedConfig):
     @property
     def initial_settings(self) -> tuple[str, ...]:
         """What counts at the beginning only (see `agents.method.changeable_settings`)."""
-        return ("penalty_coef",) if self.penalty_target is not None else ()
+        # whether the weight is tuned is settled when training begins
+        return ("penalty_target", "penalty_lr") if self.penalty_target is None else ("penalty_coef",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -568,7 +568,8 @@ def test_fields_that_may_differ_in_a_pack_are_marked() -> None:
         return {f.name for f in dataclasses.fields(cls) if f.metadata.get("per_member")}
 
     assert marked(RAVLConfig) == {"eta", "actor_lr", "critic_lr", "alpha_lr"}
-    assert marked(MOPOConfig) == {"eta", "actor_lr", "critic_lr", "alpha_lr", "penalty_coef"}
+    tuned = {"penalty_coef", "penalty_target", "penalty_lr"}
+    assert marked(MOPOConfig) == {"eta", "actor_lr", "critic_lr", "alpha_lr"} | tuned
     assert marked(EDACConfig) == {"eta", "actor_lr", "critic_lr", "alpha_lr"}
     assert marked(TD3BCConfig) == {"alpha", "policy_noise", "noise_clip", "actor_lr", "critic_lr"}
     assert marked(IQLConfig) == {"expectile", "beta", "actor_lr", "critic_lr", "value_lr"}

@@ -89,7 +89,7 @@ def first_of(pool: Workers) -> Workers:
 @pytest.mark.parametrize(
     ("base", "ahead"),
     [
-        pytest.param(WORDS, "false", id="online_sac"),
+        pytest.param(WORDS, "false", id="online_sac", marks=pytest.mark.slow),
         pytest.param(("method=vgdf", *ONLINE, *VGDF), "true", id="vgdf asynchronous"),
         pytest.param(WORDS, "true", id="online_sac asynchronous", marks=pytest.mark.slow),
         pytest.param(("method=vgdf", *ONLINE, *VGDF), "false", id="vgdf", marks=pytest.mark.slow),

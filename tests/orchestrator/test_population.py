@@ -209,7 +209,7 @@ def test_nobody_becomes_the_double_of_another() -> None:
             assert len(set(family)) == len(family)
 
 
-@pytest.mark.parametrize("epoch", [1, 2, 3])
+@pytest.mark.parametrize("epoch", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_population_stopped_anywhere_ends_like_an_undisturbed_one(
     workdir: Path, undisturbed: PackSpec, epoch: int
 ) -> None:
@@ -368,12 +368,12 @@ def test_a_driver_that_was_killed_goes_on_with_the_population(workdir: Path) -> 
     with pytest.MonkeyPatch.context() as patch:
         asked = 0
 
-        def ask(self: Study) -> Any:
+        def ask(self: Study, proposal: Any = None) -> Any:
             nonlocal asked
             asked += 1
             if asked == 3:
                 raise Stop
-            return untouched(self)
+            return untouched(self, proposal)
 
         untouched = Study.ask
         patch.setattr(Study, "ask", ask)

@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from envs.errors import UserError
-from sweeps.samplers import make_sampler
+from sweeps.samplers import check_sampler
 from sweeps.spec import PrunerSpec, SamplerSpec, StudySpec
 
 SPACE = {"x": {"type": "float", "low": 1e-5, "high": 1.0, "log": True}}
@@ -62,4 +62,4 @@ def test_an_unknown_setting_in_the_file_is_refused(tmp_path):
 
 def test_an_unknown_sampler_is_named_with_its_neighbour():
     with pytest.raises(UserError, match="did you mean 'random'"):
-        make_sampler("randm", 0)
+        check_sampler("randm")

@@ -91,7 +91,10 @@ def test_labs_are_listed_and_unknown_ones_refused(capsys: pytest.CaptureFixture[
     assert main(["lab"]) == 0
     assert "edge-of-reach" in capsys.readouterr().out
     for words, sentence in (
-        (["edge-of-reech"], "unknown lab 'edge-of-reech'; known: edge-of-reach, grid-world, refrigerator"),
+        (
+            ["edge-of-reech"],
+            "unknown lab 'edge-of-reech'; known: edge-of-reach, grid-world, penalties, penalties-halfcheetah, ref",
+        ),
         (["edge-of-reach", "--seeds", "0"], "--seeds 0 must be at least 1"),
         (["edge-of-reach", "--updates", "-5"], "--updates -5 must be at least 1"),
     ):
