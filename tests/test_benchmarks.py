@@ -85,6 +85,7 @@ def test_the_counted_arithmetic_of_a_rollout_is_what_it_does_and_few_rows_fall(c
     assert executed / made[0] == pytest.approx(learner_speed.rollout_flops(*widths, [256] * 3, models), rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_pack_is_measured_beside_a_pack_of_one(capfd):
     words = ["--cases", "small_net", "--packs", "2", "--threads", "1", "--blocks", "2", "--seconds", "0.02"]
     assert learner_speed.main(words) == 0
@@ -129,6 +130,7 @@ def test_the_guidance_toy_is_held_against_what_its_cases_should_give(capfd):
     assert with_states["reference_state_mean"] == pytest.approx(0.8 * with_states["reference"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_loading_is_measured_cold_and_warm(capfd):
     assert data_load.main(["--rows", "2000", "--repeats", "1", "--no-minari"]) == 0
     lines = [common.parse_line(text, "data_load") for text in capfd.readouterr().out.splitlines()]

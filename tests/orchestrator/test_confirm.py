@@ -100,7 +100,8 @@ def test_without_fresh_stages_the_search_s_are_used(workdir: Path):
 
 
 @pytest.mark.parametrize(("owner", "moment", "call"), [
-    ("orchestrator.confirm", "save_candidates", 1), ("study", "create", 2), ("study", "tell", 5),
+    pytest.param("orchestrator.confirm", "save_candidates", 1, marks=pytest.mark.slow),
+    pytest.param("study", "create", 2, marks=pytest.mark.slow), ("study", "tell", 5),
 ])  # fmt: skip
 def test_a_driver_killed_in_the_confirm_stage_goes_on_to_the_same_numbers(
     workdir: Path, slots: list[ScriptedSlots], monkeypatch: pytest.MonkeyPatch, owner: str, moment: str, call: int
@@ -126,6 +127,7 @@ def test_a_driver_killed_in_the_confirm_stage_goes_on_to_the_same_numbers(
     assert outcome.confirmed == [Confirmation(1, 8.0, (5.0, 6.0, 7.0)), Confirmation(2, 9.0, (3.0, 4.0, 5.0))]
 
 
+@pytest.mark.slow
 def test_a_finished_search_can_be_confirmed_later_and_only_as_begun(workdir: Path, slots: list[ScriptedSlots]):
     outcome = launch.start(configured(workdir, **{**STUDY, "confirm": {"top": 0}}), quiet())
     assert outcome.confirmed == []
@@ -137,6 +139,7 @@ def test_a_finished_search_can_be_confirmed_later_and_only_as_begun(workdir: Pat
     assert launch.resume("found", workdir, [], quiet()).confirmed == outcome.confirmed
 
 
+@pytest.mark.slow
 def test_trainings_listed_trials_and_older_studies_are_not_confirmed(workdir: Path, slots: list[ScriptedSlots]):
     config = configured(workdir, **STUDY)
     config.study.space, config.study.enqueue, config.study.name = {}, [], "listed"
@@ -151,6 +154,7 @@ def test_trainings_listed_trials_and_older_studies_are_not_confirmed(workdir: Pa
     assert launch.resume("found", workdir, [], quiet()).confirmed == []
 
 
+@pytest.mark.slow
 def test_its_runs_are_beside_those_of_the_search_and_have_an_ensemble_of_their_own(workdir: Path):
     """Real trainings."""
     confirm = {"top": 1, "num_seeds": 1}

@@ -112,7 +112,7 @@ def test_any_number_of_workers_gives_the_same_pack_even_one_that_dies(
         assert points(learner.pack.study_folder, run) == points(tmp_path / "studies" / "here", run)
 
 
-@pytest.mark.parametrize("ahead", ["false", "true"])
+@pytest.mark.parametrize("ahead", [pytest.param("false", marks=pytest.mark.slow), "true"])
 @pytest.mark.parametrize("base", [WORDS, ("method=vgdf", *ONLINE, *VGDF)], ids=["online_sac", "vgdf"])
 def test_a_learner_made_anew_goes_on_from_the_checkpoint_with_the_runs_that_are_left(
     tmp_path: Path, base: Sequence[str], ahead: str

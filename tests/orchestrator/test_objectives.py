@@ -47,7 +47,7 @@ def metric_of(pack: PackSpec, run: int, metric: str) -> list[float]:
     return [e["offline"][metric] for e in json.loads(path.read_text())]
 
 
-@pytest.mark.parametrize("metric", ["fqe", "model_return", "initial_value"])
+@pytest.mark.parametrize("metric", ["fqe", "model_return", pytest.param("initial_value", marks=pytest.mark.slow)])
 def test_a_metric_is_the_same_alone_and_after_a_kill(workdir: Path, metric: str) -> None:
     settings = offline(metric, "evaluation.episodes=0")
     pack = make_pack(workdir, TWO, *settings, name="pack")

@@ -117,6 +117,7 @@ def test_a_schedule_holds_from_its_updates_on(workdir: Path) -> None:
     assert not [name for name, _ in points(pack.study_folder, "t0001-s1") if name.startswith("schedule/")]
 
 
+@pytest.mark.slow
 def test_a_run_with_a_schedule_stopped_anywhere_ends_like_an_undisturbed_one(
     base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -359,6 +360,7 @@ def test_a_study_of_a_population(workdir: Path) -> None:
         }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_driver_that_was_killed_goes_on_with_the_population(workdir: Path) -> None:
     def run(name: str, resume: bool = False) -> Study:
         config = study_of(workdir, name=name)

@@ -68,7 +68,8 @@ class Killed(BaseException):
 
 # four trials have their packs noted, are then given seeds, and have the packs of these noted
 @pytest.mark.parametrize(("owner", "moment", "call", "runs_per_pack"), [
-    ("study", "set_attr", 6, 12), ("study", "set_attr", 10, 12), ("pack", "save", 2, 1), ("study", "tell", 1, 1),
+    ("study", "set_attr", 6, 12), pytest.param("study", "set_attr", 10, 12, marks=pytest.mark.slow),
+    ("pack", "save", 2, 1), pytest.param("study", "tell", 1, 1, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_driver_killed_anywhere_decides_the_same(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, owner: str, moment: str, call: int, runs_per_pack: int

@@ -56,6 +56,7 @@ def drive(config: Config, study: Study, slots: ScriptedSlots, looks: int = 10**9
         Driver(config, study, dataset_of(config), slots, {}, spool, on_change).run()
 
 
+@pytest.mark.slow
 def test_two_drivers_share_the_trials_of_a_study(workdir: Path):
     configs = [shared(workdir, name) for name in ("a", "b")]
     studies = [study_of(config) for config in configs]
