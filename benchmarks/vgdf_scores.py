@@ -19,7 +19,8 @@ Lines: one per run (its last return in the target, and the source and target ste
 (mean and standard deviation of the seeds), VGDF beside each other method by pairs of seeds, and what of the paper's
 counted claims can be counted here. `--curves PATH` also writes every evaluation: a CSV file with the columns target,
 method, seed, source_steps, target_steps, target_return. A second call with the same `--name` goes on where the first
-one ended.
+one ended. `--earlier PATH` takes runs from the lines of an earlier call, and their curves from `--curves`, instead of
+training them: the study takes many hours, and can so be trained target by target, on whatever machines there are.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ import argparse
 import csv
 import io
 import statistics
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import print_line, record
+from benchmarks.common import parse_line, print_line, record
 from benchmarks.studies import metric_courses, pack_parser, pack_words, run_summary, study_main, train_all
+from envs.errors import UserError
 from orchestrator.artifacts import write_text
 from orchestrator.config import Config, load_config
 from sweeps.statistics import paired_difference
@@ -46,6 +49,8 @@ ROBOTS, SHIFTS = ("HalfCheetah", "Hopper"), ("kinematic", "morphology")
 SOURCE_STEPS, GAMMA = 1_000_000, 10  # the paper's
 UNFILTERED, PATIENCE_DECAY, EVALUATIONS = 100_000, 150_000, 50  # of source steps, and of a run
 Scores = dict[tuple[str, str], list[float]]  # by target and method, in the order of the seeds
+Line = dict[str, Any]
+Rows = dict[tuple[str, str], list[Sequence[str]]]  # of `--curves`, by target and method
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,11 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.robot.lower()}-{self.shift}/{self.method}"
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """What is read from its runs."""
+        return ("zero-shot", self.method) if self.method == "finetune" else (self.method,)
 
 
 @dataclass(frozen=True)
@@ -134,23 +144,29 @@ def runs_of(case: Case, folder: Path, config: Config) -> Iterator[Run]:
         curve = [(m.source_steps(t), m.target_steps(t), returns[t]) for t in sorted(returns)]
         densities = courses.get("train/gate/log_density", {})
         late = [value for t, value in densities.items() if t > m.num_updates / 2]
-        if case.method == "finetune":
+        if "zero-shot" in case.methods:
             phase = [point for point in curve if point[1] == 0]
             yield Run(case.target, "zero-shot", seed, phase, summary)
         yield Run(case.target, case.method, seed, curve, summary, statistics.fmean(late) if late else None)
 
 
-def line_of(run: Run, config: Config, args: argparse.Namespace, command: str) -> dict[str, Any]:
+def line_of(run: Run, args: argparse.Namespace, command: str) -> Line:
     source_steps, target_steps, _ = run.curve[-1] if run.curve else (0, 0, 0.0)
     wall = {} if run.method == "zero-shot" else {"wall_s": run.summary["wall_s"]}
     return record(
-        BENCHMARK, f"{run.target}/{run.method}/s{run.seed}", run.value, "return in the target", None,
-        config.compute.threads, command, target=run.target, method=run.method, seed=run.seed,
-        source_steps=source_steps, target_steps=target_steps, target_return=run.value, outcome=run.summary["outcome"],
-        **wall, seeds_in_pack=config.num_seeds, episodes=config.evaluation.episodes, hidden=config.method.hidden,
-        log_density=run.log_density,
-        precision=precision_of(run.method, args), **scale_fields(args),
+        BENCHMARK, f"{run.target}/{run.method}/s{run.seed}", run.value, "return in the target", None, args.threads,
+        command, target=run.target, method=run.method, seed=run.seed, source_steps=source_steps,
+        target_steps=target_steps, target_return=run.value, outcome=run.summary["outcome"], **wall,
+        log_density=run.log_density, **settings_of(run.method, args),
     )  # fmt: skip
+
+
+def settings_of(method: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What a run's line says of how it was trained: with others it would be another run."""
+    return {
+        "seeds_in_pack": args.seeds, "episodes": args.episodes, "hidden": args.hidden,
+        "precision": precision_of(method, args), **scale_fields(args),
+    }  # fmt: skip
 
 
 def scale_fields(args: argparse.Namespace) -> dict[str, Any]:
@@ -230,14 +246,51 @@ def claim_lines(
             )  # fmt: skip
 
 
-def curve_text(runs: Sequence[Run]) -> str:
+def earlier_lines(args: argparse.Namespace) -> dict[Case, list[Line]]:
+    """The lines of the runs of those cases that were trained in an earlier call with the same settings.
+
+    Raises:
+        UserError: there is no such file, or something else is in it.
+    """
+    if args.earlier is None:
+        return {}
+    try:
+        lines = [parse_line(text, BENCHMARK) for text in args.earlier.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise UserError(f"cannot read {args.earlier}: {error.strerror}") from None
+    by_run: dict[tuple[str, str, int], Line] = {}
+    for line in lines:
+        if "seed" in line and all(line.get(k) == v for k, v in settings_of(line["method"], args).items()):
+            by_run[line["target"], line["method"], line["seed"]] = line
+    seeds = range(args.seed, args.seed + args.seeds)
+    wanted = {case: [(case.target, m, seed) for m in case.methods for seed in seeds] for case in cases_of(args)}
+    return {case: [by_run[key] for key in keys] for case, keys in wanted.items() if all(k in by_run for k in keys)}
+
+
+def earlier_rows(path: Path | None) -> Rows:
+    """The evaluations of earlier calls; none where there is no such file."""
+    rows: Rows = defaultdict(list)
+    if path is not None and path.exists():
+        with path.open(encoding="utf-8", newline="") as file:
+            for target, method, *rest in list(csv.reader(file))[1:]:
+                rows[target, method].append((target, method, *rest))
+    return rows
+
+
+def curve_rows(run: Run) -> list[Sequence[str]]:
     """One row per evaluation."""
+    return [
+        (run.target, run.method, str(run.seed), str(source_steps), str(target_steps), f"{value:.6g}")
+        for source_steps, target_steps, value in run.curve
+    ]
+
+
+def curve_text(rows: Rows) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for run in runs:
-        for source_steps, target_steps, value in run.curve:
-            writer.writerow((run.target, run.method, run.seed, source_steps, target_steps, f"{value:.6g}"))
+    for key in sorted(rows):
+        writer.writerows(rows[key])
     return text.getvalue()
 
 
@@ -254,7 +307,8 @@ def build_parser() -> argparse.ArgumentParser:
         default="float32",
         help="of VGDF's and Mix's updates and refits; the other methods' are float32",
     )
-    parser.add_argument("--curves", type=Path, help="CSV file of all evaluations")
+    parser.add_argument("--curves", type=Path, help="CSV file of all evaluations; those of other runs in it stay")
+    parser.add_argument("--earlier", type=Path, help="lines of an earlier call; its runs are not trained again")
     return parser
 
 
@@ -274,32 +328,55 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_all(args: argparse.Namespace, command: str) -> int:
-    chosen = {case: overrides(case, args) for case in cases_of(args)}
+    known = earlier_lines(args)
+    cases = cases_of(args)
+    chosen = {case: overrides(case, args) for case in cases if case not in known}
     configs = {case: load_config([], given) for case, given in chosen.items()}
-    runs: list[Run] = []
+    rows = earlier_rows(args.curves)
+    lines: list[Line] = []
     scores: Scores = {}
-    densities: dict[str, list[float]] = {}
-    cases = list(chosen)
-    for i, (case, folder) in enumerate(train_all(BENCHMARK, chosen, configs, args)):
-        for run in runs_of(case, folder, configs[case]):
-            if run.method not in args.methods:
-                continue
-            runs.append(run)
-            print_line(line_of(run, configs[case], args, command))
-            if run.log_density is not None:
-                densities.setdefault(run.target, []).append(run.log_density)
-            if run.value is not None:
-                scores.setdefault((run.target, run.method), []).append(run.value)
+    training = train_all(BENCHMARK, chosen, configs, args)
+    for i, case in enumerate(cases):
+        if case in known:
+            of_case = known[case]
+        else:
+            _, folder = next(training)
+            runs = list(runs_of(case, folder, configs[case]))
+            of_case = [line_of(run, args, command) for run in runs]
+            for method in case.methods:
+                rows[case.target, method] = [row for run in runs if run.method == method for row in curve_rows(run)]
+            if args.curves is not None:
+                write_text(args.curves, curve_text(rows))
+        for line in of_case:
+            if line["method"] in args.methods:
+                print_line(line)
+                lines.append(line)
         if i + 1 == len(cases) or cases[i + 1].target != case.target:
-            for key in [key for key, values in scores.items() if len(values) < args.seeds]:
-                del scores[key]  # a seed has diverged: its line says so, and there is no mean
+            scores |= scores_of(lines, case.target, args.seeds)
             for line in mean_lines(scores, case.target, args, command):
                 print_line(line)
-        if args.curves is not None:
-            write_text(args.curves, curve_text(runs))
-    for line in claim_lines(scores, densities, args.robots, args.version, args, command):
+    for line in claim_lines(scores, densities_of(lines), args.robots, args.version, args, command):
         print_line(line)
     return 0
+
+
+def scores_of(lines: Sequence[Line], target: str, seeds: int) -> Scores:
+    """The last returns on a target by method; not of one of which a seed has diverged: its line says so, and there is
+    no mean."""
+    found: Scores = defaultdict(list)
+    for line in lines:
+        if line["target"] == target and line["target_return"] is not None:
+            found[target, line["method"]].append(line["target_return"])
+    return {key: values for key, values in found.items() if len(values) == seeds}
+
+
+def densities_of(lines: Sequence[Line]) -> dict[str, list[float]]:
+    """Mean log densities of the fictitious values by target."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for line in lines:
+        if line["log_density"] is not None:
+            found[line["target"]].append(line["log_density"])
+    return found
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ def prepare(config: Config, study: Study, folder: Path) -> tuple[Config, list[Ca
         ignored = stage_seeds(config.method) if spec.fresh_stages else ()
         records = study.trials()
         ranked = chosen_trials(study.folder, records, len(records), study.spec.direction)
-        chosen = candidates(records, ranked, spec.top, ignored)
+        begun_with = range(min(spec.enqueued, len(config.study.enqueue), len(records)))
+        chosen = candidates(records, ranked, spec.top, ignored, begun_with)
         if not chosen:
             return None
         save_candidates(folder, chosen)

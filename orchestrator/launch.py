@@ -146,7 +146,7 @@ def resume(
                 "compute.* and tracking_uri can"
             )
     config.workdir = str(workdir.absolute())
-    dataset = _check_before_compute(config)
+    dataset = _check_before_compute(warm_start.with_points(config, warm_start.load(folder)))
     with Study.open(folder) as study:
         return _run(config, study, dataset, console, report)
 
@@ -171,6 +171,12 @@ def _check_before_compute(config: Config) -> Dataset:
 
 def _check_data(config: Config) -> Dataset:
     check_population(config)
+    wanted, given = config.study.confirm.enqueued, len(config.study.enqueue)
+    if wanted > given:
+        raise UserError(
+            f"study.confirm.enqueued is {wanted}, but the study begins with {given} given trials (study.warm_start, "
+            "study.enqueue)"
+        )
     dataset = load_dataset(config.dataset, Path(config.workdir), shown)
     for one in corner_configs(config):
         check_rows(one, dataset)

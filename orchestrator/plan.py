@@ -255,9 +255,10 @@ def confirm_outlook(config: Config, spec: StudySpec) -> tuple[Config, Outlook] |
         return None
     ignored = stage_seeds(config.method) if spec.confirm.fresh_stages else []
     trials: list[dict[str, Any]] = []
+    most = spec.confirm.top + min(spec.confirm.enqueued, len(config.study.enqueue))
     for params in stand_in_trials(spec, config.study.enqueue):
         kept = {key: value for key, value in params.items() if key not in ignored}
-        if len(trials) == spec.confirm.top or kept in trials:
+        if len(trials) == most or kept in trials:
             continue
         try:
             apply_params(config, kept)

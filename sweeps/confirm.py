@@ -32,6 +32,9 @@ class ConfirmSpec:
     """How a search ends: its best settings are trained again."""
 
     top: int = 3  # so many of them; 0: none
+    enqueued: int = (
+        0  # and so many of the trials that it began with (warm starts, enqueued ones), however they did
+    )
     num_seeds: int = 3  # for each, none of which the search has used
     fresh_stages: bool = True  # their ensembles and other stages are built with other seeds, too
 
@@ -39,10 +42,12 @@ class ConfirmSpec:
         """Raises:
         StudyError: a number that makes no sense.
         """
-        for name, least in (("top", 0), ("num_seeds", 1)):
+        for name, least in (("top", 0), ("enqueued", 0), ("num_seeds", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise StudyError(f"study.confirm.{name} must be a whole number of at least {least}, not {value!r}.")
+        if self.enqueued and not self.top:
+            raise StudyError("study.confirm.enqueued is given, but top is 0, which leaves the confirm stage out.")
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Candidate:
     """Settings that are to be trained again."""
 
     number: int  # the trial of the search
-    searched: float  # its value there
+    searched: float  # its value there; of a pruned one its last report
     params: Params  # the active ones, without those that the confirm stage sets itself; of a population its schedule
 
 
@@ -78,24 +83,35 @@ class Confirmation:
 
 
 def candidates(
-    records: Sequence[TrialRecord], ranked: Sequence[int], top: int, ignored: Collection[str] = ()
+    records: Sequence[TrialRecord],
+    ranked: Sequence[int],
+    top: int,
+    ignored: Collection[str] = (),
+    enqueued: Sequence[int] = (),
 ) -> list[Candidate]:
-    """The first of a search's ranked settings, no two alike.
+    """The first of a search's ranked settings and those of some given trials, no two alike.
 
     Args:
         records: of the search.
         ranked: numbers of complete trials, best first (see `sweeps.selection.chosen_trials`).
-        top: how many, at most.
+        top: how many of those, at most.
         ignored: parameters that the confirm stage sets itself.
+        enqueued: numbers of trials that are candidates whatever has come of them, unless they failed.
     """
     by_number = {record.number: record for record in records}
     chosen: list[Candidate] = []
-    for number in ranked:
+
+    def choose(number: int) -> None:
         record = by_number[number]
-        assert record.value is not None
         params = {key: setting for key, setting in replayed_params(record).items() if key not in ignored}
-        if len(chosen) < top and all(params != one.params for one in chosen):
+        if record.value is not None and all(params != one.params for one in chosen):
             chosen.append(Candidate(number, record.value, params))
+
+    for number in ranked:
+        if len(chosen) < top:
+            choose(number)
+    for number in enqueued:
+        choose(number)
     return chosen
 
 

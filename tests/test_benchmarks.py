@@ -428,6 +428,27 @@ def test_vgdfs_constants_in_steps_are_scaled_with_its_steps():
     assert configs["mix"].num_updates == m.num_updates
 
 
+def test_runs_of_an_earlier_call_are_taken_from_its_lines_and_only_with_the_same_settings(tmp_path):
+    words = ["--shifts", "kinematic", "--methods", "zero-shot", "finetune", "mix", "--seeds", "2"]
+    args = vgdf_args(*words)
+    target, summary = "offsweep/Hopper-kinematic-v5", {"outcome": "finished", "wall_s": 5.0}
+    lines = [
+        vgdf_scores.line_of(vgdf_scores.Run(target, method, seed, [(9, 1, 10.0 * seed)], summary), args, "x")
+        for method, seeds in (("zero-shot", (0, 1)), ("finetune", (0, 1)), ("mix", (0,))) for seed in seeds
+    ]  # fmt: skip
+    file = tmp_path / "lines.jsonl"
+    means = list(vgdf_scores.mean_lines(vgdf_scores.scores_of(lines, target, 2), target, args, "x"))
+    file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *means]))
+    found = vgdf_scores.earlier_lines(vgdf_args(*words, "--earlier", str(file)))
+    assert {case.method: of_case for case, of_case in found.items()} == {"finetune": lines[:4]}  # a seed of mix lacks
+    assert vgdf_scores.scores_of(lines, target, 2) == {
+        (target, "zero-shot"): [0.0, 10.0], (target, "finetune"): [0.0, 10.0],
+    }  # fmt: skip
+    assert not vgdf_scores.earlier_lines(vgdf_args(*words, "--earlier", str(file), "--episodes", "3"))
+    with pytest.raises(UserError, match="cannot read"):
+        vgdf_scores.earlier_lines(vgdf_args(*words, "--earlier", str(tmp_path / "none.jsonl")))
+
+
 def test_claims_are_counted_over_the_targets():
     kinematic, morphology = (f"offsweep/Hopper-{shift}-v5" for shift in vgdf_scores.SHIFTS)
     scores = {

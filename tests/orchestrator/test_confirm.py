@@ -90,6 +90,17 @@ def test_the_best_are_trained_again_with_what_the_search_has_not_used(workdir: P
     assert [values["confirm/confirmed"] for values in logged] == [6.0, 4.0]
 
 
+def test_what_a_search_began_with_is_trained_again_beside_its_best(workdir: Path, slots: list[ScriptedSlots]):
+    asked = {**STUDY, "enqueue": STUDY["enqueue"][:1], "confirm": {"top": 1, "enqueued": 2, "num_seeds": 3}}
+    with pytest.raises(UserError, match=r"study\.confirm\.enqueued is 2, but the study begins with 1 given trials"):
+        launch.start(configured(workdir, **asked), quiet())
+    assert not (workdir / "studies" / "found").exists()
+    asked["confirm"]["enqueued"] = 1
+    outcome = launch.start(configured(workdir, **asked), quiet())
+    # the first of the stage is the search's best, trial 2, the second what it began with, its worst
+    assert [(one.number, one.searched, one.mean) for one in outcome.confirmed] == [(0, 1.0, 6.0), (2, 9.0, 4.0)]
+
+
 def test_without_fresh_stages_the_search_s_are_used(workdir: Path):
     config = configured(workdir, **{**STUDY, "confirm": {"fresh_stages": False}})
     assert confirm_config(config, [{"method.eta": 1.0}]).method.dynamics.seed == config.method.dynamics.seed

@@ -54,6 +54,9 @@ def test_the_best_complete_settings_are_chosen_none_of_them_twice(search):
     ]  # fmt: skip
     assert [one.number for one in candidates(records, best, 9)] == [1, 3, 5, 0]
     assert [one.number for one in candidates(records, least, 2)] == [0, 5]
+    # what the search began with: trial 1 is the best, trial 4 was pruned, trial 5 is as trial 1 but for a seed
+    begun_with = candidates(records, best, 1, ["stage.seed"], enqueued=(0, 1, 4, 5))
+    assert [(one.number, one.searched) for one in begun_with] == [(1, 5.0), (0, 1.0), (4, 100.0)]
 
 
 def test_confirmations_come_with_their_interval_best_first(search):
@@ -86,3 +89,5 @@ def test_confirmations_come_with_their_interval_best_first(search):
 def test_numbers_that_make_no_sense_are_refused(spec):
     with pytest.raises(StudyError, match=r"study\.confirm\..* must be a whole number"):
         spec.validate()
+    with pytest.raises(StudyError, match=r"study\.confirm\.enqueued is given, but top is 0"):
+        ConfirmSpec(top=0, enqueued=1).validate()
