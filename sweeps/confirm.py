@@ -32,9 +32,7 @@ class ConfirmSpec:
     """How a search ends: its best settings are trained again."""
 
     top: int = 3  # so many of them; 0: none
-    enqueued: int = (
-        0  # and so many of the trials that it began with (warm starts, enqueued ones), however they did
-    )
+    enqueued: int = 0  # and so many of the trials that it began with (warm starts, enqueued ones), however they did
     num_seeds: int = 3  # for each, none of which the search has used
     fresh_stages: bool = True  # their ensembles and other stages are built with other seeds, too
 

@@ -22,6 +22,7 @@ from benchmarks import (
     pgd_scores,
     pgd_toy,
     run,
+    study_hopper,
     true_dynamics,
     true_dynamics_speed,
     vgdf_scores,
@@ -465,3 +466,25 @@ def test_claims_are_counted_over_the_targets():
     assert lines["claim/VGDF above Mix on kinematic targets"]["holds"] == 0
     assert lines["claim/fictitious values closer to the source's on morphology than on kinematic targets"]["holds"] == 1
     assert "claim/VGDF above Zero-shot" not in lines  # which was not trained
+
+
+def test_a_search_is_held_against_the_setting_it_began_with_by_pairs_of_fresh_seeds():
+    def confirmed(number, *values):
+        return {"trial": number, "searched": 50.0, "mean": sum(values) / len(values), "values": list(values),
+                "interval": None, "diverged": False}  # fmt: skip
+
+    study = {
+        "unit": "score", "dataset": "d", "label": "", "data": "", "counts": {"complete": 2},
+        "confirmed": [confirmed(1, 12.0, 14.0, 19.0), confirmed(0, 10.0, 11.0, 12.0)], "best": {"value": 50.0},
+        "trials": [{"number": i, "value": 40.0 + 10 * i, "params": {"method.eta": i}} for i in range(2)],
+        "cost": {"wall_seconds": 9.0, "updates": 7, "updates_saved": 1, "online_episodes": 3},
+        "confirm_cost": {"updates": 6}, "importances": {"method.eta": 0.9, "method.tau": 0.1},
+    }  # fmt: skip
+    lines = {line["case"]: line for line in study_hopper.lines(study, "x")}
+    best, tuned = lines["confirmed/1"], lines["confirmed/0"]
+    assert (best["value"], best["reference"], best["difference"]["mean"]) == (15.0, 11.0, 4.0)
+    assert (tuned["difference"], tuned["hand_tuned"], best["hand_tuned"]) == (None, True, False)
+    assert (lines["search"]["value"], lines["search"]["reference"]) == (50.0, 40.0)
+    assert lines["importance/eta"]["ratio"] == pytest.approx(1.8)
+    with pytest.raises(UserError, match="has not confirmed trial 0"):
+        list(study_hopper.lines({**study, "confirmed": study["confirmed"][:1]}, "x"))
