@@ -19,6 +19,7 @@ EPILOG = """examples:
   offsweep train method=ravl dataset=embedded/pendulum-medium-v0 num_seeds=3
   offsweep sweep study.yaml study.num_trials=40
   offsweep sweep show my-study --figures figures
+  offsweep status my-study --watch 5
   offsweep plan study.yaml compute.price_per_gpu_hour=2.5
   offsweep resume my-study
   offsweep lab edge-of-reach
@@ -91,12 +92,23 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("--figures", type=Path, metavar="FOLDER", help="draw the study's figures there, as PNG files")
     add_workdir(show)
 
+    text = "How studies stand: packs, throughput, restarts, time left, what waits for MLflow; from files alone."
+    status = add("status", text)
+    status.add_argument("name", nargs="?", metavar="STUDY", help="a study's name (default: all of the work folder)")
+    status.add_argument("--json", action="store_true")
+    status.add_argument("--prometheus", action="store_true", help="in Prometheus' text format")
+    status.add_argument("--watch", type=float, metavar="SECONDS", help="print it anew every so many seconds")
+    add_workdir(status)
+
     ui = add(
         "ui", "Serve MLflow's pages for the runs in the work folder. Optuna's pages of a study's trials: copy "
         "studies/NAME/journal.log and open the copy with optuna-dashboard (pip install -e '.[dashboard]').",
     )  # fmt: skip
     ui.add_argument("--host", default="127.0.0.1")
     ui.add_argument("--port", type=int, default=5000)
+    ui.add_argument("--auth", action="store_true", help="ask for a name and a password (pip install 'mlflow[auth]')")
+    text = "host names under which the pages may be asked for, besides this machine's private addresses"
+    ui.add_argument("--allowed-hosts", metavar="NAMES", help=text)
     add_workdir(ui)
 
     demo = add("demo", "A Bayesian study on embedded data, in a few minutes on two cores.")
@@ -225,13 +237,16 @@ def _dispatch(args: argparse.Namespace) -> int:
     if args.command == "methods":
         return _methods()
     if args.command == "ui":
-        from orchestrator.tracking import check_reachable, default_tracking_uri, ui_command
+        from orchestrator.tracking import check_reachable, default_tracking_uri, ui_command, ui_environment
 
         uri = default_tracking_uri(args.workdir)
         check_reachable(uri)
-        command = ui_command(uri, host=args.host, port=args.port)
+        command = ui_command(uri, host=args.host, port=args.port, allowed_hosts=args.allowed_hosts, auth=args.auth)
+        if args.host not in ("127.0.0.1", "localhost", "::1") and not args.auth:
+            print("anyone who reaches this address can read, change and delete runs; --auth asks for a password")
         print(f"open http://{args.host}:{args.port} (stop with Ctrl-C)")
-        return subprocess.run(command, check=False).returncode
+        environment = os.environ | ui_environment(uri, args.auth)
+        return subprocess.run(command, check=False, env=environment).returncode
     from rich.console import Console
 
     if args.command == "show":  # before torch, which takes longer to load than this does
@@ -240,6 +255,8 @@ def _dispatch(args: argparse.Namespace) -> int:
         console = Console() if sys.stdout.isatty() else Console(width=140)
         reading.show(args.name, args.workdir, console, args.top, args.json, args.figures)
         return 0
+    if args.command == "status":
+        return _status(args, Console() if sys.stdout.isatty() else Console(width=160))
     from orchestrator import launch
     from orchestrator.config import load_config
 
@@ -280,6 +297,21 @@ def _dispatch(args: argparse.Namespace) -> int:
         launch.resume(config.study.name, workdir, [], console, asked=config)
         return 0
     launch.start(config, console)
+    return 0
+
+
+def _status(args: argparse.Namespace, console: Any) -> int:
+    from orchestrator.status import show_status, watch_status
+
+    if args.watch is None:
+        show_status(args.workdir, console, args.name, args.json, args.prometheus)
+        return 0
+    if args.json or args.prometheus or args.watch <= 0:
+        raise UserError("--watch takes a number of seconds above 0, and neither --json nor --prometheus")
+    try:
+        watch_status(args.workdir, console, args.name, args.watch)
+    except KeyboardInterrupt:
+        return 0
     return 0
 
 

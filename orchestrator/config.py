@@ -25,6 +25,7 @@ from agents.dynamics_stage import ensemble_stage
 from agents.method import Stage, common_settings, effective_settings, load_method, method_settings
 from envs.errors import UserError
 from envs.transforms import base_name
+from orchestrator.tracking import check_no_password
 from sweeps.confirm import ConfirmSpec
 from sweeps.divergence import DivergenceSpec
 from sweeps.objectives import SCORE, ObjectiveSpec
@@ -81,6 +82,9 @@ class ComputeConfig:
     threads: int = 1  # of torch, per process
     device: str = "auto"  # auto | cpu | cuda
     address: str | None = None  # of a running Ray cluster; None: $RAY_ADDRESS, else one of our own on this machine
+    # folder on each machine's own disk where runs are logged, to be sent by a tracker of that machine; None: in the
+    # study's folder, which every machine sees and the driver's tracker reads
+    spool_folder: str | None = None
     checkpoint_minutes: float = 5.0  # 0: every epoch; always when a run ends
     profile: bool = False  # trace one epoch of every pack and say where its time goes, in packs/<pack>/profile/
     price_per_gpu_hour: float | None = None  # any currency; for `offsweep plan`
@@ -121,6 +125,8 @@ class Config:
         ):  # fmt: skip
             if getattr(self.compute, name) is not None:
                 _at_least(f"compute.{name}", getattr(self.compute, name), least)
+        if self.tracking_uri is not None:
+            check_no_password(self.tracking_uri)
         _at_least("study.objective_evaluations", self.study.objective_evaluations, 1)
         if self.compute.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"compute.device={self.compute.device!r} must be auto, cpu or cuda")

@@ -61,6 +61,16 @@ def connected(address: str | None, cpus: int, gpus: int = 0) -> Iterator[dict[st
         _shut_down()
 
 
+def dashboard_url() -> str | None:
+    """The address of Ray's dashboard, where this process has joined a Ray that has one."""
+    import ray
+
+    if not ray.is_initialized():
+        return None
+    context: Any = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)
+    return f"http://{context.dashboard_url}" if context.dashboard_url else None
+
+
 def check_room(processes: int, resources: dict[str, float], advice: str) -> None:
     """Refuse more processes than a cluster has CPUs: Ray would wait for them for ever.
 

@@ -58,7 +58,7 @@ class Display:
             self._told.add(record.number)
             state = "diverged" if record.diverged else record.state
             value = "" if record.value is None else f" {self._unit} {record.value:.1f}"
-            left = _duration(_seconds_left(progress))
+            left = _duration(progress.seconds_left())
             self._console.print(
                 f"trial {self._shown(record.number):>3} {state:<9}{value}  {show_params(record.active)}  "
                 f"({progress.study.num_finished}/{progress.study.spec.num_trials}, {left} left)",
@@ -81,7 +81,7 @@ class Display:
         bar.add_row(
             f"{progress.study.num_finished}/{progress.study.spec.num_trials} trials",
             ProgressBar(total=max(planned, 1), completed=done, width=30),
-            f"{elapsed} elapsed, {_duration(_seconds_left(progress))} left", best_text,
+            f"{elapsed} elapsed, {_duration(progress.seconds_left())} left", best_text,
         )  # fmt: skip
         table = Table(box=None, header_style="bold", pad_edge=False)
         for column in ("trial", "updates", self._unit, "hyperparameters"):
@@ -96,14 +96,6 @@ class Display:
         if progress.stage:
             parts.append(Text(f"building {progress.stage} (once, shared by all runs that need it)", style="dim"))
         return Group(*parts)
-
-
-def _seconds_left(progress: Progress) -> float | None:
-    done = progress.updates_done() - progress.done_at_start
-    if done <= 0:
-        return None
-    elapsed = time.monotonic() - progress.started
-    return elapsed / done * (progress.updates_planned() - progress.updates_done())
 
 
 def _duration(seconds: float | None) -> str:

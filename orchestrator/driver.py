@@ -20,14 +20,16 @@ from agents.method import Stage
 from envs.dataset import Dataset
 from envs.errors import UserError
 from envs.scores import reference_scores
+from orchestrator.activity import Activity
 from orchestrator.artifacts import ArtifactStore, stage_key, stage_keys
 from orchestrator.cluster import Slots
 from orchestrator.config import Config, digest, load_config, pack_key, run_config, stages_of, to_dict
 from orchestrator.learner import PACK_FILE, Evaluation, PackReport, PackSpec, RunSpec, evaluation_env
 from orchestrator.memory import is_out_of_memory
+from orchestrator.node_tracking import keep_unsent
 from orchestrator.packing import COSTS_FILE, PackCosts, Packing, balanced, trials_at_once
 from orchestrator.population import TOO_LARGE, keep_schedule, population_settings
-from orchestrator.spool import RunSpool, read_records
+from orchestrator.spool import RunSpool, RunStatus, read_records
 from sweeps.confirm import FINAL_VALUES
 from sweeps.objectives import SCORE
 from sweeps.racing import is_contender
@@ -92,6 +94,7 @@ class Progress:
     started: float
     stage: str | None = None
     done_at_start: float = 0.0  # of a resumed study
+    activity: Activity = field(default_factory=Activity)
 
     def updates_done(self) -> float:
         """Run-updates done or no longer needed."""
@@ -101,6 +104,14 @@ class Progress:
 
     def updates_planned(self) -> float:
         return self.study.spec.num_trials * self.config.method.num_updates * self.config.num_seeds
+
+    def seconds_left(self) -> float | None:
+        """Until the end, as fast as it has gone since this driver's start; None: not known yet."""
+        done = self.updates_done() - self.done_at_start
+        if done <= 0:
+            return None
+        elapsed = time.monotonic() - self.started
+        return elapsed / done * (self.updates_planned() - self.updates_done())
 
 
 class Driver:
@@ -444,6 +455,7 @@ class Driver:
 
     def _advance(self, slot: int, pack: PackSpec) -> None:
         self._busy[slot] = pack
+        self.progress.activity.began(pack, self.config.method.num_updates)
         dropped = [run.run_key for run in pack.runs if run.run_key in self._dropped]
         self.slots.submit(slot, "advance", pack, dropped)
 
@@ -456,6 +468,8 @@ class Driver:
         elif isinstance(result, PackReport):
             self._failures_in_a_row = 0
             self._deaths.pop(job.pack_id, None)
+            self.progress.activity.reported(result)
+            keep_unsent(self.study.folder, result.unsent_from, result.unsent)
             self._take(result)
             if not result.finished:
                 self._advance(slot, job)
@@ -463,13 +477,16 @@ class Driver:
                 config = load_config([job.runs[0].config], [])
                 self.costs.add(job, result.cost, self.packing.predict(config, len(job.runs)))
         elif is_out_of_memory(result):
+            self.progress.activity.divided(job.pack_id)
             self._does_not_fit(job, result)
         elif _process_died(result) and self._deaths.get(job.pack_id, 0) < MAX_DEATHS:
             # the actor comes back and takes the pack up from its checkpoint
             self._deaths[job.pack_id] = self._deaths.get(job.pack_id, 0) + 1
+            self.progress.activity.restarted(job.pack_id, result)
             time.sleep(0.5)
             self._advance(slot, job)
         else:
+            self.progress.activity.gave_up(job.pack_id, result)
             self._pack_failed(job, result)
 
     def _stages_ended(self, keys: tuple[str, ...], result: Any) -> None:
@@ -651,13 +668,20 @@ class Driver:
     def _close_runs(self, record: TrialRecord) -> None:
         """End the runs of an ended trial whose learner could not."""
         failed = record.state == "failed"
+        status: RunStatus = "FAILED" if failed else "KILLED"
+        tags = {"outcome": "failed" if failed else "pruned"}
+        elsewhere = self.config.compute.spool_folder is not None
         for seed in self.config.seeds:
             path = self.spool.path.with_name(f"{self._run_key(record.number, seed)}.jsonl")
-            if not path.exists() or [r for r, _ in read_records(path) if r][-1]["type"] == "end":
-                continue
-            with RunSpool(path.parent, path.stem) as run:
-                run.set_tags({"outcome": "failed" if failed else "pruned"})
-                run.end("FAILED" if failed else "KILLED")
+            if path.exists():
+                if [r for r, _ in read_records(path) if r][-1]["type"] in ("end", "close"):
+                    continue
+                with RunSpool(path.parent, path.stem) as run:
+                    run.set_tags(tags)
+                    run.end(status)
+            elif elsewhere and record.state != "complete":
+                with RunSpool(path.parent, path.stem) as run:
+                    run.close_run(status, tags)
 
     def _pack_failed(self, pack: PackSpec, error: Any) -> None:
         """The pack's trials fail; the study goes on, unless nothing works at all."""

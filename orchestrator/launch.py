@@ -29,20 +29,23 @@ from orchestrator import confirm, warm_start
 from orchestrator.artifacts import save_json, write_text
 from orchestrator.cluster import Slots, open_slots
 from orchestrator.config import Config, check_space, corner_configs, load_config, to_dict, to_yaml
-from orchestrator.connection import cluster_address
+from orchestrator.connection import cluster_address, dashboard_url
 from orchestrator.display import Display, episode_unit, print_summary, score_label, value_unit
-from orchestrator.driver import Driver
+from orchestrator.driver import Driver, Progress
 from orchestrator.learner import dataset_record, evaluation_env, flatten, resolve_device
+from orchestrator.node_tracking import NodeBacklog, NodeTrackers
 from orchestrator.packing import COSTS_FILE, PACKING_FILE
 from orchestrator.plan import choose_packing, duration, make_plan, print_plan
 from orchestrator.population import check_population, keep_population
 from orchestrator.profiling import TABLE, TRACE
 from orchestrator.progress import shown
+from orchestrator.prometheus import RayMetrics, is_exported
 from orchestrator.reading import IMPORTANCES_FILE, about_study, save_figures, show_params
 from orchestrator.schedule import check_schedule
 from orchestrator.selection import keep_report, play_bandit
 from orchestrator.spool import RunInfo, RunSpool, check_run_key
-from orchestrator.tracking import Tracker, check_reachable, default_tracking_uri
+from orchestrator.status import StatusFile
+from orchestrator.tracking import STATE_FILE, Tracker, check_reachable, default_tracking_uri, shown_uri
 from sweeps.confirm import FOLDER as CONFIRM_FOLDER
 from sweeps.confirm import Confirmation, confirmations
 from sweeps.pruners import warnings_of
@@ -245,7 +248,7 @@ def online_methods() -> list[str]:
 def _run(config: Config, study: Study, dataset: Dataset, console: Console, report: Report | None) -> Outcome:
     config = warm_start.with_points(config, warm_start.load(study.folder))
     tracker = Tracker(
-        _store_uri(config), study.spec.name, study.folder / "spool", study.folder / "tracker.json",
+        _store_uri(config), study.spec.name, study.folder / "spool", study.folder / STATE_FILE,
         experiment_tags={
             "offsweep.study": study.spec.name, "method": config.method_name, "dataset": config.dataset,
             "mlflow.experimentKind": "custom_model_development",  # its page opens on training runs, not on traces
@@ -263,11 +266,15 @@ def _run(config: Config, study: Study, dataset: Dataset, console: Console, repor
         if warnings:
             spool.set_tags({"warnings": " ".join(warnings)})
         with open_slots(config.compute, dataset) as slots:
-            about_study(config, dataset, tracker.tracking_uri, slots.on_gpu).save(study.folder)
+            about_study(config, dataset, shown_uri(tracker.tracking_uri), slots.on_gpu).save(study.folder)
             packing = choose_packing(config, study.spec, dataset, slots, study.folder)
             stage = {"stage": "search"} if study.spec.searches else {}
-            with Display(console, value_unit(config, dataset)) as display:
-                driver = Driver(config, study, dataset, slots, tags | stage, spool, display, packing)
+            with (
+                _node_tracking(config, tracker, study.folder, console) as nodes,
+                Display(console, value_unit(config, dataset)) as display,
+                _watched(study.folder, tracker, nodes, display) as on_change,
+            ):
+                driver = Driver(config, study, dataset, slots, tags | stage, spool, on_change, packing)
                 driver.run()
             _compare_with_plan(console, spool, driver)
             concludes = study.claim("report")
@@ -286,7 +293,7 @@ def _run(config: Config, study: Study, dataset: Dataset, console: Console, repor
         else:
             console.print("another driver of this study confirms its best trials and draws its plots")
             spool.end("FINISHED")
-    print_summary(console, study, config, dataset, tracker.tracking_uri)
+    print_summary(console, study, config, dataset, shown_uri(tracker.tracking_uri))
     if config.compute.profile:
         _show_profiles(console, study.folder / "packs")
     return Outcome(study, dataset, study.spec.name, confirmed)
@@ -308,7 +315,7 @@ def _confirm(
         f"{fresh.num_seeds} fresh seeds", highlight=False,
     )  # fmt: skip
     exists = (folder / SPEC_FILE).exists()
-    tracker = Tracker(_store_uri(config), study.spec.name, folder / "spool", folder / "tracker.json")
+    tracker = Tracker(_store_uri(config), study.spec.name, folder / "spool", folder / STATE_FILE)
     unit = value_unit(fresh, dataset)
     with (
         Study.open(folder) if exists else Study.create(folder, check_space(fresh)) as repeated,
@@ -317,9 +324,13 @@ def _confirm(
     ):
         _announce(spool, fresh, dataset, {**tags, "stage": "confirm"})
         packing = choose_packing(fresh, repeated.spec, dataset, slots, folder)
-        with Display(console, unit, numbers) as display:
+        with (
+            _node_tracking(fresh, tracker, folder, console) as nodes,
+            Display(console, unit, numbers) as display,
+            _watched(folder, tracker, nodes, display) as on_change,
+        ):
             stage = {**tags, "stage": "confirm"}
-            Driver(fresh, repeated, dataset, slots, stage, spool, display, packing, numbers).run()
+            Driver(fresh, repeated, dataset, slots, stage, spool, on_change, packing, numbers).run()
         spool.end("FINISHED")
     return confirmations(study.folder)
 
@@ -414,6 +425,49 @@ def _tracking(tracker: Tracker, console: Console) -> Iterator[None]:
                 f"[yellow]{status.pending_lines} lines are not in MLflow yet ({status.last_error or status.refused}); "
                 "they are kept, and `offsweep resume` sends them[/yellow]"
             )
+
+
+Nodes = Callable[[], Sequence[NodeBacklog]]
+
+
+@contextmanager
+def _node_tracking(config: Config, tracker: Tracker, folder: Path, console: Console) -> Iterator[Nodes]:
+    """A tracker on every machine that logs on a disk of its own; gives what waits on each."""
+    if config.compute.spool_folder is None:
+        yield tuple
+        return
+    trackers = NodeTrackers(tracker, folder, config.compute.spool_folder, DRAIN_SECONDS)
+    with trackers:
+        yield trackers.backlogs
+    for text in trackers.left:
+        console.print(
+            f"[yellow]{text} are not in MLflow yet; they are kept, and `offsweep resume` sends them[/yellow]",
+            highlight=False,
+        )
+
+
+@contextmanager
+def _watched(
+    folder: Path, tracker: Tracker, nodes: Nodes, display: Callable[[Progress], None]
+) -> Iterator[Callable[[Progress], None]]:
+    """What a driver tells of its progress: the display, `status.json`, and Ray's metrics where they are exported."""
+    status = StatusFile(folder, tracker.backlog, nodes, dashboard_url())
+    listeners: list[Callable[[Progress], None]] = [display, status]
+    if is_exported():
+        listeners.append(RayMetrics(status))
+    last: list[Progress] = []
+
+    def tell(progress: Progress) -> None:
+        last[:] = [progress]
+        for listener in listeners:
+            listener(progress)
+
+    try:
+        yield tell
+    finally:
+        for progress in last:
+            ended = progress.study.num_finished >= progress.study.spec.num_trials
+            status.write(progress, finished=ended)
 
 
 def _announce(spool: RunSpool, config: Config, dataset: Dataset, tags: Mapping[str, str]) -> None:

@@ -12,9 +12,11 @@ are rollout workers: it is taken in at the epoch that the method says, whenever 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -59,11 +61,13 @@ from orchestrator.config import (
     to_dict,
     to_yaml,
 )
+from orchestrator.node_tracking import place_of, unsent_lines
 from orchestrator.offline_metrics import OfflineMetric, offline_metric
 from orchestrator.population import HISTORY_FILE, SCHEDULE_FILE, Population, write_schedule
 from orchestrator.profiling import TABLE, EpochProfile
+from orchestrator.run_log import ARTIFACT_FOLDER, RunLogs
 from orchestrator.schedule import scheduled_keys, settings_at, settings_of
-from orchestrator.spool import DatasetRecord, RunInfo, RunSpool, RunStatus
+from orchestrator.spool import DatasetRecord, RunInfo, RunSpool, RunStatus, SpoolError, spool_folder
 from orchestrator.workers import Workers
 from sweeps import plots
 from sweeps.objectives import SCORE
@@ -167,6 +171,12 @@ class PackReport:
     cost: PackCost | None = None  # if this process has trained all of it so far
     # run key -> updates -> mean Q over an expert's value, of the evaluations at which the run was collapsing
     collapsing: dict[str, dict[int, float]] = field(default_factory=dict)
+    node: str = ""  # host that it is trained on
+    updates_per_second: float = 0.0  # of all its runs, since the report before
+    steps_per_second: float = 0.0  # transitions that rollouts, pools and environments gave for learning, likewise
+    # of a finished pack with a spool folder on the machine's own disk: which, and by run key what is not sent yet
+    unsent_from: str = ""
+    unsent: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -284,11 +294,19 @@ class Learner:
         self._rollouts_ahead: PendingRollouts | None = None
         self._saved_at = time.monotonic()
         self._seconds_waited = self._seconds_saving = 0.0  # since they were logged last
+        self.run_updates = self.steps = 0.0  # of all runs, in this process; steps: transitions given for learning
+        self._domain_steps: dict[str, float] = {}  # run key -> as last logged
+        folder = spool_folder(pack.study_folder, compute.spool_folder)
+        self._spools = {run.run_key: RunSpool(folder, run.run_key) for run in pack.runs}
+        self.logs = logs_of(pack)
         self._restore()
         self._first_epoch = self.epoch
         self._profiles = compute.profile and not (self.profile_folder / TABLE).exists()
-        folder = Path(pack.study_folder)
-        self._spools = {run.run_key: RunSpool(folder / "spool", run.run_key) for run in pack.runs}
+        self.logs.say(
+            f"{f'goes on at update {self.updates}' if self.epoch else 'begins'}, of pack {pack.pack_id} on "
+            f"{socket.gethostname()}, process {os.getpid()}, {self.device}, {compute.threads} threads, torch "
+            f"{torch.__version__}", self.alive,
+        )  # fmt: skip
         for run, run_config in zip(pack.runs, self.configs, strict=True):
             if run.run_key in self.alive:
                 self._announce(run, run_config)
@@ -448,6 +466,7 @@ class Learner:
             trained = dict(zip(self.alive, self.method.train_epoch(self.epoch), strict=True))
         seconds = time.perf_counter() - updating
         self.epoch += 1
+        self._count(metrics, trained)
         timing = {
             "time/updates_per_second": self.configs[0].method.updates_per_epoch / seconds,
             "time/update_seconds": seconds,
@@ -457,6 +476,20 @@ class Learner:
         }
         self._seconds_saving = 0.0
         self._log_and_diverge({key: {**metrics[key], **values, **timing} for key, values in trained.items()})
+
+    def _count(self, rolled: Mapping[str, Mapping[str, float]], trained: Mapping[str, Mapping[str, float]]) -> None:
+        """Add an epoch's updates, and the transitions that were given for it."""
+        self.run_updates += len(trained) * self.configs[0].method.updates_per_epoch
+        for values in rolled.values():
+            self.steps += values.get("rollout/transitions", 0.0) + values.get("synthetic/transitions", 0.0)
+        for key, values in trained.items():
+            taken = values.get("domain/source_steps", 0.0) + values.get("domain/target_steps", 0.0)
+            self.steps += max(0.0, taken - self._domain_steps.get(key, taken))
+            self._domain_steps[key] = taken
+
+    def unsent(self) -> dict[str, str]:
+        """What is logged on this machine's own disk and not sent yet, by run key; nothing in the study's folder."""
+        return {} if self.compute.spool_folder is None else unsent_lines(self._spools)
 
     def _rollouts_due(self) -> list[RolloutResult]:
         """What this epoch's updates need: waits for it."""
@@ -489,6 +522,11 @@ class Learner:
         with record_function("logging"):
             for key in diverged if only_diverged else metrics:
                 self._spools[key].metrics(self.updates, metrics[key])
+        for key in diverged:
+            bad = {name: value for name, value in metrics[key].items() if not math.isfinite(value)}
+            bad = bad or {"train/q_mean": metrics[key]["train/q_mean"]}
+            why = ", ".join(f"{name}={value:g}" for name, value in bad.items())
+            self.logs.say(f"diverges at update {self.updates}: {why}", [key])
         self._diverge_now(diverged)
 
     # ---- evaluation ---------------------------------------------------------------------------------------------
@@ -581,6 +619,8 @@ class Learner:
             measured = offline.get(key, {})
             if all(map(math.isfinite, [*measured.values(), *([] if value is None else [value])])):
                 self.evaluations[key].append(Evaluation(updates, value, returns.tolist(), measured))
+                found = {**({} if value is None else {"value": value}), **measured}
+                self.logs.say(f"update {updates}: {', '.join(f'{k} {v:.6g}' for k, v in found.items())}", [key])
                 # at once: a run that is stopped has played its episodes, too
                 save_json(self.run_folder(key) / EVALUATIONS_FILE, [asdict(e) for e in self.evaluations[key]])
             else:
@@ -652,6 +692,7 @@ class Learner:
         info = RunInfo(self._name(run.run_key), params, tags, [dataset_record(self.dataset)])
         self._spools[run.run_key].start(info)
         self._spools[run.run_key].artifact(path)
+        self._spools[run.run_key].artifact(self.logs.path(run.run_key), ARTIFACT_FOLDER)
 
     def _name(self, run_key: str) -> str:
         """What a run is called in MLflow's table."""
@@ -692,6 +733,8 @@ class Learner:
             spool.artifact(path)
             if collapse(known[-1].metrics) is not None:
                 tags["collapsing"] = "true"
+        self.logs.say(f"ends at update {self.updates}: {outcome}", [key])
+        spool.artifact(self.logs.path(key), ARTIFACT_FOLDER)
         spool.set_tags(tags)
         spool.end(status)
 
@@ -713,7 +756,7 @@ class Learner:
                 "epoch": self.epoch, "diverged": self.diverged, "method": self.method.state_dict(),
                 "evaluations": {key: [asdict(e) for e in done] for key, done in self.evaluations.items()},
                 "diagnoses": {key: [asdict(d) for d in known] for key, known in self.diagnoses.items()},
-                "pending": pending, "lost": self.lost,
+                "pending": pending, "lost": self.lost, "unsent": self.unsent(),
                 "population": None if self.population is None else self.population.state_dict(),
             })  # fmt: skip
         self._saved_at = time.monotonic()
@@ -730,6 +773,9 @@ class Learner:
         keys = [run.run_key for run in self.pack.runs]
         if state["version"] != CHECKPOINT_VERSION or state["runs"] != [run.run_key for run in source.runs]:
             raise UserError(f"{source.checkpoint_path} is of another version or pack; move it away to start anew")
+        for key, lines in state.get("unsent", {}).items():
+            if key in self._spools:
+                self._spools[key].take_in(lines)
         kept = [m for m, key in enumerate(keys) if key in state["alive"]]
         if kept and len(kept) < len(keys):
             self.method = self.method.select(kept)
@@ -788,6 +834,11 @@ class Learner:
         ])  # fmt: skip
         for path in paths if self.alive else []:
             self._spools[self.alive[0]].artifact(path, "profile")
+
+
+def logs_of(pack: PackSpec) -> RunLogs:
+    """The logs of a pack's runs."""
+    return RunLogs({run.run_key: Path(pack.study_folder) / "runs" / run.run_key for run in pack.runs})
 
 
 def _no_returns(num_policies: int) -> list[np.ndarray]:
@@ -869,9 +920,10 @@ class LearnerProcess:
                 self._learner = Learner(pack, self.compute, self.workers, dataset)
                 self._cost = PackCost(0.0, 0.0, 0) if self._learner.epoch == 0 else None
             learner, self._learner = self._learner, None  # one that fails in mid-epoch is not to be gone on with
-            report = learner.advance(dropped)
+            report = self._advance(learner, dropped, started)
         except Exception as error:
             if not memory.is_out_of_memory(error):
+                self._log_failure(pack, error)
                 raise
             reason = str(error)
         else:
@@ -889,6 +941,31 @@ class LearnerProcess:
         del learner
         memory.release(device)
         raise memory.OutOfMemory(reason)
+
+    def _advance(self, learner: Learner, dropped: Sequence[str], started: float) -> PackReport:
+        """`Learner.advance`, and how fast it was."""
+        updates, steps = learner.run_updates, learner.steps
+        with learner.logs.listening():
+            report = learner.advance(dropped)
+        seconds = time.perf_counter() - started
+        if report.finished and self.compute.spool_folder is not None:
+            folder = spool_folder(learner.pack.study_folder, self.compute.spool_folder)
+            report = replace(report, unsent_from=place_of(folder), unsent=learner.unsent())
+        return replace(
+            report, node=socket.gethostname(), updates_per_second=(learner.run_updates - updates) / seconds,
+            steps_per_second=(learner.steps - steps) / seconds,
+        )  # fmt: skip
+
+    def _log_failure(self, pack: PackSpec, error: Exception) -> None:
+        """Leave the traceback in the runs' logs, and those in MLflow."""
+        logs = logs_of(pack)
+        logs.failure(error)
+        for run in pack.runs:
+            with (
+                contextlib.suppress(SpoolError),
+                RunSpool(spool_folder(pack.study_folder, self.compute.spool_folder), run.run_key) as spool,
+            ):
+                spool.artifact(logs.path(run.run_key), ARTIFACT_FOLDER)
 
     def _baseline(self, config: Config, dataset: Dataset, device: torch.device) -> int:
         """Bytes held without a pack; the libraries that every pack needs are loaded by then."""

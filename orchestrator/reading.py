@@ -188,8 +188,15 @@ def study_state(study: Study, records: Sequence[TrialRecord]) -> str:
     confirm = _confirm_study(study.folder)
     if ended and (confirm is None or confirm.num_finished >= confirm.spec.num_trials):
         return "finished"
+    state = driver_state(study.folder)
+    return "confirming" if ended and state == "running" else state
+
+
+def driver_state(folder: Path) -> str:
+    """Of the driver of a study's folder: running or stopped, or `last driven by ...` where it was on another
+    machine."""
     try:
-        holder = (study.folder / LOCK_FILE).read_text()
+        holder = (folder / LOCK_FILE).read_text()
     except OSError:
         return "stopped"
     found = re.fullmatch(r"process (\d+) on (.*)\n?", holder)
@@ -202,7 +209,7 @@ def study_state(study: Study, records: Sequence[TrialRecord]) -> str:
         return "stopped"
     except PermissionError:  # another user's
         pass
-    return "confirming" if ended else "running"
+    return "running"
 
 
 def _confirm_study(folder: Path) -> Study | None:

@@ -10,10 +10,13 @@ One line is one JSON object with `type` and `time` (milliseconds since 1970, tak
     artifact   path, artifact_path                   a file or folder to upload
     tags       tags
     end        status
+    close      status, tags                          the same for a run that has not ended, on behalf of a machine that
+                                                     cannot say so
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -65,6 +68,21 @@ class RunInfo:
     params: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     datasets: tuple[DatasetRecord, ...] | list[DatasetRecord] = ()
+
+
+def spool_folder(study_folder: str | Path, own_disk: str | None = None) -> Path:
+    """Where the runs of a study are logged.
+
+    Args:
+        study_folder: of the study.
+        own_disk: a folder of each machine's own; `~` and variables such as `$TMPDIR` mean what they do on the machine
+            that asks. None: in the study's folder.
+    """
+    if own_disk is None:
+        return Path(study_folder) / "spool"
+    digest = hashlib.sha256(str(study_folder).encode()).hexdigest()[:8]
+    folder = Path(os.path.abspath(os.path.expandvars(os.path.expanduser(own_disk))))
+    return folder / f"{Path(study_folder).name}-{digest}"
 
 
 def check_run_key(run_key: str) -> str:
@@ -165,6 +183,34 @@ class RunSpool:
         self._write("end", status=status)
         self.close()
 
+    def close_run(self, status: RunStatus, tags: Mapping[str, str]) -> None:
+        """Ends a run that was logged on another machine, unless it has ended by the time that this is sent."""
+        for name in tags:
+            check_name("tag", name)
+        self._write("close", status=status, tags={name: str(value) for name, value in tags.items()})
+        self.close()
+
+    def unsent(self, offset: int) -> str:
+        """The whole lines behind a byte offset, for `take_in`."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(offset)
+                content = file.read()
+        except FileNotFoundError:
+            return ""
+        return content[: content.rfind(b"\n") + 1].decode()
+
+    def take_in(self, lines: str) -> None:
+        """Appends lines that the run has logged on another machine, which may be gone before it has sent them; those
+        that are here already are left out."""
+        try:
+            here = set(self.path.read_bytes().splitlines())
+        except FileNotFoundError:
+            here = set()
+        for line in lines.encode().splitlines():
+            if line not in here:
+                self._append(line + b"\n")
+
     def close(self) -> None:
         """Closes the file; the next call opens it again."""
         if self._file is not None:
@@ -187,6 +233,9 @@ class RunSpool:
             line = json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
         except (TypeError, ValueError) as error:
             raise SpoolError(f"A {kind} record of run {self.run_key} cannot be written as JSON: {error}.") from error
+        self._append(line)
+
+    def _append(self, line: bytes) -> None:
         try:
             if self._file is None:
                 self._open()

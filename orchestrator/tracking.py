@@ -1,13 +1,16 @@
-"""The tracker: carries what runs spooled to MLflow, once and in order; the only MLflow writer of a study.
+"""The tracker: carries what runs spooled to MLflow, once and in order. What a machine spools is sent by one tracker.
 
-The spool files are the truth and what is sent is a function of their content alone, so a tracker may die
-anywhere:
+The spool files are the truth and what is sent is a function of their content and of what MLflow has, so a tracker
+may die anywhere, and a run may go on on another machine, with another tracker:
 - A run is found by its tag `offsweep.run_key` before one is created.
 - A metric carries the time at which it was logged; MLflow keeps one row per (run, key, step, time, value), so
   sending a batch a second time adds nothing.
-- Of a step that a run logs again after a resume only the first occurrence is sent.
+- Of a step that a run logs again after a resume only the first occurrence is sent. Which step of a metric was the last
+  to be sent is asked of MLflow where a tracker meets a run for the first time, and where a run starts again.
+- A run's tag `offsweep.started` says when its latest life began. What an earlier one has left on another machine, to
+  be sent late, adds points that are missing and changes nothing else.
 - Parameters are write-once in MLflow: those that a run has are never sent again.
-The state file only saves the work of sending everything again; losing it is harmless.
+The state file only saves work; losing it is harmless.
 
 Runs are top-level runs of one experiment per study (no `mlflow.parentRunId`): MLflow's table and charts
 collapse children into their parent. MLflow is imported when it is first needed.
@@ -17,9 +20,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import re
+import secrets
 import sqlite3
 import sys
 import tempfile
@@ -32,12 +37,14 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from envs.errors import UserError
 from orchestrator.spool import SUFFIX, count_lines, read_records
 
 RUN_KEY_TAG = "offsweep.run_key"
+STATE_FILE = "tracker.json"
+STARTED_TAG = "offsweep.started"  # milliseconds since 1970
 NOTE_TAG = "mlflow.note.content"
 
 # Limits of one log_batch call and of single values (mlflow.utils.validation).
@@ -52,6 +59,9 @@ _DIGEST_LENGTH = 36
 _FIRST_DELAY_S = 1.0
 _LONGEST_DELAY_S = 60.0
 _STATE_INTERVAL_S = 1.0
+# Looking through the spool folder, and saving the state, take longer the more runs there are; no more than this share
+# of the time goes to either.
+_UPKEEP_SHARE = 0.05
 # One poll leaves a run with a long backlog after this many batches, so that the others are not kept waiting.
 _BATCHES_PER_TURN = 10
 
@@ -89,14 +99,26 @@ class TrackerStatus:
     notes: dict[str, tuple[str, ...]]
 
 
+@dataclass(frozen=True)
+class Backlog:
+    """What waits to be sent, by sizes alone: cheap to ask, however long it is."""
+
+    runs: int
+    bytes: int
+    last_error: str | None
+
+
 @dataclass
 class _Run:
-    """Where one run's spool file stands. The first three fields are kept in the state file."""
+    """Where one run's spool file stands. The first four fields are kept in the state file."""
 
     run_id: str | None = None
     offset: int = 0
-    steps: dict[str, int] = field(default_factory=dict)  # metric key -> last step sent
+    steps: dict[str, int] = field(default_factory=dict)  # metric key -> last step sent; nothing of a run that has ended
+    started: int = 0  # time of the last `start` that was sent from here
 
+    known: bool = False  # whether MLflow has been asked what it has of this run
+    stale: bool = False  # whether the run has started elsewhere since
     torn_size: int = -1  # file size at which nothing but a torn line was left
     delay_s: float = 0.0
     retry_at: float = 0.0
@@ -143,7 +165,8 @@ class Tracker:
 
         self._runs: dict[str, _Run] = {}
         self._unsaved = False
-        self._saved_at = 0.0
+        self._save_next = 0.0
+        self._upkeep_s = 0.0  # of the last look through the spool folder
         self._delay_s = 0.0
         self._retry_at = 0.0
         self._last_error: str | None = None
@@ -169,8 +192,8 @@ class Tracker:
                 raise
             except Exception as error:
                 raise TrackingError(
-                    f"The experiment {self.experiment!r} cannot be opened in {_shown(self.tracking_uri)}:"
-                    f" {_sentence(error)}"
+                    f"The experiment {self.experiment!r} cannot be opened in {shown_uri(self.tracking_uri)}:"
+                    f" {self._said(error)}"
                 ) from error
             assert self._experiment_id is not None
             return self._experiment_id
@@ -193,7 +216,7 @@ class Tracker:
         while not stop_event.is_set():
             # Under a backlog there is no reason to rest between polls.
             if self._patient_poll(stop_event) == 0:
-                stop_event.wait(interval)
+                stop_event.wait(max(interval, self._upkeep_s / _UPKEEP_SHARE))
 
     def drain(self, timeout_s: float = 60.0) -> bool:
         """Sends everything that is spooled, trying again until it is through or the time is up.
@@ -235,6 +258,14 @@ class Tracker:
             notes={run_key: tuple(run.notes) for run_key, run in runs if run.notes},
         )
 
+    def backlog(self) -> Backlog:
+        """What waits to be sent; reads no file."""
+        waiting = self._backlog()
+        with suppress(OSError):
+            unsent = sum(path.stat().st_size - self._runs[run_key].offset for run_key, path in waiting)
+            return Backlog(len(waiting), unsent, self._last_error)
+        return Backlog(len(waiting), 0, self._last_error)
+
     def run_ids(self) -> dict[str, str]:
         """run key -> MLflow run id of the runs that have been created."""
         return {run_key: run.run_id for run_key, run in list(self._runs.items()) if run.run_id is not None}
@@ -248,10 +279,13 @@ class Tracker:
     def _poll(self, patient: bool, stop: threading.Event) -> int:
         sent_before = self._sent
         try:
+            began = time.perf_counter()
             backlog = self._backlog()
+            self._upkeep_s = time.perf_counter() - began
             if backlog or self._new_experiment_tags:
                 self._send_backlog(backlog, patient, stop)
-            self._save_state()
+            if not patient or time.monotonic() > self._save_next:
+                self._save_state()
         except Exception as error:
             # Of the whole store, the spool folder or the state file: nothing that a single run can be blamed
             # for.
@@ -294,15 +328,15 @@ class Tracker:
                 self._send_run(run_key, run, path, stop)
             except Exception as error:
                 any_failure = True
-                self._last_error = f"Run {run_key}: {_sentence(error)}"
+                self._last_error = f"Run {run_key}: {self._said(error)}"
                 run.delay_s, run.retry_at = _next_delay(run.delay_s)
                 if _error_code(error) == "RESOURCE_DOES_NOT_EXIST":
                     # The store was emptied or replaced; the spool holds all that is needed to fill it again.
-                    run.run_id, run.offset, run.steps, run.torn_size = None, 0, {}, -1
+                    self._runs[run_key] = _Run(delay_s=run.delay_s, retry_at=run.retry_at)
                     self._experiment_id = None
                     return
                 if _is_refusal(error):
-                    run.refused = _sentence(error)
+                    run.refused = self._said(error)
                     continue
                 # One run may have data that the server chokes on; two in a row, or the only one, is an
                 # outage.
@@ -313,20 +347,26 @@ class Tracker:
             else:
                 failed_in_a_row = 0
                 run.delay_s, run.retry_at, run.refused = 0.0, 0.0, None
-            if time.monotonic() - self._saved_at > _STATE_INTERVAL_S:
+            if time.monotonic() > self._save_next:
                 self._save_state()
         self._delay_s = self._retry_at = 0.0
         if not any_failure:
             self._last_error = None
 
     def _leave_alone(self, error: Exception) -> None:
-        self._last_error = _sentence(error)
+        self._last_error = self._said(error)
         self._delay_s, self._retry_at = _next_delay(self._delay_s)
+
+    def _said(self, error: BaseException) -> str:
+        """What went wrong, without the password that the store's address may hold."""
+        return _without_password(_sentence(error), self.tracking_uri)
 
     def _send_run(self, run_key: str, run: _Run, path: Path, stop: threading.Event) -> None:
         """Sends up to `_BATCHES_PER_TURN` batches of one run; the offset moves only behind what was sent."""
         from mlflow.entities import Metric
 
+        if not run.known:
+            self._look_up(run_key, run)
         batch: list[Metric] = []
         steps: dict[str, int] = {}  # of the batch, on top of run.steps
         position = run.offset
@@ -382,6 +422,11 @@ class Tracker:
         if kind == "start":
             self._start_run(run_key, run, record)
             return
+        if kind == "close":
+            self._close_run(run, record)
+            return
+        if run.stale:
+            return
         run_id = self._ensure_run(run_key, run)
         if kind == "tags":
             self._send_tags(run_id, record["tags"])
@@ -389,25 +434,37 @@ class Tracker:
             self._send_artifact(run_id, run, record)
         elif kind == "end":
             self._client.set_terminated(run_id, status=record["status"], end_time=record["time"])
+            # nothing of it is needed any more; should the run go on, MLflow is asked again
+            run.steps, run.known = {}, False
+
+    def _close_run(self, run: _Run, record: dict[str, Any]) -> None:
+        """End a run that nobody has ended, on behalf of a machine that cannot."""
+        if run.run_id is None or self._client.get_run(run.run_id).info.status != "RUNNING":
+            return
+        self._send_tags(run.run_id, record["tags"])
+        self._client.set_terminated(run.run_id, status=record["status"], end_time=record["time"])
 
     def _start_run(self, run_key: str, run: _Run, record: dict[str, Any]) -> None:
         from mlflow.entities import Param
 
-        known = run.run_id is not None or self._find_run(run_key, run)
         params = {key: value[:_PARAM_LENGTH] for key, value in record["params"].items()}
-        if known:
-            assert run.run_id is not None
-            stored = self._client.get_run(run.run_id)
+        tags = {**record["tags"], STARTED_TAG: str(record["time"])}
+        if run.run_id is not None:
+            # another machine's tracker may have sent points since
+            stored = self._take_stock(run)
+            if run.stale and _started(stored) > record["time"]:
+                return
             if stored.info.status != "RUNNING" or stored.info.run_name != record["run_name"]:
                 self._client.update_run(run.run_id, status="RUNNING", name=record["run_name"])
-            self._send_tags(run.run_id, record["tags"])
+            self._send_tags(run.run_id, tags)
             for key in params.keys() & stored.data.params.keys():
                 stays, comes = stored.data.params[key], params.pop(key)
                 if stays != comes:
                     run.notes[f"parameter {key} stays {stays!r}, the resumed run has {comes!r}"] = None
         else:
-            self._create_run(run_key, run, record["run_name"], record["tags"], record["time"])
+            self._create_run(run_key, run, record["run_name"], tags, record["time"])
         assert run.run_id is not None
+        run.started, run.stale = record["time"], False
         for chunk in _chunks(params, PARAMS_PER_BATCH):
             self._client.log_batch(run.run_id, params=[Param(key, value) for key, value in chunk.items()])
         if record["datasets"]:
@@ -433,26 +490,39 @@ class Tracker:
                 raise
             if _error_code(error) == "RESOURCE_DOES_NOT_EXIST":
                 raise
-            run.notes[f"artifact {record['path']} was not uploaded: {_sentence(error)}"] = None
+            run.notes[f"artifact {record['path']} was not uploaded: {self._said(error)}"] = None
 
     # Runs and the experiment
 
     def _ensure_run(self, run_key: str, run: _Run) -> str:
         # Without a `start` line in front (it can be the torn one) the run is at least found by its key.
-        if run.run_id is None and not self._find_run(run_key, run):
+        if run.run_id is None:
             self._create_run(run_key, run, run_key, {}, None)
         assert run.run_id is not None
         return run.run_id
 
-    def _find_run(self, run_key: str, run: _Run) -> bool:
-        found = self._client.search_runs(
-            [self._experiment_id], filter_string=f"tags.`{RUN_KEY_TAG}` = '{run_key}'", max_results=1
-        )
-        if not found:
-            return False
-        run.run_id = found[0].info.run_id
-        self._unsaved = True
-        return True
+    def _look_up(self, run_key: str, run: _Run) -> None:
+        """Learn what MLflow has of a run."""
+        if run.run_id is None:
+            found = self._client.search_runs(
+                [self._experiment_id], filter_string=f"tags.`{RUN_KEY_TAG}` = '{run_key}'", max_results=1
+            )
+            if found:
+                run.run_id = found[0].info.run_id
+                self._unsaved = True
+        if run.run_id is not None:
+            self._take_stock(run)
+        run.known = True
+
+    def _take_stock(self, run: _Run) -> Any:
+        """Learn up to which step MLflow has each metric of a run, and whether it has started elsewhere since; returns
+        the run as MLflow has it."""
+        stored = self._client.get_run(run.run_id)
+        # RunData.metrics has the same without the steps
+        for metric in stored.data._metric_objs:
+            run.steps[metric.key] = max(metric.step, run.steps.get(metric.key, metric.step))
+        run.stale = _started(stored) > run.started
+        return stored
 
     def _create_run(self, run_key: str, run: _Run, run_name: str, tags: dict[str, str], start_time: int | None) -> None:
         tags = {key: value[:_TAG_LENGTH] for key, value in tags.items()}
@@ -519,7 +589,12 @@ class Tracker:
             if state["target"] != self._target():
                 return  # another store: it gets everything from the start
             self._runs = {
-                run_key: _Run(str(run["run_id"]) if run["run_id"] else None, int(run["offset"]), dict(run["steps"]))
+                run_key: _Run(
+                    str(run["run_id"]) if run["run_id"] else None,
+                    int(run["offset"]),
+                    dict(run["steps"]),
+                    int(run.get("started", 0)),
+                )
                 for run_key, run in state["runs"].items()
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -528,8 +603,9 @@ class Tracker:
     def _save_state(self) -> None:
         if not self._unsaved:
             return
+        began = time.monotonic()
         runs = {
-            run_key: {"run_id": run.run_id, "offset": run.offset, "steps": run.steps}
+            run_key: {"run_id": run.run_id, "offset": run.offset, "steps": run.steps, "started": run.started}
             for run_key, run in self._runs.items()
         }
         content = json.dumps({"target": self._target(), "runs": runs}, separators=(",", ":"))
@@ -538,7 +614,8 @@ class Tracker:
         temporary.write_text(content)
         os.replace(temporary, self.state_file)
         self._unsaved = False
-        self._saved_at = time.monotonic()
+        now = time.monotonic()
+        self._save_next = now + max(_STATE_INTERVAL_S, (now - began) / _UPKEEP_SHARE)
 
 
 # The store
@@ -568,7 +645,7 @@ def absolute_uri(uri: str) -> str:
     if scheme in ("", "file") and os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1"):
         return uri
     raise TrackingError(
-        f"MLflow cannot keep runs in {_shown(uri)!r}: give sqlite:////absolute/path/mlflow.db,"
+        f"MLflow cannot keep runs in {shown_uri(uri)!r}: give sqlite:////absolute/path/mlflow.db,"
         " the http(s) address of an MLflow server, or a postgresql:// or mysql:// database."
     )
 
@@ -644,25 +721,51 @@ def check_reachable(uri: str, timeout_s: float = 5.0) -> None:
 
 
 def ui_command(
-    uri: str, artifact_root: str | Path | None = None, host: str = "127.0.0.1", port: int = 5000
+    uri: str,
+    artifact_root: str | Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 5000,
+    allowed_hosts: str | None = None,
+    auth: bool = False,
 ) -> list[str]:
     """The command that serves MLflow's pages for a store: one worker, job execution off (0.4 GB instead of 1
     GB).
 
+    Args:
+        allowed_hosts: names under which it may be asked, with commas; None: MLflow's own choice, this machine and
+            private addresses.
+        auth: ask for a name and a password.
+
     Raises:
-        TrackingError: the store is a server itself.
+        TrackingError: the store is a server itself; what passwords need is not installed.
     """
     uri = absolute_uri(uri)
     if _scheme(uri) in ("http", "https"):
-        raise TrackingError(f"{_shown(uri)} is an MLflow server already: open this address in a browser.")
+        raise TrackingError(f"{shown_uri(uri)} is an MLflow server already: open this address in a browser.")
     command = ["env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "MLFLOW_DISABLE_TELEMETRY=true"]
-    command += [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    command += [sys.executable, "-m", "mlflow", "server"]
+    if not _passwords(uri):  # else it comes by the environment, which others on this machine do not see
+        command += ["--backend-store-uri", uri]
     root = artifact_root
     if root is None and _scheme(uri) == "sqlite":
         root = _default_artifact_root(uri)
     if root is not None:
         command += ["--default-artifact-root", _root_uri(root)]
+    if allowed_hosts is not None:
+        command += ["--allowed-hosts", allowed_hosts]
+    if auth:
+        if importlib.util.find_spec("flask_wtf") is None:
+            raise TrackingError("--auth needs packages that are not installed: pip install 'mlflow[auth]'.")
+        command += ["--app-name", "basic-auth"]
     return [*command, "--host", host, "--port", str(port), "--workers", "1"]
+
+
+def ui_environment(uri: str, auth: bool = False) -> dict[str, str]:
+    """Variables that the command of `ui_command` needs: what must not be seen in a list of processes."""
+    variables = {"MLFLOW_BACKEND_STORE_URI": absolute_uri(uri)}
+    if auth and not os.environ.get("MLFLOW_FLASK_SERVER_SECRET_KEY"):
+        variables["MLFLOW_FLASK_SERVER_SECRET_KEY"] = secrets.token_hex(16)
+    return variables
 
 
 def _mlflow_client(uri: str) -> Any:
@@ -724,18 +827,18 @@ def _check_database(uri: str) -> None:
         engine.dispose()
     except ModuleNotFoundError as error:
         raise TrackingError(
-            f"The driver for {_shown(uri)} is not installed (no module named {error.name!r}): install it, for"
+            f"The driver for {shown_uri(uri)} is not installed (no module named {error.name!r}): install it, for"
             " PostgreSQL with pip install 'psycopg[binary]'."
         ) from error
     except Exception as error:
         raise TrackingError(
-            f"The database {_shown(uri)} does not accept a connection ({_sentence(error)}):"
+            f"The database {shown_uri(uri)} does not accept a connection ({_without_password(_sentence(error), uri)}):"
             " start it or correct the tracking URI."
         ) from error
 
 
 def _check_server(uri: str, timeout_s: float) -> None:
-    shown = _shown(uri)
+    shown = shown_uri(uri)
     try:
         # Asked first because MLflow's own client would wait two minutes for a host that never answers.
         urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout_s).close()
@@ -751,8 +854,9 @@ def _check_server(uri: str, timeout_s: float) -> None:
         _mlflow_client(uri).search_experiments(max_results=1)
     except Exception as error:
         raise TrackingError(
-            f"{shown} answers, but not as an MLflow server that lets us in ({_sentence(error)}):"
-            " check the address and MLFLOW_TRACKING_USERNAME / MLFLOW_TRACKING_TOKEN."
+            f"{shown} answers, but not as an MLflow server that lets us in"
+            f" ({_without_password(_sentence(error), uri)}):"
+            " check the address and MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
         ) from error
 
 
@@ -777,10 +881,41 @@ def _root_uri(root: str | Path) -> str:
     return Path(os.path.abspath(root)).as_uri()
 
 
-def _shown(uri: str) -> str:
+def shown_uri(uri: str) -> str:
     """The address without a password in it."""
-    password = urlsplit(uri).password
-    return uri.replace(f":{password}@", ":***@") if password else uri
+    return _without_password(uri, uri)
+
+
+def check_no_password(uri: str) -> str:
+    """The address itself, which is kept in a study's files.
+
+    Raises:
+        TrackingError: it holds a password.
+    """
+    if _passwords(uri):
+        raise TrackingError(
+            f"tracking_uri={shown_uri(uri)} holds a password, which would be written to the study's files; leave it out"
+            " and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (of a server) or PGPASSWORD (of a"
+            " PostgreSQL database)."
+        )
+    return uri
+
+
+def _passwords(uri: str) -> list[str]:
+    """The passwords that an address holds, as they stand in it."""
+    try:
+        parts = urlsplit(uri)
+        found = [parts.password] if parts.password else []
+    except ValueError:
+        return []
+    return found + re.findall(r"[?&][^=&]*passw(?:or)?d=([^&]+)", parts.query and f"?{parts.query}", re.IGNORECASE)
+
+
+def _without_password(text: str, uri: str) -> str:
+    for password in _passwords(uri):
+        for written in {password, unquote(password)}:
+            text = text.replace(written, "***")
+    return text
 
 
 def _sentence(error: BaseException) -> str:
@@ -794,9 +929,24 @@ def _error_code(error: BaseException) -> str:
 
 def _is_refusal(error: BaseException) -> bool:
     """Whether MLflow understood a request and says no, so that asking again soon is pointless."""
+    if _is_of_database(error):
+        return False
     status = getattr(error, "get_http_status_code", None)
     # 401, 403: a login that expired concerns all runs; 408, 429: the server is busy.
     return callable(status) and 400 <= status() < 500 and status() not in (401, 403, 408, 429)
+
+
+def _is_of_database(error: BaseException) -> bool:
+    """Whether it is the database behind a store that failed, such as one that has become read-only, which MLflow
+    reports as a bad request; not because of what it was given."""
+    text = str(error)
+    return "sqlalche.me" in text and not re.search(r"\.(DataError|IntegrityError|NumericValueOutOfRange)\b", text)
+
+
+def _started(run: Any) -> int:
+    """When the latest life of a run began that MLflow knows of."""
+    text = run.data.tags.get(STARTED_TAG, "0")
+    return int(text) if text.isdigit() else 0
 
 
 def _next_delay(delay_s: float) -> tuple[float, float]:

@@ -154,7 +154,7 @@ def test_every_epoch_of_every_metric_is_in_mlflow_with_its_step(finished: Finish
 
 
 def test_the_artifacts_of_a_run_and_of_the_study(finished: Finished):
-    files = {"config.yaml", "policy.npz", "checkpoint.pt", "evaluations.json", "diagnostics.png"}
+    files = {"config.yaml", "policy.npz", "checkpoint.pt", "evaluations.json", "diagnostics.png", "logs/log.txt"}
     assert finished.artifacts("t0002-s0") == files
     assert {"config.yaml", "trials.csv", "plots/history.png", "plots/slices.png"} <= finished.artifacts("study")
     state = load_tensors(finished.folder / "runs" / "t0002-s0" / "checkpoint.pt")
