@@ -1,13 +1,17 @@
-"""Servers that a study can be shared through, on this machine and for one run of the tests or the benchmark."""
+"""Servers that a study can be shared through, or recorded in, on this machine and for one run of the tests or a
+benchmark."""
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,6 +59,18 @@ class Postgres:
         with psycopg.connect(address, autocommit=True) as connection:
             connection.execute(f'CREATE DATABASE "{database}"')
         return self.url(database)
+
+    def set_read_only(self, database: str, on: bool) -> None:
+        """Have a database refuse to be written to, or not any longer."""
+        import psycopg
+
+        address = f"host=127.0.0.1 port={self.port} user=tester password={PASSWORD} dbname=postgres"
+        with psycopg.connect(address, autocommit=True) as connection:
+            connection.execute(
+                f'ALTER DATABASE "{database}" SET default_transaction_read_only = {"on" if on else "off"}'
+            )
+            # it holds for new connections
+            connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [database])
 
     def start(self) -> None:
         options = f"-p {self.port} -h 127.0.0.1 -k '' -c fsync={'on' if self._durable else 'off'}"
@@ -106,3 +122,79 @@ def grpc_server(folder: Path) -> Iterator[str]:
     finally:
         server.kill()
         server.wait()
+
+
+class MlflowServer:
+    """An MLflow server over a database, which keeps artifacts in a folder of its own and hands them on (so that clients
+    need to see nothing but the server).
+
+    Args:
+        store: of the database, with what it needs to be opened.
+        folder: of artifacts and of its log.
+        words: more of its command line, such as `--allowed-hosts`.
+        variables: of its environment.
+    """
+
+    def __init__(
+        self, store: str, folder: Path, words: Sequence[str] = (), variables: Mapping[str, str] | None = None
+    ) -> None:
+        self._store, self._folder, self._words = store, folder, list(words)
+        self._variables, self.port = dict(variables or {}), free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self, patience_s: float = 180.0) -> None:
+        """Start it, and wait until it answers."""
+        environment = os.environ | {
+            "MLFLOW_BACKEND_STORE_URI": self._store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true", "PGPASSWORD": PASSWORD, **self._variables,
+        }  # fmt: skip
+        environment.pop("MLFLOW_TRACKING_URI", None)
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--artifacts-destination",
+            (self._folder / "kept").as_uri(),
+        ]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1", *self._words]
+        with open(self._folder / "server.log", "ab") as log:
+            self._process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, cwd=self._folder, start_new_session=True
+            )
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline and self._process.poll() is None:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=2):
+                return
+            time.sleep(0.2)
+        self.stop()
+        raise RuntimeError(f"the MLflow server does not start: {(self._folder / 'server.log').read_text()[-2000:]}")
+
+    def stop(self) -> None:
+        """Kill it, and the workers that it has started."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@contextmanager
+def mlflow_server(
+    store: str, words: Sequence[str] = (), variables: Mapping[str, str] | None = None
+) -> Iterator[MlflowServer]:
+    """A server over a database that is there; its artifacts are gone with it."""
+    folder = Path(tempfile.mkdtemp(prefix="mlflow-server-"))
+    server = None
+    try:
+        server = MlflowServer(store, folder, words, variables)
+        yield server
+    finally:
+        if server is not None:
+            server.stop()
+        shutil.rmtree(folder, ignore_errors=True)

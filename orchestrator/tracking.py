@@ -328,6 +328,7 @@ class Tracker:
                 self._send_run(run_key, run, path, stop)
             except Exception as error:
                 any_failure = True
+                run.known = False  # it may have gone on elsewhere by the time that this store answers again
                 self._last_error = f"Run {run_key}: {self._said(error)}"
                 run.delay_s, run.retry_at = _next_delay(run.delay_s)
                 if _error_code(error) == "RESOURCE_DOES_NOT_EXIST":
