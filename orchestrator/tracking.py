@@ -842,7 +842,10 @@ def _check_server(uri: str, timeout_s: float) -> None:
     shown = shown_uri(uri)
     try:
         # Asked first because MLflow's own client would wait two minutes for a host that never answers.
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout_s).close()
+        # (Without the name and password that the address may hold, which urllib would take for a part of the host.)
+        parts = urlsplit(uri)
+        plain = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        urllib.request.urlopen(f"{plain.rstrip('/')}/health", timeout=timeout_s).close()
     except urllib.error.HTTPError:
         pass  # somebody answers
     except (OSError, ValueError) as error:

@@ -298,3 +298,75 @@ def test_a_failure_is_in_the_logs_of_its_runs(prepared: Path, monkeypatch: pytes
     text = (Path(pack.study_folder) / "runs" / "t0000-s0" / "log.txt").read_text()
     assert "ZeroDivisionError" in text
     assert records(pack.study_folder, "t0000-s0")[-1]["artifact_path"] == "logs"
+
+
+@pytest.mark.slow
+def test_a_machine_dies_while_its_tracker_has_something_to_send(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Two raylets with a disk each; one is killed under way, its disk is gone, and another one comes."""
+    import os
+    import sqlite3
+    import threading
+
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    from orchestrator.environment import prepare_environment, worker_environment
+    from orchestrator.spool import read_records
+
+    prepare_environment()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+
+    def add(name: str) -> Any:
+        return cluster.add_node(num_cpus=1, env_vars={"TEST_DISK": str(tmp_path / name)})
+
+    nodes = [add("a"), add("b")]
+    ray.init(
+        cluster.address, log_to_driver=False,
+        runtime_env={"env_vars": {**worker_environment(), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}},
+    )  # fmt: skip
+    killed = threading.Event()
+
+    def kill() -> None:
+        while not list((tmp_path / "a").rglob("t*.jsonl")):
+            time.sleep(0.05)
+        time.sleep(1.0)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        shutil.rmtree(tmp_path / "a")
+        add("c")
+        killed.set()
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    try:
+        outcome = launch.start(
+            configured(
+                prepared, "compute.spool_folder=$TEST_DISK/spool", "compute.num_learners=2", "compute.runs_per_pack=2",
+                "method.num_updates=1000", name="machines", num_trials=4,
+            ), quiet(),
+        )  # fmt: skip
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert killed.is_set()
+    keys = {f"t{trial:04d}-s{seed}" for trial in range(4) for seed in range(2)}
+    with sqlite3.connect(prepared / "mlflow.db") as connection:
+        rows = connection.execute(
+            "SELECT t.value, r.status, m.key, m.step FROM runs r JOIN experiments e USING (experiment_id)"
+            " JOIN tags t ON t.run_uuid = r.run_uuid AND t.key = 'offsweep.run_key'"
+            " JOIN metrics m ON m.run_uuid = r.run_uuid WHERE e.name = 'machines'"
+        ).fetchall()
+    assert len(rows) == len(set(rows))
+    assert {key: status for key, status, _, _ in rows} == dict.fromkeys({*keys, "study"}, "FINISHED")
+    updates = {
+        key: {step for k, _, name, step in rows if k == key and name == "time/update_seconds"} for key in keys
+    }  # fmt: skip
+    assert set(map(frozenset, updates.values())) == {frozenset(range(50, 1001, 50))}
+    left = {
+        (path.stem, name, line["step"])
+        for disk in ("b", "c") for path in (tmp_path / disk).rglob("t*.jsonl")
+        for line, _ in read_records(path) if line and line["type"] == "metrics" for name in line["values"]
+    }  # fmt: skip
+    assert left <= {(key, name, step) for key, _, name, step in rows}
+    assert outcome.study.num_finished == 4
