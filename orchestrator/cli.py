@@ -125,8 +125,8 @@ def _add_cluster_commands(add: Callable[..., Any], add_workdir: Callable[[argpar
     text = "Clusters of several machines (docs/cluster.md): check."
     cluster = add("cluster", text).add_subparsers(dest="cluster_command", required=True, metavar="COMMAND")
     check = add(
-        "check", "Check files that start a cluster (Ray's launcher, KubeRay, SLURM) without a network, or with --live a "
-        "cluster that runs. Exit code 1: something is wrong.", cluster,
+        "check", "Check files that start a cluster (Ray's launcher, KubeRay, SLURM) without a network, or with --live "
+        "a cluster that runs. Exit code 1: something is wrong.", cluster,
     )  # fmt: skip
     check.add_argument(
         "files", nargs="*", type=Path, metavar="FILE",

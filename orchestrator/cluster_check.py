@@ -59,7 +59,9 @@ def show_checks(checks: Sequence[Check], console: Console, as_json: bool = False
         width = max(len(check.name) for check in shown)
         console.print(Text(subject, style="bold"), soft_wrap=True)
         for check in shown:
-            line = Text.assemble("  ", (f"{check.status:<4}", STYLES[check.status]), f"  {check.name:<{width}}  ", check.text)
+            line = Text.assemble(
+                "  ", (f"{check.status:<4}", STYLES[check.status]), f"  {check.name:<{width}}  ", check.text
+            )
             console.print(line, soft_wrap=True)
     counts = {status: sum(check.status == status for check in checks) for status in (OK, TODO, FAIL)}
     console.print(", ".join(f"{count} {status}" for status, count in counts.items() if count), highlight=False)

@@ -48,7 +48,8 @@ CLUSTER_KEYS = (
     "tlsOptions", "upgradeStrategy", "workerGroupSpecs",
 )  # fmt: skip
 HEAD_KEYS = (
-    "enableIngress", "headService", "ingressOptions", "labels", "rayStartParams", "resources", "serviceType", "template",
+    "enableIngress", "headService", "ingressOptions", "labels", "rayStartParams", "resources", "serviceType",
+    "template",
 )  # fmt: skip
 WORKER_KEYS = (
     "groupName", "idleTimeoutSeconds", "labels", "maxReplicas", "minReplicas", "numOfHosts", "priority",
@@ -87,7 +88,9 @@ def check_file(path: Path, crd: Path | None = None) -> list[Check]:
     subject = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
     if path.suffix not in (".yaml", ".yml"):
         if "#SBATCH" not in text:
-            raise UserError(f"{path} is neither YAML (.yaml) nor a SLURM script, which has lines that begin with #SBATCH")
+            raise UserError(
+                f"{path} is neither YAML (.yaml) nor a SLURM script, which has lines that begin with #SBATCH"
+            )
         found = check_slurm(path, text)
     else:
         try:
@@ -96,7 +99,9 @@ def check_file(path: Path, crd: Path | None = None) -> list[Check]:
             raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
         if documents and all(isinstance(d, dict) and "apiVersion" in d and "kind" in d for d in documents):
             found = check_manifests(documents, _definitions(crd) if crd else None)
-        elif len(documents) == 1 and isinstance(documents[0], dict) and {"cluster_name", "provider"} & set(documents[0]):
+        elif (
+            len(documents) == 1 and isinstance(documents[0], dict) and {"cluster_name", "provider"} & set(documents[0])
+        ):
             found = check_launcher(documents[0])
         else:
             raise UserError(
@@ -258,8 +263,8 @@ def _ray_problems(document: Mapping[str, Any]) -> Iterator[str]:
                 yield f"spec.{key} is missing"
         if spec.get("backoffLimit"):
             yield (
-                "spec.backoffLimit must be 0: another attempt repeats `offsweep sweep`, which refuses a study that exists;"
-                " use `offsweep sweep --resume` by hand"
+                "spec.backoffLimit must be 0: another attempt repeats `offsweep sweep`, which refuses a study that "
+                "exists; apply a job with `offsweep resume NAME` instead"
             )
         where = "spec.rayClusterSpec"
     cluster = _cluster_of(document)
@@ -393,9 +398,9 @@ def _closed(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     closed = {key: _closed(value) for key, value in schema.items()}
-    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
-        if "additionalProperties" not in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
-            closed["additionalProperties"] = False
+    free = "additionalProperties" in schema or schema.get("x-kubernetes-preserve-unknown-fields")
+    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object" and not free:
+        closed["additionalProperties"] = False
     return closed
 
 

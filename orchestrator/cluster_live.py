@@ -79,7 +79,9 @@ def versions(here: Mapping[str, Any], machines: Mapping[str, Any]) -> Iterator[F
     """Whether every node has the driver's Python and packages."""
     own = here["versions"]
     differ = {
-        package: {node: one["versions"][package] for node, one in machines.items() if one["versions"][package] != version}
+        package: {
+            node: one["versions"][package] for node, one in machines.items() if one["versions"][package] != version
+        }
         for package, version in own.items()
     }
     for package, others in differ.items():
@@ -163,7 +165,11 @@ def machine_resources(
         cores[one["host"]], hosts[one["host"]] = one["cores"], node
     for host, count in cpus.items():
         if count > cores[host]:
-            yield "cores", TODO, f"{host} has {cores[host]} cores and its Ray nodes say {count:g} CPUs: they would share"
+            yield (
+                "cores",
+                TODO,
+                f"{host} has {cores[host]} cores and its Ray nodes say {count:g} CPUs: they would share",
+            )
     for node, one in machines.items():
         gpus = declared.get(node, {}).get("GPU", 0)
         if gpus > one["gpus"]:
@@ -173,8 +179,8 @@ def machine_resources(
         store = declared.get(node, {}).get("object_store_memory", 0)
         if one["shm"] is not None and one["shm"] < store:
             yield "/dev/shm", FAIL, (
-                f"{node}: {one['shm'] / 2**30:.1f} GiB for objects of {store / 2**30:.1f} GiB, which go to disk instead; "
-                "enlarge it (containers: --shm-size, an emptyDir of medium Memory)"
+                f"{node}: {one['shm'] / 2**30:.1f} GiB for objects of {store / 2**30:.1f} GiB, which go to disk "
+                "instead; enlarge it (containers: --shm-size, an emptyDir of medium Memory)"
             )  # fmt: skip
         if one["open_files"] < OPEN_FILES:
             yield "open files", TODO, f"{node} allows {one['open_files']}; `ulimit -n 65536` in front of `ray start`"
@@ -217,9 +223,13 @@ def _storage(actors: Mapping[str, Any], names: Mapping[str, str], workdir: Path)
         refused = {names[node]: problem for node, problem in problems.items() if problem}
         if refused:
             node, problem = next(iter(refused.items()))
-            return name, FAIL, (
-                f"{_list(refused)} cannot write there ({problem}); mount one folder under this path on every machine "
-                "and give it as --workdir or $OFFSWEEP_WORKDIR"
+            return (
+                name,
+                FAIL,
+                (
+                    f"{_list(refused)} cannot write there ({problem}); mount one folder under this path on every "
+                    "machine and give it as --workdir or $OFFSWEEP_WORKDIR"
+                ),
             )
         seen = {names[node]: marks for node, marks in ask_all(actors, "read_marks", str(folder)).items()}
         seen["the driver"] = {path.name: path.read_text() for path in folder.iterdir()}

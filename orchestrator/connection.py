@@ -15,7 +15,6 @@ from envs.errors import UserError
 from orchestrator.environment import prepare_environment, worker_environment
 from orchestrator.shipping import check_arrived, must_ship, staged_code
 
-
 UNLIMITED = 1e6  # CPUs or GPUs; an autoscaler without a bound says a number larger than any cluster
 
 
@@ -25,13 +24,11 @@ def cluster_address(given: str | None) -> str | None:
 
 
 @contextlib.contextmanager
-def connected(
-    address: str | None, cpus: int, gpus: int = 0, ship_code: bool = True
-) -> Iterator[dict[str, float]]:
+def connected(address: str | None, cpus: int, gpus: int = 0, ship_code: bool = True) -> Iterator[dict[str, float]]:
     """A connection to Ray, and what its cluster has or can grow to, such as {"CPU": 2.0}.
 
     One that this process has already is used and left as it is. To a cluster that is joined, the code is shipped if a
-    node of it does not have the same (`orchestrator.shipping`).
+    node of it does not have the same, or if nodes can come that nobody has asked yet (`orchestrator.shipping`).
 
     Args:
         address: of a running cluster; None starts one on this machine and ends it afterwards.
@@ -58,7 +55,7 @@ def connected(
         check_answers(address)
     _connect(options)
     try:
-        if address is not None and ship_code and must_ship():
+        if address is not None and ship_code and (_growth() or must_ship()):
             _shut_down()
             with staged_code() as folder:
                 _connect(options, {"working_dir": str(folder)})
@@ -77,31 +74,43 @@ def _connect(options: Mapping[str, Any], code: Mapping[str, str] | None = None) 
             **options, logging_level=logging.ERROR, log_to_driver=False,
             runtime_env={"env_vars": worker_environment(), **(code or {})},
         )  # fmt: skip
-    except AuthenticationError as error:
-        mode = os.environ["RAY_AUTH_MODE"]
+    except (AuthenticationError, ConnectionError, TimeoutError) as error:
+        # Ray says no more than that it cannot connect where the token is not the cluster's
         raise UserError(
-            f"the Ray cluster at {options['address']} does not let this driver in, whose RAY_AUTH_MODE is {mode}: "
-            f"{_first_sentence(error)} Give it the cluster's mode, and its token in RAY_AUTH_TOKEN_PATH or "
-            "~/.ray/auth_token"
+            f"no Ray cluster answers at {options['address']}, or it does not let this driver in, whose RAY_AUTH_MODE "
+            f"is {os.environ['RAY_AUTH_MODE']} ({_first_sentence(error)}); start the cluster, or give the driver the "
+            "cluster's mode and its token, in RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
         ) from None
-    except (ConnectionError, TimeoutError) as error:
-        raise UserError(f"no Ray cluster answers at {options['address']}: {error}") from None
     except RuntimeEnvSetupError as error:
-        raise UserError(f"offsweep's code could not be shipped to the Ray cluster: {_first_sentence(error)}") from None
+        raise UserError(f"offsweep's code could not be shipped to the Ray cluster: {_first_sentence(error)}.") from None
 
 
 def _first_sentence(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".") + "."
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def capacity() -> dict[str, float]:
     """What the cluster has, or can grow to where an autoscaler starts machines when there is work for them."""
     import ray
+
+    grown = _growth()
+    return {**grown, **{key: max(value, grown.get(key, 0.0)) for key, value in ray.cluster_resources().items()}}
+
+
+def _growth() -> dict[str, float]:
+    """CPUs and GPUs up to which an autoscaler lets the cluster grow; nothing where there is none."""
     from ray._private.state import state  # Ray has no public way to ask for it; its own libraries ask here
 
-    most = state.get_max_resources_from_cluster_config() or {}
-    grown = {key: float(value) for key, value in most.items() if key in ("CPU", "GPU") and 0 < value < UNLIMITED}
-    return {**grown, **{key: max(value, grown.get(key, 0.0)) for key, value in ray.cluster_resources().items()}}
+    most = {} if _through_client() else state.get_max_resources_from_cluster_config() or {}
+    return {key: float(value) for key, value in most.items() if key in ("CPU", "GPU") and 0 < value < UNLIMITED}
+
+
+def _through_client() -> bool:
+    """Whether this process is connected by an address that begins with ray://."""
+    from ray.util.client import ray as client
+
+    connected_by_it: bool = client.is_connected()
+    return connected_by_it
 
 
 def check_room(processes: int, resources: dict[str, float], advice: str) -> None:

@@ -119,8 +119,8 @@ def staged_code() -> Iterator[Path]:
     if size > MAX_BYTES:
         largest = max(files, key=lambda path: path.stat().st_size)
         raise UserError(
-            f"offsweep's packages have {size / 2**20:.0f} MB, and Ray ships at most {MAX_BYTES / 2**20:.0f}; remove data "
-            f"from them ({largest} is the largest file), or install offsweep on every machine"
+            f"offsweep's packages have {size / 2**20:.0f} MB, and Ray ships at most {MAX_BYTES / 2**20:.0f}; remove "
+            f"data from them ({largest} is the largest file), or install offsweep on every machine"
         )
     with tempfile.TemporaryDirectory(prefix="offsweep-code-") as folder:
         for path in files:

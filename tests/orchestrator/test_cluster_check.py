@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -70,7 +71,7 @@ HEAD_START = ("head_start_ray_commands",)
         ("cluster.yaml", put("metadata", "offsweep", "OFFSWEEP_WORKDR", value="/x"), "nearest: OFFSWEEP_WORKDIR"),
         ("cluster.yaml", put("metadata", "offsweep", "OFFSWEEP_WORKDIR", value="work"), "must be the absolute path"),
         ("docs/cluster/aws.yaml", put("head_node_type", value="haed"), "nearest: head"),
-        ("docs/cluster/aws.yaml", put("available_node_types", "gpu", "min_workers", value=9), "more than max_workers 8"),
+        ("docs/cluster/aws.yaml", put("available_node_types", "gpu", "min_workers", value=9), "than max_workers 8"),
         ("docs/cluster/aws.yaml", put("available_node_types", "gpu", "resources", value={"GPU": 0.5}), "0.5 is not"),
         ("docs/cluster/aws.yaml",
          put("available_node_types", "head", "node_config", "InstanceMarketOptions", value={"MarketType": "spot"}),
@@ -108,7 +109,7 @@ WORKER_POD = (*WORKER, "template", "spec")
         (put(*WORKER, "maxReplicas", value=None), "maxReplicas is missing"),
         (put(*WORKER, "rayStartParams", value={"num-gpus": "2"}), "num-gpus is 2, but"),
         (put(*WORKER_POD, "containers", 0, "resources", "limits", "memory", value=None), "limits.memory is missing"),
-        (put(*WORKER_POD, "containers", 0, "resources", "requests", "memory", value="64Gi"), "more than the limit 32Gi"),
+        (put(*WORKER_POD, "containers", 0, "resources", "requests", "memory", value="64Gi"), "than the limit 32Gi"),
         (put(*WORKER_POD, "containers", 0, "env", value=[]), "does not set OFFSWEEP_WORKDIR"),
         (put(*WORKER_POD, "containers", 0, "volumeMounts", value=[]), "no volume is mounted at OFFSWEEP_WORKDIR"),
         (put(*WORKER_POD, "volumes", value=[{"name": "shared", "emptyDir": {}}]), "which no other pod sees"),
@@ -236,8 +237,7 @@ def test_what_cannot_be_checked_is_one_sentence(words: list[str], sentence: str,
     assert main(["cluster", "check", *(word.replace("{}", str(tmp_path)) for word in words)]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    with pytest.raises(UserError, match=sentence):
-        raise UserError(captured.err)
+    assert re.search(sentence, captured.err)
 
 
 @pytest.mark.parametrize(("text", "value"), [("500m", 0.5), ("8Gi", 2**33), ("4", 4), ("1k", 1000)])
@@ -266,7 +266,8 @@ def test_versions_of_nodes(versions: Mapping[str, Any], status: str):
 
 
 def test_another_processor_is_worth_a_look():
-    assert any(found[0] == "processors" for found in cluster_live.versions(node(), {"a": node(), "b": node(processor="q")}))
+    machines = {"a": node(), "b": node(processor="q")}
+    assert "processors" in [name for name, _, _ in cluster_live.versions(node(), machines)]
 
 
 @pytest.mark.parametrize(
