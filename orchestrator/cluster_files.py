@@ -31,7 +31,7 @@ PLACEHOLDER = re.compile(r"CHANGE_ME\w*|\b(?:192\.0\.2|198\.51\.100|203\.0\.113)
 MODES = ("token", "disabled")
 VALUES = (
     "RAY_ADDRESS", "RAY_AUTH_MODE", "OFFSWEEP_WORKDIR", "OFFSWEEP_CACHE", "OFFSWEEP_OFFLINE", "D4RL_DATASET_DIR",
-    "NEORL_DATASET_DIR", "MINARI_DATASETS_PATH", "MLFLOW_TRACKING_URI",
+    "NEORL_DATASET_DIR", "MINARI_DATASETS_PATH", "MLFLOW_TRACKING_URI", "OFFSWEEP_MAX_CPUS", "OFFSWEEP_MAX_GPUS",
 )  # fmt: skip
 """What may stand under `metadata: offsweep:` of a launcher file: variables for the driver."""
 

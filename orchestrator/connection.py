@@ -15,8 +15,6 @@ from envs.errors import UserError
 from orchestrator.environment import prepare_environment, worker_environment
 from orchestrator.shipping import check_arrived, must_ship, staged_code
 
-UNLIMITED = 1e6  # CPUs or GPUs; an autoscaler without a bound says a number larger than any cluster
-
 
 def cluster_address(given: str | None) -> str | None:
     """The running Ray cluster to join: the one given, else $RAY_ADDRESS; None: one of our own on this machine."""
@@ -94,23 +92,24 @@ def capacity() -> dict[str, float]:
     import ray
 
     grown = _growth()
-    return {**grown, **{key: max(value, grown.get(key, 0.0)) for key, value in ray.cluster_resources().items()}}
+    return grown | {key: max(value, grown.get(key, 0.0)) for key, value in ray.cluster_resources().items()}
 
 
 def _growth() -> dict[str, float]:
-    """CPUs and GPUs up to which an autoscaler lets the cluster grow; nothing where there is none."""
-    from ray._private.state import state  # Ray has no public way to ask for it; its own libraries ask here
+    """CPUs and GPUs up to which an autoscaler lets the cluster grow, as the user says it: Ray's launcher tells its
+    drivers only what is there already. Nothing where it is not said.
 
-    most = {} if _through_client() else state.get_max_resources_from_cluster_config() or {}
-    return {key: float(value) for key, value in most.items() if key in ("CPU", "GPU") and 0 < value < UNLIMITED}
-
-
-def _through_client() -> bool:
-    """Whether this process is connected by an address that begins with ray://."""
-    from ray.util.client import ray as client
-
-    connected_by_it: bool = client.is_connected()
-    return connected_by_it
+    Raises:
+        UserError: not a number.
+    """
+    grown = {}
+    for key, name in (("CPU", "OFFSWEEP_MAX_CPUS"), ("GPU", "OFFSWEEP_MAX_GPUS")):
+        value = os.environ.get(name, "0")
+        if not value.isdecimal():
+            raise UserError(f"{name}={value!r} must be a whole number, of all machines that an autoscaler may start")
+        if int(value):
+            grown[key] = float(value)
+    return grown
 
 
 def check_room(processes: int, resources: dict[str, float], advice: str) -> None:

@@ -227,7 +227,6 @@ def test_the_command_line_reports_and_exits(capsys, tmp_path: Path):
         (["{}/plain.txt"], "is neither YAML"),
         (["--live"], "--live needs the address"),
         (["--address", "127.0.0.1:1"], "add --live"),
-        (["--live", "--address", "127.0.0.1:1"], "no Ray cluster answers at 127.0.0.1:1"),
     ],
 )
 def test_what_cannot_be_checked_is_one_sentence(words: list[str], sentence: str, capsys, tmp_path: Path):
