@@ -26,6 +26,8 @@ EPILOG = """examples:
   offsweep lab refrigerator --seeds 3
   offsweep data verify hopper-medium-v2
   offsweep data collect hopper-medium-expert --workers 2
+  offsweep cluster check my-cluster.yaml
+  offsweep cluster check --live --address auto
 """
 
 
@@ -126,8 +128,29 @@ def build_parser() -> argparse.ArgumentParser:
 
     add("methods", "List the methods and their variants.")
 
+    _add_cluster_commands(add, add_workdir)
     _add_data_commands(add, add_workdir)
     return parser
+
+
+def _add_cluster_commands(add: Callable[..., Any], add_workdir: Callable[[argparse.ArgumentParser], None]) -> None:
+    text = "Clusters of several machines (docs/cluster.md): check."
+    cluster = add("cluster", text).add_subparsers(dest="cluster_command", required=True, metavar="COMMAND")
+    check = add(
+        "check", "Check files that start a cluster (Ray's launcher, KubeRay, SLURM) without a network, or with --live "
+        "a cluster that runs. Exit code 1: something is wrong.", cluster,
+    )  # fmt: skip
+    check.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE",
+        help="files to check; without any and without --live those that come with offsweep",
+    )  # fmt: skip
+    check.add_argument("--crd", type=Path, help="KubeRay's CustomResourceDefinitions, to hold manifests against")
+    check.add_argument("--live", action="store_true", help="check a running cluster before a study starts on it")
+    check.add_argument("--address", help="of the running cluster: HOST:PORT or auto (default: $RAY_ADDRESS)")
+    check.add_argument("--tracking-uri", help="of MLflow (default: $MLFLOW_TRACKING_URI, else the work folder's)")
+    check.add_argument("--strict", action="store_true", help="exit code 1 also for what is marked todo")
+    check.add_argument("--json", action="store_true")
+    add_workdir(check)
 
 
 def _add_data_commands(add: Callable[..., Any], add_workdir: Callable[[argparse.ArgumentParser], None]) -> None:
@@ -249,6 +272,11 @@ def _dispatch(args: argparse.Namespace) -> int:
         return subprocess.run(command, check=False, env=environment).returncode
     from rich.console import Console
 
+    if args.command == "cluster":
+        from orchestrator.cluster_check import run_checks, show_checks
+
+        checks = run_checks(args.files, args.crd, args.live, args.address, args.workdir, args.tracking_uri)
+        return show_checks(checks, Console(), args.json, args.strict)
     if args.command == "show":  # before torch, which takes longer to load than this does
         from orchestrator import reading
 

@@ -8,11 +8,12 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from envs.errors import UserError
 from orchestrator.environment import prepare_environment, worker_environment
+from orchestrator.shipping import check_arrived, must_ship, staged_code
 
 
 def cluster_address(given: str | None) -> str | None:
@@ -21,24 +22,26 @@ def cluster_address(given: str | None) -> str | None:
 
 
 @contextlib.contextmanager
-def connected(address: str | None, cpus: int, gpus: int = 0) -> Iterator[dict[str, float]]:
-    """A connection to Ray, and what its cluster has, such as {"CPU": 2.0}.
+def connected(address: str | None, cpus: int, gpus: int = 0, ship_code: bool = True) -> Iterator[dict[str, float]]:
+    """A connection to Ray, and what its cluster has or can grow to, such as {"CPU": 2.0}.
 
-    One that this process has already is used and left as it is.
+    One that this process has already is used and left as it is. To a cluster that is joined, the code is shipped if a
+    node of it does not have the same, or if nodes can come that nobody has asked yet (`orchestrator.shipping`).
 
     Args:
         address: of a running cluster; None starts one on this machine and ends it afterwards.
         cpus: logical CPUs of one of our own: as many as processes are to run, even on fewer cores.
         gpus: of one of our own.
+        ship_code: to nodes of a cluster that is joined, where they need it.
 
     Raises:
-        UserError: no cluster answers at the address.
+        UserError: no cluster answers at the address, or offsweep's code does not get to a node of it.
     """
     prepare_environment(address)
     import ray
 
     if ray.is_initialized():
-        yield ray.cluster_resources()
+        yield capacity()
         return
     options: dict[str, Any] = {"address": address}
     if address is None:
@@ -48,17 +51,65 @@ def connected(address: str | None, cpus: int, gpus: int = 0) -> Iterator[dict[st
         }  # fmt: skip
     else:
         check_answers(address)
+    _connect(options)
+    try:
+        if address is not None and ship_code and (_growth() or must_ship()):
+            _shut_down()
+            with staged_code() as folder:
+                _connect(options, {"working_dir": str(folder)})
+            check_arrived()
+        yield ray.cluster_resources() if address is None else capacity()
+    finally:
+        _shut_down()
+
+
+def _connect(options: Mapping[str, Any], code: Mapping[str, str] | None = None) -> None:
+    import ray
+    from ray.exceptions import AuthenticationError, RuntimeEnvSetupError
+
     try:
         ray.init(
             **options, logging_level=logging.ERROR, log_to_driver=False,
-            runtime_env={"env_vars": worker_environment()},
+            runtime_env={"env_vars": worker_environment(), **(code or {})},
         )  # fmt: skip
-    except (ConnectionError, TimeoutError) as error:
-        raise UserError(f"no Ray cluster answers at {address}: {error}") from None
-    try:
-        yield ray.cluster_resources()
-    finally:
-        _shut_down()
+    except (AuthenticationError, ConnectionError, TimeoutError) as error:
+        # Ray says no more than that it cannot connect where the token is not the cluster's
+        raise UserError(
+            f"no Ray cluster answers at {options['address']}, or it does not let this driver in, whose RAY_AUTH_MODE "
+            f"is {os.environ['RAY_AUTH_MODE']} ({_first_sentence(error)}); start the cluster, or give the driver the "
+            "cluster's mode and its token, in RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+        ) from None
+    except RuntimeEnvSetupError as error:
+        raise UserError(f"offsweep's code could not be shipped to the Ray cluster: {_first_sentence(error)}.") from None
+
+
+def _first_sentence(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def capacity() -> dict[str, float]:
+    """What the cluster has, or can grow to where an autoscaler starts machines when there is work for them."""
+    import ray
+
+    grown = _growth()
+    return grown | {key: max(value, grown.get(key, 0.0)) for key, value in ray.cluster_resources().items()}
+
+
+def _growth() -> dict[str, float]:
+    """CPUs and GPUs up to which an autoscaler lets the cluster grow, as the user says it: Ray's launcher tells its
+    drivers only what is there already. Nothing where it is not said.
+
+    Raises:
+        UserError: not a number.
+    """
+    grown = {}
+    for key, name in (("CPU", "OFFSWEEP_MAX_CPUS"), ("GPU", "OFFSWEEP_MAX_GPUS")):
+        value = os.environ.get(name, "0")
+        if not value.isdecimal():
+            raise UserError(f"{name}={value!r} must be a whole number, of all machines that an autoscaler may start")
+        if int(value):
+            grown[key] = float(value)
+    return grown
 
 
 def dashboard_url() -> str | None:

@@ -33,6 +33,9 @@ KNOBS: dict[str, str] = {
     # a new environment.
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    # In a job of `ray job submit`, variables and code that the submitter and the driver both name are the driver's;
+    # otherwise Ray refuses the job.
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
     # Where worker output is shown at all, Ray's deduplication would drop lines that differ in numbers only.
     "RAY_DEDUP_LOGS": "0",
     # MLflow: telemetry changes os.environ from a thread, which has cost clients batches of metrics.
