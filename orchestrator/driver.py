@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from agents.method import Stage
 from envs.dataset import Dataset
@@ -37,6 +37,16 @@ from sweeps.summary import COLLAPSING
 MAX_DEATHS = 10  # of a learner's process while the same pack makes no progress
 POLL_SECONDS = 2.0  # between looks at what other drivers of the study are doing
 MAX_TOGETHER = 16  # stages built in one go, whose memory adds up
+
+
+class Clock(Protocol):
+    """What the driver waits by; the module `time` is one."""
+
+    def monotonic(self) -> float:
+        """Seconds from some moment on."""
+
+    def sleep(self, seconds: float, /) -> None:
+        """Wait."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,7 @@ class Driver:
         on_change: called with the progress whenever something happened, and every second or so.
         packing: sizes of the packs; None: as configured, else the seeds of a trial.
         confirms: of a confirm stage: the search's trial that each of the study's trials repeats, by number.
+        clock: what it waits by.
     """
 
     def __init__(
@@ -129,17 +140,18 @@ class Driver:
         on_change: Callable[[Progress], None] = lambda progress: None,
         packing: Packing | None = None,
         confirms: Sequence[int] = (),
+        clock: Clock = time,
     ) -> None:
         self.config, self.study, self.dataset, self.slots = config, study, dataset, slots
         self.tags, self.on_change = tags, on_change
-        self.spool, self.confirms = spool, confirms
+        self.spool, self.confirms, self._clock = spool, confirms, clock
         first = config.study.racing.first_seeds if study.spec.searches else None
         self._first_seeds = config.seeds if first is None else config.seeds[:first]
         divergence = config.study.divergence
         self._q_bound = divergence.q_bound if study.spec.searches or divergence.always else None
         self.packing = packing or Packing(None, config.runs_per_pack or config.num_seeds)
         self.costs = PackCosts(study.folder / COSTS_FILE)
-        self.progress = Progress(config, study, {}, time.monotonic())
+        self.progress = Progress(config, study, {}, clock.monotonic())
         self._queue: deque[PackSpec] = deque()
         self._busy: dict[int, PackSpec | tuple[str, ...]] = {}  # slot -> pack, or keys of the stages being built
         self._dropped: set[str] = set()  # runs that are no longer wanted
@@ -163,7 +175,7 @@ class Driver:
             while self._busy or self._choice is not None or self.study.others_running():
                 self.on_change(self.progress)
                 if not self._busy and self._choice is None:  # the trials of a driver that dies now are done here
-                    time.sleep(POLL_SECONDS)
+                    self._clock.sleep(POLL_SECONDS)
                     self._fill()
                     continue
                 for slot, result in self._wait():
@@ -467,7 +479,7 @@ class Driver:
         elif _process_died(result) and self._deaths.get(job.pack_id, 0) < MAX_DEATHS:
             # the actor comes back and takes the pack up from its checkpoint
             self._deaths[job.pack_id] = self._deaths.get(job.pack_id, 0) + 1
-            time.sleep(0.5)
+            self._clock.sleep(0.5)
             self._advance(slot, job)
         else:
             self._pack_failed(job, result)
