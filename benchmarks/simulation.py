@@ -13,17 +13,21 @@ import io
 import math
 import os
 import random
-import statistics
+import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ray.exceptions import RayActorError
 from rich.console import Console
 
 from agents.method import load_method
+from benchmarks.common import ROOT
 from envs.dataset import Dataset
 from envs.errors import UserError
 from envs.registry import load_dataset
@@ -43,6 +47,7 @@ SPACE = {
     "method.actor_lr": {"type": "float", "low": 1e-5, "high": 1e-3, "log": True},
     "method.rollout_length": {"type": "categorical", "choices": [1, 5, 10]},
 }
+PACK_COST = Curve(((1, 1.0), (16, 4.0)))
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Scenario:
     evaluations: int = 10  # of a run
     median_hours: float = 2.0  # of a pack, alone on its slot; lognormal
     sigma: float = 0.5
-    pack_cost: Curve = Curve(((1, 1.0), (16, 4.0)))  # relative time by the number of runs that still train
+    pack_cost: Curve = PACK_COST  # relative time by the number of runs that still train
     checkpoint_minutes: float = 5.0
     failures_per_node_hour: float = 0.0
     away_minutes: float = 10.0  # mean time until a node that failed is back or replaced; exponential
@@ -326,9 +331,10 @@ class SimulatedSlots:
 
     def _announce(self, pack: PackSpec) -> None:
         """As every learner does when it begins or goes on."""
+        params = flatten(pack.runs[0].config)
         for run in pack.runs:
             with RunSpool(Path(pack.study_folder) / "spool", run.run_key) as spool:
-                spool.start(RunInfo(run.run_key, flatten(run.config), {**run.tags, "seed": str(run.seed)}))
+                spool.start(RunInfo(run.run_key, params, {**run.tags, "seed": str(run.seed)}))
 
     def _value(self, config: Mapping[str, Any], trial: int, seed: int, updates: int) -> float | None:
         """A learning curve whose height depends on the parameters; None from where the run has diverged."""
@@ -407,14 +413,17 @@ def configuration(scenario: Scenario, workdir: Path) -> Config:
     return load_config([content], [])
 
 
-def simulate(scenario: Scenario, workdir: Path, marks: Sequence[int] = (), resume: bool = False) -> Outcome:
+def simulate(
+    scenario: Scenario, workdir: Path, marks: Sequence[int] = (), resume: bool = False, profile: Sampled | None = None
+) -> Outcome:
     """Run a study to its end.
 
     Args:
         scenario: what is simulated.
         workdir: of the study; on a disk, since its files are the real ones.
         marks: numbers of ended runs at which to note how it stands.
-        resume: the study is there and goes on, with what `scenario` says of its trials and sampler.
+        resume: the study is there and goes on, to the number of trials in `scenario`.
+        profile: takes samples of the driver.
     """
     config = configuration(scenario, workdir)
     dataset = load_dataset(config.dataset, workdir)
@@ -438,31 +447,29 @@ def simulate(scenario: Scenario, workdir: Path, marks: Sequence[int] = (), resum
             ))  # fmt: skip
             in_marks += time.process_time() - started
 
-    slots.on_result = noted
-    folder = workdir / "studies" / config.study.name
-    down = 0.0
+    folder, down = workdir / "studies" / config.study.name, 0.0
     while True:
-        life = time.process_time() - slots.cpu_seconds
+        opened = time.process_time() - slots.cpu_seconds
         slots.on_result = noted
-        if not outcome.resume_seconds and not resume:
-            study = Study.create(folder, config.study_spec())
-        else:
-            study = Study.open(folder)
+        study = Study.open(folder) if resume else Study.create(folder, config.study_spec())
         with study, RunSpool(folder / "spool", "study") as spool:
+            if study.spec.num_trials != scenario.trials:
+                study.extend(scenario.trials)
             _watch(study, outcome)
             display = Display(Console(file=io.StringIO(), width=120), "score")
             driver = Driver(
                 config, study, dataset, slots, {}, spool, display if scenario.displays else lambda progress: None,
                 Packing(folder / "packing.json", scenario.runs_per_pack), clock=clock,
             )  # fmt: skip
-            if outcome.resume_seconds:
-                _time_beginning(driver, outcome, life, slots)
-            try:
-                driver.run()
-            except DriverKilled:
-                outcome.resume_seconds.append(math.nan)
-                down += scenario.driver_down_minutes * 60 * slots.size
-                continue
+            if resume:
+                _time_beginning(outcome, opened, slots)
+            with profile or nullcontext():
+                try:
+                    driver.run()
+                except DriverKilled:
+                    down += scenario.driver_down_minutes * 60 * slots.size
+                    resume = True
+                    continue
             records = study.trials()
         break
     outcome.cpu_seconds = time.process_time() - began - slots.cpu_seconds - in_marks
@@ -502,16 +509,55 @@ def _watch(study: Study, outcome: Outcome) -> None:
     vars(study)["ask"], vars(study._journal)["_write"] = timed, counted
 
 
-def _time_beginning(driver: Driver, outcome: Outcome, life: float, slots: SimulatedSlots) -> None:
-    """Note what a resumed driver takes from the opening of its study to its first look at the slots."""
-    wait, place = slots.on_result, len(outcome.resume_seconds) - 1
+def _time_beginning(outcome: Outcome, opened: float, slots: SimulatedSlots) -> None:
+    """Note what a resumed driver takes from the opening of its study to the first result of a slot."""
+    wait = slots.on_result
 
     def first() -> None:
-        outcome.resume_seconds[place] = time.process_time() - slots.cpu_seconds - life
+        outcome.resume_seconds.append(time.process_time() - slots.cpu_seconds - opened)
         slots.on_result = wait
         wait()
 
     slots.on_result = first
+
+
+class Sampled:
+    """Where a process spends its time: looked at every few milliseconds of processor time.
+
+    Attributes:
+        samples: taken while nobody was left out.
+        self_counts: innermost function of this project -> samples.
+        counts: function of this project, callers included -> samples.
+    """
+
+    def __init__(self, seconds: float = 0.005) -> None:
+        self.seconds = seconds
+        self.samples = 0
+        self.self_counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+
+    def __enter__(self) -> Sampled:
+        self._before = signal.signal(signal.SIGPROF, self._sample)
+        signal.setitimer(signal.ITIMER_PROF, self.seconds, self.seconds)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        signal.signal(signal.SIGPROF, self._before)
+
+    def _sample(self, number: int, frame: FrameType | None) -> None:
+        names = []
+        while frame is not None:
+            path = frame.f_code.co_filename
+            if path == __file__ and frame.f_code.co_name in ("submit", "wait"):  # of the simulated slots
+                return
+            if path.startswith(str(ROOT)) and not path.startswith(str(ROOT / "benchmarks")):
+                names.append(f"{Path(path).relative_to(ROOT)}:{frame.f_code.co_qualname}")
+            frame = frame.f_back
+        self.samples += 1
+        if names:
+            self.self_counts[names[0]] += 1
+            self.counts.update(set(names))
 
 
 def resident_bytes() -> int:
@@ -523,8 +569,3 @@ def resident_bytes() -> int:
 def ideal_hours(outcome: Outcome) -> float:
     """The least that the useful work takes on so many slots that never stop."""
     return outcome.slot_seconds["useful"] / HOUR / (outcome.scenario.nodes * outcome.scenario.slots_per_node)
-
-
-def spread_of(values: Mapping[int, tuple[str, float | None]]) -> float:
-    """Standard deviation of trials' values."""
-    return statistics.pstdev([value for _, value in values.values() if value is not None])
