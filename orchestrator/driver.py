@@ -217,10 +217,13 @@ class Driver:
         packs: dict[str, PackSpec] = {}
         for number in sorted(set(made) - fresh):
             packs |= {pack.pack_id: pack for pack in made[number]}
+        # of further seeds that a trial was given with other trials' the dead driver may not have told it
+        seeds: dict[int, list[int]] = {}
+        for pack in packs.values():
+            for run in pack.runs:
+                seeds.setdefault(run.trial, []).append(run.seed)
         for number in sorted(set(made) - fresh):
-            # of further seeds that it was given with other trials' the dead driver may not have told it
-            runs = [run for pack in packs.values() for run in pack.runs if run.trial == number]
-            self._track(tickets[number], sorted(run.seed for run in runs))
+            self._track(tickets[number], sorted(seeds[number]))
         for pack in packs.values():
             for part in self._parts(pack):
                 self._dropped |= {run.run_key for run in part.runs if run.trial not in tickets}
