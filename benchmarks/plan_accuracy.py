@@ -34,7 +34,7 @@ from typing import Any
 
 from benchmarks.common import ROOT, print_line, record, spread
 from orchestrator.artifacts import DESCRIPTION
-from orchestrator.packing import COSTS_FILE, PACKING_FILE
+from orchestrator.packing import COSTS_FILE, PACKING_FILE, pack_costs
 
 BENCHMARK = "plan_accuracy"
 RUNS = 4
@@ -95,7 +95,7 @@ def measure(name: str, runs_per_pack: int, learners: int, share: float, workdir:
     offsweep("train", "--workdir", str(workdir), *words)
     folder = workdir / "studies" / study
     [pack_after] = plan(workdir, words)["packs"]
-    packs = json.loads((folder / COSTS_FILE).read_text())["packs"]
+    packs = pack_costs(folder / COSTS_FILE)
     [pack] = planned["packs"]
     on_cpu = planned["device"] == "cpu"
     took = [p["actual_cpu_seconds" if on_cpu else "actual_seconds"] for p in packs]

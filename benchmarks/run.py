@@ -17,7 +17,7 @@ from envs.errors import UserError
 from orchestrator.artifacts import write_text
 
 QUICK = ("learner_speed",)  # some minutes
-NO_BENCHMARKS = ("common", "made_up_objectives", "run", "storage_servers", "studies")
+NO_BENCHMARKS = ("common", "made_up_objectives", "run", "simulation", "storage_servers", "studies")
 NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem not in NO_BENCHMARKS)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Sequence
 
@@ -20,6 +22,8 @@ from orchestrator.reading import TOP, about_study, duration, print_study, show_p
 from sweeps.objectives import SCORE
 from sweeps.study import Study
 
+REFRESHES = 4  # of the live table, per second
+
 
 class Display:
     """Live table on a terminal, one line per finished trial elsewhere; use it in a `with` statement.
@@ -32,8 +36,10 @@ class Display:
 
     def __init__(self, console: Console, unit: str, numbers: Sequence[int] = ()) -> None:
         self._console, self._unit, self._numbers = console, unit, numbers
-        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        live = Live(console=console, refresh_per_second=REFRESHES, transient=True)
+        self._live = live if console.is_terminal else None
         self._told: set[int] = set()
+        self._rendered = -math.inf
         self._stage: str | None = None
 
     def __enter__(self) -> Display:
@@ -47,14 +53,14 @@ class Display:
 
     def __call__(self, progress: Progress) -> None:
         if self._live:
-            self._live.update(self._render(progress))
+            if time.monotonic() - self._rendered >= 1 / REFRESHES:
+                self._rendered = time.monotonic()
+                self._live.update(self._render(progress))
         elif progress.stage != self._stage:
             self._stage = progress.stage
             if self._stage:
                 self._console.print(f"building {self._stage}")
-        for record in progress.study.trials():
-            if record.finished is None or record.number in self._told:
-                continue
+        for record in progress.study.ended_beside(self._told):
             self._told.add(record.number)
             state = "diverged" if record.diverged else record.state
             value = "" if record.value is None else f" {self._unit} {record.value:.1f}"
@@ -86,13 +92,16 @@ class Display:
         table = Table(box=None, header_style="bold", pad_edge=False)
         for column in ("trial", "updates", self._unit, "hyperparameters"):
             table.add_column(column, justify="right" if column != "hyperparameters" else "left")
-        for trial in progress.running.values():
+        room = max(1, self._console.height - 6)
+        for trial in itertools.islice(progress.running.values(), room):
             steps = trial.common_steps()
             value = f"{trial.value_at(steps[-1]):.1f}" if steps else "-"
             done = min((trial.updates.get(key, 0) for key in trial.run_keys), default=0)
             updates = f"{done}/{progress.config.method.num_updates}"
             table.add_row(str(self._shown(trial.number)), updates, value, show_params(trial.active))
         parts: list[RenderableType] = [bar, table]
+        if len(progress.running) > room:
+            parts.append(Text(f"and {len(progress.running) - room} more trials that are running", style="dim"))
         if progress.stage:
             parts.append(Text(f"building {progress.stage} (once, shared by all runs that need it)", style="dim"))
         return Group(*parts)

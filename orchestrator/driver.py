@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from agents.method import Stage
 from envs.dataset import Dataset
@@ -29,16 +29,26 @@ from orchestrator.memory import is_out_of_memory
 from orchestrator.node_tracking import keep_unsent
 from orchestrator.packing import COSTS_FILE, PackCosts, Packing, balanced, trials_at_once
 from orchestrator.population import TOO_LARGE, keep_schedule, population_settings
-from orchestrator.spool import RunSpool, RunStatus, read_records
+from orchestrator.spool import RunSpool, RunStatus, last_record
 from sweeps.confirm import FINAL_VALUES
 from sweeps.objectives import SCORE
 from sweeps.racing import is_contender
-from sweeps.study import Proposal, Study, TrialRecord, TrialTakenOver, TrialTicket
+from sweeps.study import VOID, Proposal, Study, TrialRecord, TrialTakenOver, TrialTicket
 from sweeps.summary import COLLAPSING
 
 MAX_DEATHS = 10  # of a learner's process while the same pack makes no progress
 POLL_SECONDS = 2.0  # between looks at what other drivers of the study are doing
 MAX_TOGETHER = 16  # stages built in one go, whose memory adds up
+
+
+class Clock(Protocol):
+    """What the driver waits by; the module `time` is one."""
+
+    def monotonic(self) -> float:
+        """Seconds from some moment on."""
+
+    def sleep(self, seconds: float, /) -> None:
+        """Wait."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,7 @@ class Driver:
         on_change: called with the progress whenever something happened, and every second or so.
         packing: sizes of the packs; None: as configured, else the seeds of a trial.
         confirms: of a confirm stage: the search's trial that each of the study's trials repeats, by number.
+        clock: what it waits by.
     """
 
     def __init__(
@@ -140,25 +151,28 @@ class Driver:
         on_change: Callable[[Progress], None] = lambda progress: None,
         packing: Packing | None = None,
         confirms: Sequence[int] = (),
+        clock: Clock = time,
     ) -> None:
         self.config, self.study, self.dataset, self.slots = config, study, dataset, slots
         self.tags, self.on_change = tags, on_change
-        self.spool, self.confirms = spool, confirms
+        self.spool, self.confirms, self._clock = spool, confirms, clock
         first = config.study.racing.first_seeds if study.spec.searches else None
         self._first_seeds = config.seeds if first is None else config.seeds[:first]
         divergence = config.study.divergence
         self._q_bound = divergence.q_bound if study.spec.searches or divergence.always else None
         self.packing = packing or Packing(None, config.runs_per_pack or config.num_seeds)
         self.costs = PackCosts(study.folder / COSTS_FILE)
-        self.progress = Progress(config, study, {}, time.monotonic())
+        self.progress = Progress(config, study, {}, clock.monotonic())
         self._queue: deque[PackSpec] = deque()
         self._busy: dict[int, PackSpec | tuple[str, ...]] = {}  # slot -> pack, or keys of the stages being built
+        self._configs: dict[str, Config] = {}  # pack id -> of one of its runs, while the pack is under way
         self._dropped: set[str] = set()  # runs that are no longer wanted
         self._deaths: dict[str, int] = {}
         self._store = ArtifactStore(Path(config.workdir) / "artifacts")
         self._base_keys = stage_keys(stages_of(config), dataset.content_hash)
         self._ready_stages: set[str] = set()  # whose building is recorded, too
         self._recorded = 0  # ended trials whose value is in the spool
+        self._best: float | None = None  # of their values
         self._waiting: dict[str, list[PackSpec]] = {}  # stage key -> packs that need it
         self._failures_in_a_row = 0
         self._begun: list[TrialTicket] = []  # trials asked for that do not fill a pack yet
@@ -174,7 +188,7 @@ class Driver:
             while self._busy or self._choice is not None or self.study.others_running():
                 self.on_change(self.progress)
                 if not self._busy and self._choice is None:  # the trials of a driver that dies now are done here
-                    time.sleep(POLL_SECONDS)
+                    self._clock.sleep(POLL_SECONDS)
                     self._fill()
                     continue
                 for slot, result in self._wait():
@@ -202,7 +216,7 @@ class Driver:
         for record in (*self.study.trials(), *self.study.discarded()):
             if record.finished is not None:
                 self._close_runs(record)
-        self._record_ended()
+        self._record_ended_before()
         made: dict[int, list[PackSpec]] = {}  # by trial
         for ticket in tickets.values():
             ids = ticket.attrs.get("packs", [])
@@ -214,10 +228,13 @@ class Driver:
         packs: dict[str, PackSpec] = {}
         for number in sorted(set(made) - fresh):
             packs |= {pack.pack_id: pack for pack in made[number]}
+        # of further seeds that a trial was given with other trials' the dead driver may not have told it
+        seeds: dict[int, list[int]] = {}
+        for pack in packs.values():
+            for run in pack.runs:
+                seeds.setdefault(run.trial, []).append(run.seed)
         for number in sorted(set(made) - fresh):
-            # of further seeds that it was given with other trials' the dead driver may not have told it
-            runs = [run for pack in packs.values() for run in pack.runs if run.trial == number]
-            self._track(tickets[number], sorted(run.seed for run in runs))
+            self._track(tickets[number], sorted(seeds[number]))
         for pack in packs.values():
             for part in self._parts(pack):
                 self._dropped |= {run.run_key for run in part.runs if run.trial not in tickets}
@@ -247,9 +264,12 @@ class Driver:
 
     def _fill(self) -> None:
         """Give every idle slot something to do."""
+        if len(self._busy) == self.slots.size:
+            return
         for slot in range(self.slots.size):
-            while slot not in self._busy and self._next(slot):
-                pass
+            while slot not in self._busy:
+                if not self._next(slot):  # nor is there anything for the other slots
+                    return
 
     def _next(self, slot: int) -> bool:
         """Start one thing in a slot, or move a pack to those that wait; whether anything was there."""
@@ -333,20 +353,18 @@ class Driver:
 
     def _make_packs(self, tickets: Sequence[TrialTicket]) -> list[PackSpec]:
         """Group the first runs of some trials by pack key, and write the packs down before anything is trained."""
-        groups: dict[str, list[RunSpec]] = {}
-        examples: dict[str, Config] = {}
+        groups: dict[str, list[tuple[RunSpec, Config]]] = {}
         for ticket in tickets:
             try:
-                runs = [run_config(self.config, ticket.active, seed) for seed in self._first_seeds]
+                run = run_config(self.config, ticket.active, self._first_seeds[0])
             except UserError as error:
                 # a combination that the method refuses says something about its parameters
                 self.study.set_attr(ticket.number, "failure", str(error))
                 self.study.tell_diverged(ticket.number, self._bad_value())
-                self._record_ended()
+                self._record_ended(self.study.trial(ticket.number))
                 continue
-            for run in runs:
-                self._add_run(ticket.number, run, groups, examples)
-        packs = self._write_packs(groups, examples)
+            self._add_runs(ticket.number, run, self._first_seeds, groups)
+        packs = self._write_packs(groups)
         for ticket in tickets:
             mine = [p.pack_id for p in packs if any(run.trial == ticket.number for run in p.runs)]
             if mine:
@@ -356,13 +374,11 @@ class Driver:
 
     def _further_packs(self, seeds: Mapping[int, Sequence[int]]) -> list[PackSpec]:
         """Packs of the further seeds that some running trials have been given, by number."""
-        groups: dict[str, list[RunSpec]] = {}
-        examples: dict[str, Config] = {}
+        groups: dict[str, list[tuple[RunSpec, Config]]] = {}
         for number, further in seeds.items():
-            for seed in further:
-                run = run_config(self.config, self.progress.running[number].active, seed)
-                self._add_run(number, run, groups, examples)
-        packs = self._write_packs(groups, examples)
+            run = run_config(self.config, self.progress.running[number].active, further[0])
+            self._add_runs(number, run, further, groups)
+        packs = self._write_packs(groups)
         for number, further in seeds.items():
             mine = [p.pack_id for p in packs if any(run.trial == number for run in p.runs)]
             self.study.set_attr(number, "packs", [*self.study.attrs(number)["packs"], *mine])
@@ -371,24 +387,29 @@ class Driver:
             trial.run_keys += [self._run_key(number, seed) for seed in further]
         return packs
 
-    def _add_run(self, number: int, run: Config, groups: dict[str, list[RunSpec]], examples: dict[str, Config]) -> None:
-        """Add a run of a trial to those of its pack key."""
-        key = pack_key(run)
+    def _add_runs(
+        self, number: int, run: Config, seeds: Sequence[int], groups: dict[str, list[tuple[RunSpec, Config]]]
+    ) -> None:
+        """Add the runs of a trial with these seeds, of which `run` is one, to those of their pack key."""
         tags = {**self.tags, "study": self.study.spec.name}
         if self.confirms:
             tags["trial"] = str(self.confirms[number])
-        name = self._run_key(number, run.seed)
-        groups.setdefault(key, []).append(RunSpec(name, number, run.seed, to_dict(run), tags))
-        examples.setdefault(key, run)
+        group, settings = groups.setdefault(pack_key(run), []), to_dict(run)
+        for seed in seeds:
+            spec = RunSpec(self._run_key(number, seed), number, seed, {**settings, "seed": seed}, tags)
+            group.append((spec, run))
 
-    def _write_packs(self, groups: Mapping[str, Sequence[RunSpec]], examples: Mapping[str, Config]) -> list[PackSpec]:
+    def _write_packs(self, groups: Mapping[str, Sequence[tuple[RunSpec, Config]]]) -> list[PackSpec]:
         packs: list[PackSpec] = []
         for key, runs in groups.items():
-            if self.study.spec.pbt and self.packing.limit(key, examples[key]) < len(runs):
+            limit = self.packing.limit(key, runs[0][1])
+            if self.study.spec.pbt and limit < len(runs):
                 raise UserError(TOO_LARGE)
             start = 0
-            for size in balanced(len(runs), self.packing.limit(key, examples[key])):
-                packs.append(self._pack(key, runs[start : start + size]))
+            for size in balanced(len(runs), limit):
+                pack = self._pack(key, [run for run, _ in runs[start : start + size]])
+                self._configs[pack.pack_id] = runs[start][1]
+                packs.append(pack)
                 start += size
         for pack in packs:
             pack.save()
@@ -406,8 +427,25 @@ class Driver:
 
     def _alive(self, pack: PackSpec) -> list[RunSpec]:
         """Its runs that still train, as far as is known here."""
-        gone = self._dropped.union(*(trial.diverged for trial in self.progress.running.values()))
-        return [run for run in pack.runs if run.run_key not in gone]
+        return [
+            run for run in pack.runs
+            if run.run_key not in self._dropped and run.run_key not in self._diverged_of(run.trial)
+        ]  # fmt: skip
+
+    def _diverged_of(self, number: int) -> Mapping[str, int]:
+        trial = self.progress.running.get(number)
+        return {} if trial is None else trial.diverged
+
+    def _config_of(self, pack: PackSpec) -> Config:
+        """The configuration of a pack's first run, or of another seed of its trial."""
+        if pack.pack_id not in self._configs:
+            run, config = pack.runs[0], None
+            if (trial := self.progress.running.get(run.trial)) is not None:
+                config = run_config(self.config, trial.active, run.seed)
+            if config is None or to_dict(config)["method"] != run.config["method"]:  # of other code, perhaps
+                config = load_config([run.config], [])
+            self._configs[pack.pack_id] = config
+        return self._configs[pack.pack_id]
 
     def _divide(self, pack: PackSpec) -> list[PackSpec]:
         """Two packs in place of one, that go on from its checkpoint. The last file to be written is the pack's own,
@@ -438,14 +476,12 @@ class Driver:
 
     def _missing_stage(self, pack: PackSpec) -> MissingStage | None:
         """The first stage that has to be built before the pack can start."""
-        config = pack.runs[0].config
-        run = load_config([config], [])
-        for name, stage in stages_of(run).items():
+        for name, stage in stages_of(self._config_of(pack)).items():
             key = stage_key(stage, self.dataset.content_hash)
             if key in self._ready_stages:
                 continue
             if not self._store.exists(stage.kind, key):
-                return MissingStage(name, key, stage, config)
+                return MissingStage(name, key, stage, pack.runs[0].config)
             self._ready_stages.add(key)
             history = self._store.description(stage.kind, key).get("history", [])
             label = name if key == self._base_keys.get(name) else f"{name}-{key[:6]}"
@@ -470,12 +506,13 @@ class Driver:
             self._deaths.pop(job.pack_id, None)
             self.progress.activity.reported(result)
             keep_unsent(self.study.folder, result.unsent_from, result.unsent)
-            self._take(result)
+            self._take(job, result)
             if not result.finished:
                 self._advance(slot, job)
-            elif result.cost is not None and whole(job, result):
-                config = load_config([job.runs[0].config], [])
-                self.costs.add(job, result.cost, self.packing.predict(config, len(job.runs)))
+                return
+            if result.cost is not None and whole(job, result):
+                self.costs.add(job, result.cost, self.packing.predict(self._config_of(job), len(job.runs)))
+            self._configs.pop(job.pack_id, None)
         elif is_out_of_memory(result):
             self.progress.activity.divided(job.pack_id)
             self._does_not_fit(job, result)
@@ -483,7 +520,7 @@ class Driver:
             # the actor comes back and takes the pack up from its checkpoint
             self._deaths[job.pack_id] = self._deaths.get(job.pack_id, 0) + 1
             self.progress.activity.restarted(job.pack_id, result)
-            time.sleep(0.5)
+            self._clock.sleep(0.5)
             self._advance(slot, job)
         else:
             self.progress.activity.gave_up(job.pack_id, result)
@@ -518,29 +555,25 @@ class Driver:
                     self.study.tell_diverged(number, self._bad_value())
                     self._end(self.progress.running[number])
 
-    def _take(self, report: PackReport) -> None:
+    def _take(self, pack: PackSpec, report: PackReport) -> None:
         """Tell the study what a pack reported; decide what goes on."""
-        for key, evaluations in report.evaluations.items():
-            trial = self._trial_of(key)
-            if trial is not None:
-                trial.evaluations[key] = evaluations
+        trials = {run.run_key: self.progress.running.get(run.trial) for run in pack.runs}
+        trial_of = {key: trial for key, trial in trials.items() if trial is not None and key in trial.run_keys}
+        for key, trial in trial_of.items():
+            if key in report.evaluations:
+                trial.evaluations[key] = report.evaluations[key]
                 trial.updates[key] = report.updates
-        for key, updates in report.diverged.items():
-            trial = self._trial_of(key)
-            if trial is not None:
-                trial.diverged[key] = updates
-        for key, ratios in report.collapsing.items():
-            trial = self._trial_of(key)
-            if trial is not None:
-                trial.collapsing[key] = ratios
-        for key in report.evaluations if report.finished else ():
-            trial = self._trial_of(key)
-            if trial is not None:
-                trial.finished.add(key)
-        for trial in list(self.progress.running.values()):
+                if report.finished:
+                    trial.finished.add(key)
+            if key in report.diverged:
+                trial.diverged[key] = report.diverged[key]
+            if key in report.collapsing:
+                trial.collapsing[key] = report.collapsing[key]
+        touched = list({trial.number: trial for trial in trial_of.values()}.values())
+        for trial in touched:
             with self._unless_taken_over(trial):
                 self._judge(trial)
-        self._race([t for t in self.progress.running.values() if t.finished == set(t.run_keys)])
+        self._race([t for t in touched if t.number in self.progress.running and t.finished == set(t.run_keys)])
 
     @contextmanager
     def _unless_taken_over(self, trial: TrialProgress) -> Iterator[None]:
@@ -558,28 +591,31 @@ class Driver:
             trial.judged = step
             self.study.report(number, step, trial.value_at(step))
             if step < self.config.method.num_updates and self.study.should_prune(number):
-                # what evaluators have found out beyond this step would not be known without them
-                self._keep(trial, until=step)
-                self._account(trial)
-                self.study.tell_pruned(number)
+                with self.study.together():
+                    # what evaluators have found out beyond this step would not be known without them
+                    self._keep(trial, until=step)
+                    self._account(trial)
+                    self.study.tell_pruned(number)
                 self._end(trial)
                 return
         # every common step comes before a run diverged, so it is judged first, however late its evaluation came in
         if trial.diverged:
-            self._keep(trial)
-            self._account(trial)
-            self.study.tell_diverged(number, self._bad_value())
+            with self.study.together():
+                self._keep(trial)
+                self._account(trial)
+                self.study.tell_diverged(number, self._bad_value())
             self._end(trial)
             return
         if trial.finished == set(trial.run_keys) and len(trial.seeds) == self.config.num_seeds:
             self._complete(trial)
 
     def _complete(self, trial: TrialProgress) -> None:
-        self._keep(trial)
-        self._account(trial)
-        keep_schedule(self.study, trial.number, trial.run_keys[0])
-        self.study.set_attr(trial.number, FINAL_VALUES, self._final_values(trial))
-        self.study.tell(trial.number, trial.final_value(self.config.study.objective_evaluations))
+        with self.study.together():
+            self._keep(trial)
+            self._account(trial)
+            keep_schedule(self.study, trial.number, trial.run_keys[0])
+            self.study.set_attr(trial.number, FINAL_VALUES, self._final_values(trial))
+            self.study.tell(trial.number, trial.final_value(self.config.study.objective_evaluations))
         self._end(trial)
 
     def _race(self, trials: Sequence[TrialProgress]) -> None:
@@ -644,26 +680,26 @@ class Driver:
     def _end(self, trial: TrialProgress) -> None:
         self._dropped |= set(trial.run_keys)
         del self.progress.running[trial.number]
-        self._record_ended()
+        record = self.study.trial(trial.number)
+        if VOID not in record.attrs:
+            self._record_ended(record)
 
-    def _record_ended(self) -> None:
-        """Log the values of the trials that have ended, in the order in which they did: a metric's steps must ascend.
-
-        A resumed driver logs them all again, and the tracker leaves out what it has.
-        """
+    def _record_ended_before(self) -> None:
+        """Log the values of the trials that had ended when this driver began, in the order in which they did: a
+        metric's steps must ascend. It logs them all again, and the tracker leaves out what it has."""
         ended = [record for record in self._records() if record.finished is not None]
-        ended.sort(key=lambda record: (record.finished, record.number))
-        best: float | None = None
-        for i, record in enumerate(ended):
-            told = record.value
-            if told is not None and record.state == "complete" and not record.diverged:
-                best = told if best is None else max(best, told)
-            if i < self._recorded:
-                continue
-            number = self.confirms[record.number] if self.confirms else record.number
-            known = {"trial/number": float(number), "trial/value": told, "trial/best_value": best}
-            self.spool.metrics(i, {name: value for name, value in known.items() if value is not None})
-        self._recorded = len(ended)
+        for record in sorted(ended, key=lambda record: (record.finished, record.number)):
+            self._record_ended(record)
+
+    def _record_ended(self, record: TrialRecord) -> None:
+        """Log the value of a trial that has ended, behind those that ended before it."""
+        told = record.value
+        if told is not None and record.state == "complete" and not record.diverged:
+            self._best = told if self._best is None else max(self._best, told)
+        number = self.confirms[record.number] if self.confirms else record.number
+        known = {"trial/number": float(number), "trial/value": told, "trial/best_value": self._best}
+        self.spool.metrics(self._recorded, {name: value for name, value in known.items() if value is not None})
+        self._recorded += 1
 
     def _close_runs(self, record: TrialRecord) -> None:
         """End the runs of an ended trial whose learner could not."""
@@ -674,7 +710,7 @@ class Driver:
         for seed in self.config.seeds:
             path = self.spool.path.with_name(f"{self._run_key(record.number, seed)}.jsonl")
             if path.exists():
-                if [r for r, _ in read_records(path) if r][-1]["type"] in ("end", "close"):
+                if (last := last_record(path)) is None or last["type"] in ("end", "close"):
                     continue
                 with RunSpool(path.parent, path.stem) as run:
                     run.set_tags(tags)
@@ -713,9 +749,6 @@ class Driver:
             f"run {names} does not fit the memory even alone ({str(error).splitlines()[0]}); lower "
             "method.batch_size, method.hidden, method.rollout_batch (its model rows) or compute.num_learners"
         ))  # fmt: skip
-
-    def _trial_of(self, key: str) -> TrialProgress | None:
-        return next((trial for trial in self.progress.running.values() if key in trial.run_keys), None)
 
     def _bad_value(self) -> float:
         """A finite value that keeps the sampler away from trials that diverged: no better than the worst one told,

@@ -111,7 +111,8 @@ class PackSpec:
         return self.folder / "checkpoint.pt"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        # not `asdict`, which copies the configuration of every run
+        return {**vars(self), "runs": [vars(run) for run in self.runs]}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> PackSpec:
@@ -124,7 +125,8 @@ class PackSpec:
         return cls.from_json(json.loads((Path(study_folder) / "packs" / pack_id / PACK_FILE).read_text()))
 
     def save(self) -> None:
-        save_json(self.folder / PACK_FILE, self.to_json())
+        # on one line: with line breaks it would take ten times as long, and a study has thousands
+        write_text(self.folder / PACK_FILE, json.dumps(self.to_json(), default=str) + "\n")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from orchestrator.config import Config
 from orchestrator.learner import PackCost, PackSpec
 
 PACKING_FILE = "packing.json"  # of a study's folder: how its packs were chosen
-COSTS_FILE = "plan.json"  # what they were predicted to take, and took
+COSTS_FILE = "plan.jsonl"  # what they were predicted to take, and took: a line each
 
 MAX_SIZE = 256  # members; beyond it a larger pack was nowhere measured to pay
 SAME = 0.03  # relative difference of times that is not worth a larger pack: measurements are no better
@@ -302,22 +303,34 @@ class PackCosts:
     """Predicted beside actual, of the packs that one process trained from beginning to end with all their runs.
 
     Args:
-        path: the file they are kept in.
+        path: the file they are kept in; only ever appended to, so that a study's packs cost the same first and last.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.packs: list[dict[str, Any]] = []
-        if path.exists():
-            self.packs = json.loads(path.read_text())["packs"]
 
     def add(self, pack: PackSpec, cost: PackCost, predicted: tuple[float, float] | None) -> None:
         """Keep what a pack took."""
         seconds, memory = predicted or (None, None)
-        self.packs = [known for known in self.packs if known["pack"] != pack.pack_id]
-        self.packs.append({
+        line = json.dumps({
             "pack": pack.pack_id, "key": pack.key, "runs": len(pack.runs), "predicted_seconds": seconds,
             "actual_seconds": cost.seconds, "actual_cpu_seconds": cost.cpu_seconds,
             "predicted_bytes": memory, "actual_bytes": cost.memory,
         })  # fmt: skip
-        save_json(self.path, {"packs": self.packs})
+        with self.path.open("a+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            torn = file.read(1) not in (b"", b"\n")  # by a driver that was killed
+            file.write(b"\n" * torn + line.encode() + b"\n")
+
+
+def pack_costs(path: Path) -> list[dict[str, Any]]:
+    """What `PackCosts` has kept in a file, each pack once, as it was said last."""
+    costs: dict[str, dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        try:
+            cost = json.loads(line)
+        except ValueError:  # torn
+            continue
+        costs[cost["pack"]] = cost
+    return list(costs.values())

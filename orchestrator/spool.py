@@ -16,6 +16,7 @@ One line is one JSON object with `type` and `time` (milliseconds since 1970, tak
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -278,6 +279,28 @@ def read_records(path: str | Path, offset: int = 0) -> Iterator[tuple[dict[str, 
             except ValueError:
                 record = None
             yield (record if isinstance(record, dict) and "type" in record else None), offset
+
+
+def last_record(path: str | Path, block: int = 1 << 14) -> dict[str, Any] | None:
+    """The last record of a spool file that is whole; None where there is none.
+
+    Args:
+        block: bytes that are read at first; twice as many as long as they hold none.
+    """
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        while True:
+            start = max(0, size - block)
+            file.seek(start)
+            lines = file.read(size - start).split(b"\n")[1 if start else 0 : -1]
+            for line in reversed(lines):
+                with contextlib.suppress(ValueError):
+                    record = json.loads(line)
+                    if isinstance(record, dict) and "type" in record:
+                        return record
+            if not start:
+                return None
+            block *= 2
 
 
 def count_lines(path: str | Path, offset: int = 0) -> int:

@@ -72,6 +72,11 @@ class Journal(BaseJournalBackend):
         else:
             self._pending += [json.loads(json.dumps(log)) for log in logs]
 
+    @property
+    def in_group(self) -> bool:
+        """Whether a group is open."""
+        return self._pending is not None
+
     @contextmanager
     def group(self) -> Iterator[None]:
         """Everything appended inside is one write at the end; nothing is written if the body raises."""

@@ -18,13 +18,14 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from sweeps._optuna import optuna
 from sweeps.errors import StudyError
@@ -122,6 +123,7 @@ class Study:
         self._lock = lock
         self._asked: set[int] = set()  # by this driver
         self._ended: dict[int, TrialRecord] = {}  # what never changes again
+        self._under_way: dict[int, tuple[FrozenTrial, TrialRecord]] = {}  # as of when it was looked at
         self._shared = spec.storage is not None
         self._heartbeat: Heartbeat | None = None
         self._left: set[int] = set()  # running trials of this driver from before its death
@@ -238,10 +240,10 @@ class Study:
         self._check_driver()
         if self.spec.sampler.name not in SLOW_SAMPLERS or not self.space.parameters or self._shared:
             return None
-        trials = self._frozen()
-        number = self._coming(trials)
-        if number is None or number < len(trials):
+        number = self._coming()
+        if number is None or number < self._num_trials:
             return None
+        trials = self._frozen()
         basis = self._storage.get_study_system_attrs(self._study._study_id).get(BASIS, {})
         if basis.get("number") != number:
             basis = {"number": number, "running": [t.number for t in trials if t.state.name == "RUNNING"]}
@@ -264,11 +266,10 @@ class Study:
         self._check_driver()
         if self._shared:
             return self._ask_shared()
-        trials = self._frozen()
-        number = self._coming(trials)
+        number = self._coming()
         if number is None:
             return None
-        enqueued = number < len(trials)
+        enqueued = number < self._num_trials
         if proposal is None and (choose := self.propose()) is not None:
             proposal = choose()
         if proposal is None or enqueued:
@@ -277,12 +278,24 @@ class Study:
         else:
             self._study.sampler = GivenSampler(proposal.params)
         with self._group():
-            trial = self._study.ask(self._distributions)
+            trial = self._study.ask(self._distributions) if enqueued else self._new_trial()
             if proposal is not None and not enqueued:
                 for key, value in proposal.attrs.items():
                     self._storage.set_trial_system_attr(trial._trial_id, key, value)
+        if enqueued:
+            self._waiting.popleft()
+        else:
+            self._num_trials += 1
         self._asked.add(trial.number)
         return self._ticket(self._trial(trial.number))
+
+    def _new_trial(self) -> optuna.Trial:
+        """As Optuna's `Study.ask`, which looks through all trials for a waiting one first."""
+        self._study._thread_local.cached_all_trials = None
+        trial = optuna.Trial(self._study, self._storage.create_new_trial(self._study._study_id))
+        for key, distribution in self._distributions.items():
+            trial._suggest(key, distribution)
+        return trial
 
     def enqueue(self, params: Mapping[str, Any]) -> None:
         """Make `params` a coming trial, before any that the sampler chooses; part of `spec.num_trials`.
@@ -306,6 +319,8 @@ class Study:
             return
         if all(trial.system_attrs.get("fixed_params") != values for trial in self._frozen()):
             self._study.enqueue_trial(values)
+            self._waiting.append(self._num_trials)
+            self._num_trials += 1
 
     def unfinished(self) -> list[TrialTicket]:
         """The running trials that an earlier driver asked for, to be run on under their numbers, in order."""
@@ -383,7 +398,8 @@ class Study:
         Raises:
             StudyError: the trial does not exist or is not running.
         """
-        return self._study.pruner.prune(self._study, self._running(number))
+        study = cast("optuna.Study", _Completed(self._study, self._complete)) if self._counts else self._study
+        return self._study.pruner.prune(study, self._running(number))
 
     def tell(self, number: int, value: float) -> None:
         """The trial ended with this value.
@@ -434,11 +450,21 @@ class Study:
             if record is None:
                 if not self._is_given(trial):
                     continue
-                record = self._record(trial)
-                if trial.state.is_finished():
-                    self._ended[trial.number] = record
+                record = self._record_of(trial)
             records.append(record)
         return records
+
+    def ended_beside(self, known: Collection[int]) -> list[TrialRecord]:
+        """The trials that have ended but for those whose numbers are known, all of which have, by number."""
+        if not self._counts:
+            return [r for r in self.trials() if r.finished is not None and r.number not in known]
+        fresh: list[int] = []
+        for number in reversed(self._in_order_of_end):  # those known are mostly the ones before
+            if len(fresh) + len(known) == len(self._in_order_of_end):
+                break
+            if number not in known:
+                fresh.append(number)
+        return [self._ended.get(number) or self._record_of(self._trial(number)) for number in sorted(fresh)]
 
     def trial(self, number: int) -> TrialRecord:
         """One trial, also one that does not count.
@@ -463,7 +489,16 @@ class Study:
     @property
     def num_finished(self) -> int:
         """Number of trials that have ended, however they did."""
+        if self._counts:
+            return len(self._in_order_of_end)
         return sum(trial.state.is_finished() and not _is_void(trial) for trial in self._frozen())
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is reported, told or kept inside is written at its end, in one go: a kill leaves all of it or nothing,
+        and one write waits for the disk. In a shared storage it is written one by one."""
+        with self._group():
+            yield
 
     def set_attr(self, number: int, key: str, value: Any) -> None:
         """Keep a JSON-able value with a running trial, over an earlier one of the same key.
@@ -512,7 +547,7 @@ class Study:
     def _load_journal(self) -> None:
         path = self.folder / JOURNAL_FILE
         self._journal = Journal(path)
-        self._ended = {}
+        self._ended, self._under_way = {}, {}
         try:
             self._storage: BaseStorage = optuna.storages.JournalStorage(self._journal)
             studies = self._storage.get_all_studies()
@@ -529,6 +564,23 @@ class Study:
             )
         else:
             self._study = optuna.load_study(study_name=studies[0].study_name, storage=self._storage)
+        self._count()
+
+    def _count(self) -> None:
+        """Note what a driver would otherwise look for among all trials again and again; from here on they change by
+        this object alone."""
+        trials = self._frozen()
+        self._num_trials = len(trials)
+        self._waiting = deque(trial.number for trial in trials if trial.state.name == "WAITING")
+        ended = [trial for trial in trials if trial.state.is_finished()]
+        ended.sort(key=lambda trial: (trial.datetime_complete, trial.number))
+        self._in_order_of_end = [trial.number for trial in ended]
+        self._complete = [trial for trial in ended if trial.state.name == "COMPLETE"]
+
+    @property
+    def _counts(self) -> bool:
+        """Whether `_count` holds: nobody else can change the trials."""
+        return self._lock is not None and not self._shared
 
     def _check_space(self) -> None:
         """The trials so far must have the parameters of the spec, which a hand may have edited since."""
@@ -551,7 +603,7 @@ class Study:
     @contextmanager
     def _group(self) -> Iterator[None]:
         """Operations that are written whole or not at all; in a shared storage, one by one."""
-        if self._shared:
+        if self._shared or self._journal.in_group:
             yield
             return
         try:
@@ -572,6 +624,10 @@ class Study:
                 self._storage.set_trial_user_attr(trial._trial_id, key, attr)
             told = None if value is None else float(value)
             self._study.tell(number, told, state=optuna.trial.TrialState[state])
+            if not self._shared:
+                self._in_order_of_end.append(number)
+                if state == "COMPLETE":
+                    self._complete.append(self._trial(number))
 
     @contextmanager
     def _unless_taken_over(self, number: int) -> Iterator[None]:
@@ -818,12 +874,11 @@ class Study:
         except KeyError:
             raise StudyError(f"There is no trial {number}; the study has {len(self._frozen())}.") from None
 
-    def _coming(self, trials: Sequence[FrozenTrial]) -> int | None:
+    def _coming(self) -> int | None:
         """Number of the trial that is asked for next: the first waiting one, else a new one; None: all have been."""
-        waiting = [trial.number for trial in trials if trial.state.name == "WAITING"]
-        if len(trials) - len(waiting) >= self.spec.num_trials:
+        if self._num_trials - len(self._waiting) >= self.spec.num_trials:
             return None
-        return waiting[0] if waiting else len(trials)
+        return self._waiting[0] if self._waiting else self._num_trials
 
     def _running(self, number: int) -> FrozenTrial:
         trial = self._trial(number)
@@ -850,6 +905,19 @@ class Study:
         place = trial.user_attrs["place"] if self._shared else trial.number
         return TrialTicket(trial.number, params, active, dict(trial.user_attrs), place)
 
+    def _record_of(self, trial: FrozenTrial) -> TrialRecord:
+        """A trial's record, made anew only if the trial has changed: in a journal that gives another object."""
+        if trial.state.is_finished():
+            self._under_way.pop(trial.number, None)
+            return self._ended.setdefault(trial.number, self._record(trial))
+        if self._shared:
+            return self._record(trial)
+        before, record = self._under_way.get(trial.number, (None, None))
+        if before is not trial or record is None:
+            record = self._record(trial)
+            self._under_way[trial.number] = (trial, record)
+        return record
+
     def _record(self, trial: FrozenTrial) -> TrialRecord:
         params, active = self._params(trial)
         return TrialRecord(
@@ -863,6 +931,21 @@ class Study:
             started=_utc(None if trial.state.name == "WAITING" else trial.datetime_start),
             finished=_utc(trial.datetime_complete),
         )
+
+
+class _Completed:
+    """An Optuna study that has the list of its completed trials at hand, which pruners ask for at every report."""
+
+    def __init__(self, study: optuna.Study, complete: list[FrozenTrial]) -> None:
+        self._study, self._complete = study, complete
+
+    def get_trials(self, deepcopy: bool = True, states: Container[Any] | None = None) -> list[FrozenTrial]:
+        if not deepcopy and states == (optuna.trial.TrialState.COMPLETE,):
+            return self._complete
+        return self._study.get_trials(deepcopy, states)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
 
 
 def _choose(sampler: SamplerSpec, direction: str, space: Space, trials: Sequence[FrozenTrial]) -> Proposal:

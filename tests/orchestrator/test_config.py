@@ -253,3 +253,31 @@ def test_an_enqueued_trial_outside_the_space_is_refused(params: dict[str, float]
 
 def test_yaml_keeps_plain_values_only():
     assert yaml.safe_load(to_yaml(resolved())) == to_dict(resolved())
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [("ravl", {"method.eta": 2, "method.hidden": [32, 32], "method.dynamics.learning_rate": 1}),
+     ("mopo", {"method.variant": "official", "method.rollout_length": 3}),
+     ("td3_bc", {"method.actor_lr": 0.01})],
+)  # fmt: skip
+def test_a_trial_is_configured_as_if_everything_were_resolved_anew(method: str, params: dict[str, Any]):
+    config = load_config([], [f"method={method}", PENDULUM])
+    trial = apply_params(config, params)
+    nested: dict[str, Any] = {}
+    for key, value in params.items():
+        *blocks, name = key.removeprefix("method.").split(".")
+        block = nested
+        for one in blocks:
+            block = block.setdefault(one, {})
+        block[name] = value
+    assert repr(trial) == repr(load_config([to_dict(config), {"method": nested}], []))
+    trial.evaluation.episodes += 1
+    assert config.evaluation.episodes == trial.evaluation.episodes - 1  # they share nothing
+
+
+def test_what_a_trial_may_not_have_is_refused_with_its_full_key():
+    with pytest.raises(UserError, match=r"unknown key method\.dynamics\.learning_rat; did you mean"):
+        apply_params(resolved(), {"method.dynamics.learning_rat": 1.0})
+    with pytest.raises(UserError, match=r"method\.eta: .*many"):
+        apply_params(resolved(), {"method.eta": "many"})

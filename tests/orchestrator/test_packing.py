@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from orchestrator.packing import (
     PackModel,
     balanced,
     choose_runs_per_pack,
+    pack_costs,
     pack_runs,
     schedule,
     study_packs,
@@ -137,6 +137,8 @@ def test_predicted_and_actual_of_a_pack_are_kept_once(tmp_path: Path):
     pack = PackSpec("p", str(tmp_path), (RunSpec("t0000-s0", 0, 0, {}, {}),), "k")
     for seconds in (5.0, 6.0):
         PackCosts(tmp_path / COSTS_FILE).add(pack, PackCost(seconds, 4.0, 1000), (7.0, 900.0))
-    [kept] = json.loads((tmp_path / COSTS_FILE).read_text())["packs"]
+        with (tmp_path / COSTS_FILE).open("a") as file:
+            file.write('{"pack": "torn')  # by a kill
+    [kept] = pack_costs(tmp_path / COSTS_FILE)
     assert (kept["predicted_seconds"], kept["actual_seconds"], kept["actual_cpu_seconds"]) == (7.0, 6.0, 4.0)
     assert (kept["predicted_bytes"], kept["actual_bytes"]) == (900.0, 1000)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.spool import DatasetRecord, RunInfo, RunSpool, SpoolError, count_lines, read_records
+from orchestrator.spool import DatasetRecord, RunInfo, RunSpool, SpoolError, count_lines, last_record, read_records
 
 
 def records(path: Path, offset: int = 0) -> list[dict | None]:
@@ -123,3 +123,16 @@ def test_training_side_imports_neither_mlflow_nor_ray():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("block", [8, 1 << 14])
+def test_the_last_whole_record(tmp_path, block):
+    with RunSpool(tmp_path, "r") as spool:
+        for step in range(20):
+            spool.metrics(step, {"a": 1.0})
+    assert last_record(spool.path, block)["step"] == 19
+    with spool.path.open("ab") as file:
+        file.write(b'damaged\n{"type": "end", "torn')
+    assert last_record(spool.path, block)["step"] == 19
+    spool.path.write_bytes(b'{"type": "end"')
+    assert last_record(spool.path, block) is None

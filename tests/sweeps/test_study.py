@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from envs.errors import UserError
+from sweeps.errors import StudyError
 from sweeps.spec import PrunerSpec, SamplerSpec, StudySpec
 from sweeps.study import Study
 
@@ -497,3 +498,42 @@ def test_listed_trials_come_in_their_order_also_across_a_resume_and_are_never_pr
 def test_what_cannot_be_a_list_of_trials(fields, sentence):
     with pytest.raises(UserError, match=sentence):
         StudySpec("listed", **fields).validate()
+
+
+def tell_nan(study, number):
+    with study.together():
+        study.set_attr(number, "a", 1)
+        study.tell(number, math.nan)
+
+
+def test_what_is_done_together_is_one_write(tmp_path):
+    with Study.create(tmp_path, make_spec()) as study:
+        first, second = study.ask(), study.ask()
+        lines = (tmp_path / "journal.log").read_text().count("\n")
+        with study.together():
+            study.set_attr(first.number, "a", 1)
+            study.tell(first.number, 1.0)
+            assert (tmp_path / "journal.log").read_text().count("\n") == lines
+        assert study.trial(0).state == "complete"
+        with pytest.raises(StudyError, match="finite"):
+            tell_nan(study, second.number)
+        assert study.attrs(1) == {}
+        assert (study.trial(1).state, study.num_finished) == ("running", 1)
+    with Study.open(tmp_path, read_only=True) as study:
+        assert (study.trial(0).value, study.attrs(0)["a"], study.num_finished) == (1.0, 1, 1)
+
+
+def test_what_has_ended_since(tmp_path):
+    with Study.create(tmp_path, make_spec()) as study:
+        for _ in range(4):
+            study.ask()
+        for number in (2, 0):
+            study.tell(number, float(number))
+        assert [record.number for record in study.ended_beside({2})] == [0]
+    with Study.open(tmp_path) as study:
+        study.tell(3, 1.0)
+        assert [record.number for record in study.ended_beside({0, 2})] == [3]
+        assert [record.number for record in study.ended_beside(())] == [0, 2, 3]
+        assert study.ended_beside({0, 2, 3}) == []
+        looking = Study.open(tmp_path, read_only=True)
+        assert [record.number for record in looking.ended_beside({0})] == [2, 3]
