@@ -187,17 +187,18 @@ def test_weights_begin_as_the_release_draws_them_or_cut() -> None:
 def test_a_member_of_a_pack_is_fitted_as_it_is_alone(precision: str) -> None:
     seeds, rows = (3, 4, 5), [ROWS[:200], ROWS[100:300], ROWS[:150]]
     changes: dict[str, Any] = {"precision": precision, "patience": 1, "learning_rate": 5e-3}
+    if precision == "mixed":  # else its rounding, another one in a pack, decides after which epoch a fit ends
+        changes |= {"schedule": "fixed-steps", "steps": 20}
     pack = ensembles(*seeds, **changes)
     together = [pack.refit(rows, t) for t in (0, 250)]
     epochs = [m["dynamics/epochs"] for m in together[0]]
-    assert len(set(epochs[:2])) == 2, "the two with as many rows must end apart"
+    assert precision == "mixed" or len(set(epochs[:2])) == 2, "the two with as many rows must end apart"
     tolerance = 1e-4 if precision == "float32" else 3e-2
     for m, seed in enumerate(seeds):
         alone = ensembles(seed, **changes)
         for values, t in zip(together, (0, 250), strict=True):
             (metrics,) = alone.refit([rows[m]], t)
-            if precision == "float32":
-                assert metrics["dynamics/epochs"] == values[m]["dynamics/epochs"]
+            assert metrics["dynamics/epochs"] == values[m]["dynamics/epochs"]
             assert metrics["dynamics/holdout_mse"] == pytest.approx(values[m]["dynamics/holdout_mse"], rel=tolerance)
         mean, variance = alone.predict(QUERY.unsqueeze(0))
         in_pack = [x[m] for x in pack.predict(QUERY.expand(3, -1, -1))]

@@ -164,7 +164,7 @@ def test_both_forms_give_the_same_and_carry_the_same_states(penalty: Any, monkey
     monkeypatch.setattr(Rollout, "__call__", torch.inference_mode()(Rollout.masked))
     masked = job.run(dynamics)
     for m in range(2):
-        assert torch.equal(compacting.rows[m], masked.rows[m])
+        torch.testing.assert_close(compacting.rows[m], masked.rows[m], rtol=1e-4, atol=1e-4)  # products of other sizes
         assert torch.equal(compacting.tags[m], masked.tags[m])
         assert compacting.rows[m].isfinite().all()
         statistics, other = compacting.statistics[m], masked.statistics[m]

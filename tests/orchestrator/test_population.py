@@ -71,7 +71,7 @@ def policy(folder: Path) -> dict[str, np.ndarray]:
 
 
 def assert_same_policy(one: Path, other: Path) -> None:
-    """Up to the rounding of packs of another size."""
+    """Up to rounding."""
     mine, others = policy(one), policy(other)
     assert mine.keys() == others.keys()
     for name, values in mine.items():
@@ -237,7 +237,10 @@ def test_evaluators_do_not_change_a_population(workdir: Path, undisturbed: PackS
 
 
 def test_a_schedule_repeats_its_member(workdir: Path, undisturbed: PackSpec) -> None:
-    """With the same seed it ends with the same policy: the schedule is all that made it."""
+    """With the same seed it ends with the same policy: the schedule is all that made it.
+
+    In a pack of as many: these learning rates magnify the rounding of packs of another size.
+    """
     told = history(undisturbed)
     run = told["turns"][-1]["run"]  # of a state that has been another run's
     assert len(told["histories"][run]) > 1
@@ -246,7 +249,7 @@ def test_a_schedule_repeats_its_member(workdir: Path, undisturbed: PackSpec) -> 
     assert config.schedule == [{"updates": s["updates"], **s["settings"]} for s in told["histories"][run][1:]]
     check_schedule(config)
     params = {**told["histories"][run][0]["settings"], "schedule": config.schedule}
-    replay = make_pack(workdir, [(params, 3)], OFTEN, name="replay")
+    replay = make_pack(workdir, [(params, 3), *MEMBERS[1:]], OFTEN, name="replay")
     train(replay)
     assert_same_policy(Path(replay.study_folder) / "runs" / "t0000-s3", folder)
 
