@@ -302,17 +302,15 @@ def importance_figure(importances: Mapping[str, Spread]) -> Figure:
     figure = new_figure(6.4, 1.2 + 0.36 * len(importances))
     axes = figure.add_subplot()
     rows = list(importances.items())[::-1]
-    values = [spread.value for _, spread in rows]
-    # nan, where nothing was resampled, is drawn as no whisker
-    below = [max(0.0, spread.value - spread.low) if spread.low == spread.low else math.nan for _, spread in rows]
-    above = [max(0.0, spread.high - spread.value) if spread.high == spread.high else math.nan for _, spread in rows]
-    axes.barh(
-        [names[key] for key, _ in rows], values, xerr=[below, above], color=_COLORS["complete"],
-        error_kw={"ecolor": "#333333", "elinewidth": 1.2, "capsize": 3},
-    )  # fmt: skip
+    axes.barh([names[key] for key, _ in rows], [spread.value for _, spread in rows], color=_COLORS["complete"])
+    resampled = [(row, spread) for row, (_, spread) in enumerate(rows) if spread.low == spread.low]
+    if resampled:  # an interval may lie beside its value
+        middles, halves = ([(s.high + sign * s.low) / 2 for _, s in resampled] for sign in (1, -1))
+        axes.errorbar(
+            middles, [row for row, _ in resampled], xerr=halves, fmt="none", ecolor="#333333", elinewidth=1.2, capsize=3
+        )
     axes.set_xlim(left=0)
-    resampled = "" if all(map(math.isnan, above)) else "; whiskers: 5 to 95 % of bootstrap resamples"
-    axes.set_xlabel(f"importance (PED-ANOVA{resampled})")
+    axes.set_xlabel("importance (PED-ANOVA)" + ("\nwhiskers: 5 to 95 % of bootstrap resamples" if resampled else ""))
     return figure
 
 
