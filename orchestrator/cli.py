@@ -19,6 +19,7 @@ EPILOG = """examples:
   offsweep train method=ravl dataset=embedded/pendulum-medium-v0 num_seeds=3
   offsweep sweep study.yaml study.num_trials=40
   offsweep sweep show my-study --figures figures
+  offsweep report my-study --out my-study.html
   offsweep status my-study --watch 5
   offsweep plan study.yaml compute.price_per_gpu_hour=2.5
   offsweep resume my-study
@@ -93,6 +94,14 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("--json", action="store_true")
     show.add_argument("--figures", type=Path, metavar="FOLDER", help="draw the study's figures there, as PNG files")
     add_workdir(show)
+
+    text = "Write a study as one HTML file: what `sweep show` says, figures, all trials, links to their runs in MLflow."
+    report = add("report", text)
+    report.add_argument("name", help="the study's name")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the study's folder")
+    text = "address of MLflow's pages, for links (default: the study's server, else that of `offsweep ui`)"
+    report.add_argument("--mlflow", metavar="ADDRESS", help=text)
+    add_workdir(report)
 
     text = "How studies stand: packs, throughput, restarts, time left, what waits for MLflow; from files alone."
     status = add("status", text)
@@ -282,6 +291,11 @@ def _dispatch(args: argparse.Namespace) -> int:
 
         console = Console() if sys.stdout.isatty() else Console(width=140)
         reading.show(args.name, args.workdir, console, args.top, args.json, args.figures)
+        return 0
+    if args.command == "report":
+        from orchestrator.report import report
+
+        print(report(args.name, args.workdir, args.out, args.mlflow))
         return 0
     if args.command == "status":
         return _status(args, Console() if sys.stdout.isatty() else Console(width=160))

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,7 @@ ABOUT_FILE = "about.json"
 IMPORTANCES_FILE = "importances.json"
 TOP = 30  # rows of the table, unless asked otherwise
 _NAMED = 8  # trials that a sentence names
+IMPORTANCE = "importance"  # a column
 
 
 @dataclass(frozen=True)
@@ -117,22 +118,10 @@ def show(
     Raises:
         UserError: there is no such study, or the folder cannot be written.
     """
-    folder = workdir.absolute() / "studies" / name
-    if not (folder / SPEC_FILE).exists():
-        known = sorted(p.parent.name for p in folder.parent.glob(f"*/{SPEC_FILE}"))
-        raise UserError(f"there is no study {name!r} in {folder.parent}; it holds: {', '.join(known) or 'none'}")
     if top is not None and top < 1:
         raise UserError(f"--top {top} must be at least 1")
-    # everything that reading a journal makes is kept, and looking for rubbish in it takes a fifth of the time
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        study = Study.open(folder, read_only=True)
-        records = study.trials()
-    finally:
-        if collecting:
-            gc.enable()
-    about = read_about(folder)
+    study, records = open_study(name, workdir)
+    about = read_about(study.folder)
     if as_json:
         console.file.write(json.dumps(to_json(study, records, about, top), indent=1) + "\n")
     else:
@@ -141,6 +130,27 @@ def show(
         drawn = save_figures(study, records, about.unit, figures)
         if not as_json:
             console.print(f"figures: {', '.join(map(str, drawn)) or 'none yet'}", highlight=False, soft_wrap=True)
+
+
+def open_study(name: str, workdir: Path) -> tuple[Study, list[TrialRecord]]:
+    """A study to be read, and its trials.
+
+    Raises:
+        UserError: there is no such study.
+    """
+    folder = workdir.absolute() / "studies" / name
+    if not (folder / SPEC_FILE).exists():
+        known = sorted(p.parent.name for p in folder.parent.glob(f"*/{SPEC_FILE}"))
+        raise UserError(f"there is no study {name!r} in {folder.parent}; it holds: {', '.join(known) or 'none'}")
+    # everything that reading a journal makes is kept, and looking for rubbish in it takes a fifth of the time
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        study = Study.open(folder, read_only=True)
+        return study, study.trials()
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def read_about(folder: Path) -> About:
@@ -271,10 +281,7 @@ def to_json(study: Study, records: Sequence[TrialRecord], about: About, top: int
 def print_study(console: Console, study: Study, records: Sequence[TrialRecord], about: About, top: int) -> None:
     """The table of trials, the best setting beside the data it learned from, what decided, what it took, and what to
     open next."""
-    spec, unit = study.spec, about.unit
-    state = study_state(study, records)
-    counts = ", ".join(f"{count} {name}" for name, count in state_counts(records).items())
-    ended = sum(record.finished is not None for record in records)
+    spec, state = study.spec, study_state(study, records)
     rows = trial_rows(records, spec.direction)
     best = _best(study, records, rows)
     if rows:
@@ -283,33 +290,66 @@ def print_study(console: Console, study: Study, records: Sequence[TrialRecord], 
             console.print(f"and {len(rows) - top} more trials; --top {len(rows)} shows them", highlight=False)
     for sentence in collapse_sentences(records):
         console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
-    _say(console, "study", f"{state}, {ended} of {spec.num_trials} trials ended{f' ({counts})' if counts else ''}")
-    _say(console, unit, about.label)
+    for label, text in findings(study, records, about, state):
+        _say(console, label, text)
+    for text in failure_sentences(records):
+        console.print(f"[yellow]failed:[/yellow]     {text}", highlight=False, markup=True)
+    if found := parameter_rows(study, records, state):
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for column in found[0]:
+            table.add_column(column, justify="right" if column == IMPORTANCE else "left")
+            if column == IMPORTANCE:
+                table.add_column("")
+        for row in found[1]:
+            share = row.importance
+            shown: list[Any] = [] if share is None else [f"{share:.0%}", Bar(1.0, 0.0, share, width=16)]
+            table.add_row(row.name, *shown, row.searched, row.in_best)
+        console.print(table)
+    for label, text in expenses(study, records, about):
+        _say(console, label, text)
+    _print_next(console, study, about, best, state)
+
+
+def findings(study: Study, records: Sequence[TrialRecord], about: About, state: str) -> Iterator[tuple[str, str]]:
+    """Labels and sentences: how the study stands, what was found, beside the data that was learned from."""
+    spec, unit = study.spec, about.unit
+    counts = ", ".join(f"{count} {name}" for name, count in state_counts(records).items())
+    ended = sum(record.finished is not None for record in records)
+    best = _best(study, records, trial_rows(records, spec.direction))
+    yield "study", f"{state}, {ended} of {spec.num_trials} trials ended{f' ({counts})' if counts else ''}"
+    yield unit, about.label
     if about.data:
-        _say(console, "data", about.data)
+        yield "data", about.data
     if best is not None and best.value is not None:
         returns = list(best.attrs.get("run_returns", {}).values())
         mean = f"mean return {sum(returns) / len(returns):.1f} " if returns else ""
-        _say(
-            console, "best trial",
+        yield (
+            "best trial",
             f"{mean}({unit} {best.value:.1f}) over {len(best.attrs.get('run_values', {}))} seeds x {about.episodes} "
             f"episodes; trial {best.number}: {show_params(best.active) or 'as configured'}",
-        )  # fmt: skip
-    _print_confirmed(console, confirmations(study.folder), unit, about.episode_unit if about.episodes else unit)
-    _print_history(console, records, spec.direction, unit)
-    _print_running(console, study, records, unit, state)
-    for reason, numbers in failures(records).items():
-        trials = f"trial{'s' * (len(numbers) > 1)} {_some(numbers)}"
-        console.print(f"[yellow]failed:[/yellow]     {trials}: {reason}", highlight=False, markup=True)
-    _print_parameters(console, study, records, _importances(study, records, state))
+        )
+    for one in confirmations(study.folder):
+        yield "confirmed", _confirmed(one, unit, about.episode_unit if about.episodes else unit)
+    yield from _history(records, spec.direction, unit)
+    yield from _running(study, records, unit, state)
+
+
+def failure_sentences(records: Sequence[TrialRecord]) -> list[str]:
+    """A sentence for every reason why trials failed."""
+    return [
+        f"trial{'s' * (len(numbers) > 1)} {_some(numbers)}: {reason}" for reason, numbers in failures(records).items()
+    ]
+
+
+def expenses(study: Study, records: Sequence[TrialRecord], about: About) -> Iterator[tuple[str, str]]:
+    """Labels and sentences: what the study took, and what was found by how many episodes."""
     if records:
-        _print_cost(console, _cost(study, records, about), about)
+        yield "cost", _cost_sentence(_cost(study, records, about), about)
         if (confirm := _confirm_study(study.folder)) is not None:
-            _print_cost(console, _cost(confirm, confirm.trials(), about), about, "confirming")
+            yield "confirming", _cost_sentence(_cost(confirm, confirm.trials(), about), about)
     selection = SelectionReport.load(study.folder)
     for sentence in [] if selection is None else report_lines(selection, about.episode_unit):
-        _say(console, "selection", sentence)
-    _print_next(console, study, about, best, state)
+        yield "selection", sentence
 
 
 def _table(rows: Sequence[TrialRow], records: Mapping[int, TrialRecord], about: About, name: str) -> Table:
@@ -329,38 +369,36 @@ def _table(rows: Sequence[TrialRow], records: Mapping[int, TrialRecord], about: 
     return table
 
 
-def _print_confirmed(console: Console, confirmed: Sequence[Confirmation], unit: str, fresh_unit: str) -> None:
+def _confirmed(one: Confirmation, unit: str, fresh_unit: str) -> str:
     searched_unit = "" if unit == fresh_unit else f" {unit}"
-    for one in confirmed:
-        low, high = one.interval
-        interval = f" ({low:.1f} to {high:.1f})" if low == low else ""
-        values = " ".join(f"{value:.1f}" for value in one.values)
-        seeds = f"{len(one.values)} fresh seed{'s' * (len(one.values) > 1)}"
-        _say(
-            console, "confirmed",
-            f"trial {one.number}: searched {one.searched:.1f}{searched_unit} / confirmed {one.mean:.1f}{interval} "
-            f"{fresh_unit}, {seeds}: {values}{', diverged' * one.diverged}",
-        )  # fmt: skip
+    low, high = one.interval
+    interval = f" ({low:.1f} to {high:.1f})" if low == low else ""
+    values = " ".join(f"{value:.1f}" for value in one.values)
+    seeds = f"{len(one.values)} fresh seed{'s' * (len(one.values) > 1)}"
+    return (
+        f"trial {one.number}: searched {one.searched:.1f}{searched_unit} / confirmed {one.mean:.1f}{interval} "
+        f"{fresh_unit}, {seeds}: {values}{', diverged' * one.diverged}"
+    )
 
 
-def _print_history(console: Console, records: Sequence[TrialRecord], direction: str, unit: str) -> None:
+def _history(records: Sequence[TrialRecord], direction: str, unit: str) -> Iterator[tuple[str, str]]:
     """The improvements, each with the number of results until then."""
     course = history(records, direction)
     steps = [i for i in range(len(course.best)) if i == 0 or course.best[i] != course.best[i - 1]]
     if steps:
         shown = steps if len(steps) <= _NAMED else [steps[0], *steps[1 - _NAMED :]]
         text = ", ".join(f"{course.best[i]:.1f} after {i + 1}" for i in shown)
-        _say(console, "history", f"best {unit} {text} of {len(course.best)} results")
+        yield "history", f"best {unit} {text} of {len(course.best)} results"
 
 
-def _print_running(console: Console, study: Study, records: Sequence[TrialRecord], unit: str, state: str) -> None:
+def _running(study: Study, records: Sequence[TrialRecord], unit: str, state: str) -> Iterator[tuple[str, str]]:
     under_way = running_trials(records, study.spec.total_steps)
     for trial in under_way[:_NAMED]:
         value = "" if trial.value is None else f", {unit} {trial.value:.1f}"
         text = f"trial {trial.number}: {trial.share:.0%} of its updates{value}, asked for {duration(trial.age)} ago; "
-        _say(console, "under way" if state != "stopped" else "stopped", text + show_params(trial.params))
+        yield "under way" if state != "stopped" else "stopped", text + show_params(trial.params)
     if len(under_way) > _NAMED:
-        _say(console, "", f"and {len(under_way) - _NAMED} more")
+        yield "", f"and {len(under_way) - _NAMED} more"
 
 
 def _best(study: Study, records: Sequence[TrialRecord], rows: Sequence[TrialRow]) -> TrialRecord | None:
@@ -377,36 +415,40 @@ def _importances(study: Study, records: Sequence[TrialRecord], state: str) -> di
     return parameter_importances(records, study.space, study.spec.direction) if study.space.parameters else None
 
 
-def _print_parameters(
-    console: Console, study: Study, records: Sequence[TrialRecord], importances: Mapping[str, float] | None
-) -> None:
-    """What decided, and what the best trials have in common."""
+@dataclass(frozen=True)
+class ParameterRow:
+    """What is said of a parameter that was searched."""
+
+    name: str
+    importance: float | None  # share; None: too few trials
+    searched: str
+    in_best: str  # values of the best trials
+
+
+def parameter_rows(
+    study: Study, records: Sequence[TrialRecord], state: str
+) -> tuple[list[str], list[ParameterRow]] | None:
+    """Names of columns, and what decided and what the best trials have in common; None before there are 3 results."""
     direction, space = study.spec.direction, study.space
     done = results(records)
     if not space.parameters or len(done) < 3:
-        return
+        return None
+    importances = _importances(study, records, state)
     order = list(importances or space.parameters)
     sign = -1.0 if direction == "maximize" else 1.0
     best = sorted(done, key=lambda record: sign * (record.value or 0.0))[: max(3, min(10, len(done) // 10))]
     names = short_names(order)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("parameter")
-    if importances:
-        table.add_column("importance", justify="right")
-        table.add_column("")
-    table.add_column("searched")
-    table.add_column(f"in the best {len(best)}")
+    rows = []
     for key in order:
         parameter = space.parameters[key]
         values = [record.active[key] for record in best if key in record.active]
         found = _ends(values)
         if parameter.type == "categorical":
             found = [str(choice) for choice in parameter.choices if choice in values]
-        cells: list[Any] = [names[key]]
-        if importances:
-            cells += [f"{importances[key]:.0%}", Bar(1.0, 0.0, importances[key], width=16)]
-        table.add_row(*cells, parameter.describe(), ", ".join(found) or "-")
-    console.print(table)
+        share = importances[key] if importances else None
+        rows.append(ParameterRow(names[key], share, parameter.describe(), ", ".join(found) or "-"))
+    columns = ["parameter", *([IMPORTANCE] if importances else []), "searched", f"in the best {len(best)}"]
+    return columns, rows
 
 
 def _ends(values: Sequence[Any]) -> list[str]:
@@ -418,18 +460,17 @@ def _ends(values: Sequence[Any]) -> list[str]:
     return [low if low == high else f"{low} to {high}"]
 
 
-def _print_cost(console: Console, cost: Cost, about: About, label: str = "cost") -> None:
+def _cost_sentence(cost: Cost, about: About) -> str:
     about_text = "" if cost.exact else "about "
     saved = cost.updates_saved / max(1, cost.updates + cost.updates_saved)
     stopping = f" (stopping early saved {saved:.0%})" if cost.updates_saved else ""
     money, price = _money(cost, about), ""
     if money is not None:
         price = f", {money:.2f} at {about.price_per_hour:g} an hour"
-    _say(
-        console, label,
+    return (
         f"{duration(cost.wall_seconds)} from first to last, {cost.pack_seconds / 3600:.2f} hours of packs{price}; "
-        f"{about_text}{cost.updates:,} updates{stopping}, {about_text}{cost.online_episodes:,} online episodes",
-    )  # fmt: skip
+        f"{about_text}{cost.updates:,} updates{stopping}, {about_text}{cost.online_episodes:,} online episodes"
+    )
 
 
 def _print_next(console: Console, study: Study, about: About, best: TrialRecord | None, state: str) -> None:
