@@ -20,6 +20,7 @@ EPILOG = """examples:
   offsweep sweep study.yaml study.num_trials=40
   offsweep sweep show my-study --figures figures
   offsweep report my-study --out my-study.html
+  offsweep compare my-study/0 my-study/7 other-study --html compared.html
   offsweep status my-study --watch 5
   offsweep plan study.yaml compute.price_per_gpu_hour=2.5
   offsweep resume my-study
@@ -102,6 +103,16 @@ def build_parser() -> argparse.ArgumentParser:
     text = "address of MLflow's pages, for links (default: the study's server, else that of `offsweep ui`)"
     report.add_argument("--mlflow", metavar="ADDRESS", help=text)
     add_workdir(report)
+
+    compare = add("compare", "Hold runs, trials or studies against each other: settings, scores, differences, curves.")
+    compare.add_argument(
+        "groups", nargs="+", metavar="WHAT",
+        help="STUDY (its best trial), STUDY/3 (a trial), STUDY/t0003-s0 or an MLflow id (a run); differences are to "
+        "the first",
+    )  # fmt: skip
+    compare.add_argument("--json", action="store_true")
+    compare.add_argument("--html", type=Path, metavar="FILE", help="write a page with the learning curves")
+    add_workdir(compare)
 
     text = "How studies stand: packs, throughput, restarts, time left, what waits for MLflow; from files alone."
     status = add("status", text)
@@ -296,6 +307,13 @@ def _dispatch(args: argparse.Namespace) -> int:
         from orchestrator.report import report
 
         print(report(args.name, args.workdir, args.out, args.mlflow))
+        return 0
+    if args.command == "compare":
+        from orchestrator.comparison import compare
+
+        compare(
+            args.groups, args.workdir, Console() if sys.stdout.isatty() else Console(width=160), args.json, args.html
+        )
         return 0
     if args.command == "status":
         return _status(args, Console() if sys.stdout.isatty() else Console(width=160))
