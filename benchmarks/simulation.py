@@ -510,11 +510,13 @@ def _watch(study: Study, outcome: Outcome) -> None:
 
 
 def _time_beginning(outcome: Outcome, opened: float, slots: SimulatedSlots) -> None:
-    """Note what a resumed driver takes from the opening of its study to the first result of a slot."""
-    wait = slots.on_result
+    """Note what a resumed driver takes from the opening of its study to the first result of a slot, without what it
+    asks the study for."""
+    wait, asked = slots.on_result, outcome.ask_seconds
 
     def first() -> None:
-        outcome.resume_seconds.append(time.process_time() - slots.cpu_seconds - opened)
+        asking = outcome.ask_seconds - asked
+        outcome.resume_seconds.append(time.process_time() - slots.cpu_seconds - opened - asking)
         slots.on_result = wait
         wait()
 
