@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from envs.errors import UserError
 from orchestrator import launch, reading
 from orchestrator.cli import main
 from orchestrator.config import Config, load_config, to_dict
+from orchestrator.environment import ROOT
 from orchestrator.spool import read_records
+from orchestrator.tracking import default_tracking_uri
 from sweeps.study import Study
 from tests.orchestrator.studies import ScriptedSlots, configured, quiet
 
@@ -121,6 +124,25 @@ def test_a_study_that_has_ended_leaves_what_reading_it_needs(workdir: Path):
     assert "at 3 an hour" in text.getvalue()
 
 
+def check_documented_searches(workdir: Path, study: str) -> None:
+    """Each is understood by MLflow, and finds what it is for where the study has it."""
+    from mlflow import MlflowClient
+
+    text = (ROOT / "docs" / "tracking.md").read_text()
+    searches = text.partition("```mlflow\n")[2].partition("```")[0].splitlines()
+    client = MlflowClient(default_tracking_uri(workdir))
+    (experiment,) = [e.experiment_id for e in client.search_experiments() if e.name == study]
+    found = {search: client.search_runs([experiment], search) for search in searches}
+    assert len(found) == 9
+    assert len(client.search_runs([experiment], "tags.trial = '1' and tags.seed = '3'")) == 1
+    assert {run.data.tags["trial"] for run in found["attributes.run_name LIKE 't000-%'"]} == {"0"}
+    known = {
+        key for run in client.search_runs([experiment]) for key in (*run.data.tags, *run.data.params, *run.data.metrics)
+    }
+    named = {name.strip("`") for search in searches for name in re.findall(r"(?:tags|params|metrics)\.(\S+)", search)}
+    assert named - known <= {"collapsing", "stage"}
+
+
 def test_a_study_that_was_killed_before_it_began_says_so(workdir: Path):
     config = configured(workdir)
     with Study.create(workdir / "studies" / "killed", config.study_spec()):
@@ -150,6 +172,7 @@ def test_the_stored_configuration_of_a_run_trains_that_run_again(workdir: Path, 
     again = workdir / "studies" / "again"
     assert (again / "runs" / "t0000-s3" / "policy.npz").read_bytes() == (stored / "policy.npz").read_bytes()
     assert load_config([stored / "config.yaml"], []).method == load_config([again / "config.yaml"], []).method
+    check_documented_searches(workdir, "first")
 
 
 @pytest.mark.usefixtures("scripted")
