@@ -43,6 +43,8 @@ class Activity:
         self.packs.setdefault(pack.pack_id, PackActivity(pack.pack_id, len(pack.runs), trials, planned))
 
     def reported(self, report: PackReport) -> None:
+        if report.trouble:
+            self._note("checkpoint", report.pack_id, report.trouble)
         known = self.packs.get(report.pack_id)
         if known is None:
             return

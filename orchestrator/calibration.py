@@ -38,7 +38,8 @@ from envs.episodes import make_env, run_episodes
 from envs.errors import UserError
 from envs.policies import NetworkPolicy
 from orchestrator import memory
-from orchestrator.artifacts import ArtifactStore, save_json, save_tensors, stage_key
+from orchestrator.artifacts import ArtifactStore, save_json, stage_key
+from orchestrator.checkpoints import Checkpoints
 from orchestrator.config import ComputeConfig, Config, digest
 from orchestrator.learner import action_bounds, evaluation_env, resolve_device, training_data
 from orchestrator.packing import SAME, Curve, PackModel
@@ -556,9 +557,9 @@ class _Bench:
             missing: bytes of the rings that are not filled, where that is known.
         """
         with tempfile.TemporaryDirectory() as folder:
-            path, timing = Path(folder) / "checkpoint.pt", Clock(0.0)  # the disk's time counts, too
-            save_tensors(path, {"method": method.state_dict()})
-            spent, written = timing.spent, path.stat().st_size
+            checkpoints, timing = Checkpoints(Path(folder)), Clock(0.0)  # the disk's time counts, too
+            checkpoints.save(0, {"method": method.state_dict()})
+            spent, written = timing.spent, checkpoints.newest.stat().st_size
         method.select([0]).state_dict()  # what a run leaves at its end
         if timed is not None:
             if missing is None:

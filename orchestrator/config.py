@@ -82,16 +82,31 @@ class ComputeConfig:
     num_rollout_workers: int = 0  # per learner on a CPU; a learner on a GPU makes its rollouts there
     num_evaluators: int = 0  # per learner; they run episodes while it trains on. 0: it stops to run them itself
     runs_per_pack: int | None = None  # at most; None: chosen from what packs cost here (see `offsweep plan`)
-    threads: int = 1  # of torch, per process
+    threads: int = 1  # of torch, per process; so many CPUs are reserved for each
+    # of a learner, such as 0.25 where four share one; None: all GPUs, shared evenly. More than 1 is of no use
+    gpus_per_learner: float | None = None
     device: str = "auto"  # auto | cpu | cuda
     address: str | None = None  # of a running Ray cluster; None: $RAY_ADDRESS, else one of our own on this machine
     # folder on each machine's own disk where runs are logged, to be sent by a tracker of that machine; None: in the
     # study's folder, which every machine sees and the driver's tracker reads
     spool_folder: str | None = None
     checkpoint_minutes: float = 5.0  # 0: every epoch; always when a run ends
+    # folder or URL (s3://bucket/folder) where packs' checkpoints lie, too, for machines that do not see the work folder
+    # or where it may be lost; None: in the study's folder alone
+    checkpoints: str | None = None
     profile: bool = False  # trace one epoch of every pack and say where its time goes, in packs/<pack>/profile/
     price_per_gpu_hour: float | None = None  # any currency; for `offsweep plan`
     price_per_cpu_hour: float | None = None  # of one core
+
+    @property
+    def num_workers(self) -> int:
+        """Processes beside a learner."""
+        return self.num_rollout_workers + self.num_evaluators
+
+    @property
+    def cpus_per_learner(self) -> int:
+        """For a learner and its workers."""
+        return self.threads * (1 + self.num_workers)
 
 
 @dataclass
@@ -128,6 +143,11 @@ class Config:
         ):  # fmt: skip
             if getattr(self.compute, name) is not None:
                 _at_least(f"compute.{name}", getattr(self.compute, name), least)
+        share = self.compute.gpus_per_learner
+        if share is not None and not 0 < share <= 1:
+            raise UserError(
+                f"compute.gpus_per_learner={share:g} must be above 0 and at most 1: a learner computes on one GPU"
+            )
         if self.tracking_uri is not None:
             check_no_password(self.tracking_uri)
         _at_least("study.objective_evaluations", self.study.objective_evaluations, 1)

@@ -95,6 +95,11 @@ def capacity() -> dict[str, float]:
     return grown | {key: max(value, grown.get(key, 0.0)) for key, value in ray.cluster_resources().items()}
 
 
+def can_grow() -> bool:
+    """Whether an autoscaler may start machines that are not there yet, of kinds that nobody knows here."""
+    return bool(_growth())
+
+
 def _growth() -> dict[str, float]:
     """CPUs and GPUs up to which an autoscaler lets the cluster grow, as the user says it: Ray's launcher tells its
     drivers only what is there already. Nothing where it is not said.
@@ -122,15 +127,17 @@ def dashboard_url() -> str | None:
     return f"http://{context.dashboard_url}" if context.dashboard_url else None
 
 
-def check_room(processes: int, resources: dict[str, float], advice: str) -> None:
-    """Refuse more processes than a cluster has CPUs: Ray would wait for them for ever.
+def check_room(cpus: int, resources: dict[str, float], advice: str) -> None:
+    """Refuse processes for more CPUs than a cluster has: Ray would wait for them for ever.
 
     Raises:
         UserError: they do not fit; ends with the advice.
     """
     there = resources.get("CPU", 0.0)
-    if processes > there:
-        raise UserError(f"{processes} worker processes do not fit the {there:.0f} CPUs of the Ray cluster; {advice}")
+    if cpus > there:
+        raise UserError(
+            f"worker processes for {cpus} CPUs do not fit the {there:.0f} CPUs of the Ray cluster; {advice}"
+        )
 
 
 def check_answers(address: str) -> None:

@@ -459,7 +459,7 @@ class Driver:
         alive = self._alive(pack)
         later = {run.run_key for run in alive[(len(alive) + 1) // 2 :]}
         halves = [[run for run in pack.runs if (run.run_key in later) is second] for second in (False, True)]
-        parent = pack.pack_id if pack.checkpoint_path.exists() else pack.parent
+        parent = pack.pack_id if pack.checkpoints(self.config.compute.checkpoints).exist() else pack.parent
         children = [self._pack(pack.key, runs, parent) for runs in halves if runs]
         for child in children:
             child.save()

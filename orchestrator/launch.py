@@ -27,6 +27,7 @@ from envs.registry import check_shapes, load_dataset
 from envs.termination import termination_rule
 from orchestrator import confirm, warm_start
 from orchestrator.artifacts import save_json, write_text
+from orchestrator.checkpoints import absolute, check_storage
 from orchestrator.cluster import Slots, open_slots
 from orchestrator.config import Config, check_space, corner_configs, load_config, to_dict, to_yaml
 from orchestrator.connection import cluster_address, dashboard_url
@@ -169,6 +170,9 @@ def _check_before_compute(config: Config) -> Dataset:
     if cluster_address(config.compute.address) is None:
         resolve_device(config.compute.device)
     check_reachable(_store_uri(config))
+    if config.compute.checkpoints is not None:
+        config.compute.checkpoints = absolute(config.compute.checkpoints)
+        check_storage(config.compute.checkpoints)
     return _check_data(config)
 
 

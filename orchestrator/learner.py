@@ -43,13 +43,13 @@ from orchestrator import memory
 from orchestrator.artifacts import (
     ArtifactStore,
     Built,
-    load_tensors,
     save_json,
     save_tensors,
     stage_key,
     write_arrays,
     write_text,
 )
+from orchestrator.checkpoints import Checkpoints, storage_of
 from orchestrator.config import (
     ComputeConfig,
     Config,
@@ -106,9 +106,13 @@ class PackSpec:
     def folder(self) -> Path:
         return Path(self.study_folder) / "packs" / self.pack_id
 
-    @property
-    def checkpoint_path(self) -> Path:
-        return self.folder / "checkpoint.pt"
+    def checkpoints(self, storage: str | None = None) -> Checkpoints:
+        """Its checkpoints.
+
+        Args:
+            storage: `compute.checkpoints`.
+        """
+        return Checkpoints(self.folder, storage_of(storage, self.study_folder, self.pack_id))
 
     def to_json(self) -> dict[str, Any]:
         # not `asdict`, which copies the configuration of every run
@@ -179,6 +183,7 @@ class PackReport:
     # of a finished pack with a spool folder on the machine's own disk: which, and by run key what is not sent yet
     unsent_from: str = ""
     unsent: dict[str, str] = field(default_factory=dict)
+    trouble: str = ""  # why a checkpoint is not where `compute.checkpoints` wants it, since the report before
 
 
 @dataclass(frozen=True)
@@ -255,7 +260,7 @@ class Learner:
     """Trains the runs of a pack that are still alive.
 
     Args:
-        pack: what to train; if its folder holds a checkpoint, training goes on from there.
+        pack: what to train; if it has a checkpoint, training goes on from there.
         compute: threads, device, checkpoint interval and whether an epoch is profiled.
         workers: where rollouts and evaluations are computed.
         dataset: what the runs learn from.
@@ -294,6 +299,8 @@ class Learner:
         self.lost: dict[str, int] = {}  # runs of a population that have diverged and wait to be replaced -> updates
         self._pending: list[PendingEvaluation] = []
         self._rollouts_ahead: PendingRollouts | None = None
+        self.checkpoints = pack.checkpoints(compute.checkpoints)
+        self._trouble = ""  # with their storage
         self._saved_at = time.monotonic()
         self._seconds_waited = self._seconds_saving = 0.0  # since they were logged last
         self.run_updates = self.steps = 0.0  # of all runs, in this process; steps: transitions given for learning
@@ -335,10 +342,6 @@ class Learner:
     def config_of(self, run_key: str) -> Config:
         """The configuration that a run begins with."""
         return self.configs[[run.run_key for run in self.pack.runs].index(run_key)]
-
-    @property
-    def checkpoint_path(self) -> Path:
-        return self.pack.checkpoint_path
 
     @property
     def profile_folder(self) -> Path:
@@ -389,9 +392,11 @@ class Learner:
             key: {d.updates: ratio for d in known if (ratio := collapse(d.metrics)) is not None}
             for key, known in self.diagnoses.items()
         }
+        trouble, self._trouble = self._trouble, ""
         return PackReport(
-            self.pack.pack_id, self.updates, finished, dict(self.evaluations), dict(self.diverged), None, collapsing
-        )
+            self.pack.pack_id, self.updates, finished, dict(self.evaluations), dict(self.diverged), None, collapsing,
+            trouble=trouble,
+        )  # fmt: skip
 
     # ---- settings that change -----------------------------------------------------------------------------------
 
@@ -753,7 +758,7 @@ class Learner:
             for p in self._pending
         ]
         with record_function("checkpoint"):
-            save_tensors(self.checkpoint_path, {
+            trouble = self.checkpoints.save(self.epoch, {
                 "version": CHECKPOINT_VERSION, "runs": [run.run_key for run in self.pack.runs], "alive": self.alive,
                 "epoch": self.epoch, "diverged": self.diverged, "method": self.method.state_dict(),
                 "evaluations": {key: [asdict(e) for e in done] for key, done in self.evaluations.items()},
@@ -761,20 +766,23 @@ class Learner:
                 "pending": pending, "lost": self.lost, "unsent": self.unsent(),
                 "population": None if self.population is None else self.population.state_dict(),
             })  # fmt: skip
+        if trouble is not None:
+            self._trouble = trouble
+            self.logs.say(trouble)
         self._saved_at = time.monotonic()
         self._seconds_saving += time.perf_counter() - started
 
     def _restore(self) -> None:
-        if self.checkpoint_path.exists():
-            source, state = self.pack, load_tensors(self.checkpoint_path, self.device)
-        elif self.pack.parent is not None:
-            source = PackSpec.load(self.pack.study_folder, self.pack.parent)
-            state = load_tensors(source.checkpoint_path)
-        else:
+        with self.logs.listening():
+            source, state = self.pack, self.checkpoints.load(self.device)
+            if state is None and self.pack.parent is not None:
+                source = PackSpec.load(self.pack.study_folder, self.pack.parent)
+                state = source.checkpoints(self.compute.checkpoints).load()
+        if state is None:
             return
         keys = [run.run_key for run in self.pack.runs]
         if state["version"] != CHECKPOINT_VERSION or state["runs"] != [run.run_key for run in source.runs]:
-            raise UserError(f"{source.checkpoint_path} is of another version or pack; move it away to start anew")
+            raise UserError(f"{source.folder} has a checkpoint of another version or pack; move it away to start anew")
         for key, lines in state.get("unsent", {}).items():
             if key in self._spools:
                 self._spools[key].take_in(lines)

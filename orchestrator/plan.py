@@ -508,10 +508,11 @@ def make_plan(
     estimator = Estimator.of_slots(slots, config, dataset)
     if gpus and estimator.device != "cuda":
         raise UserError("--gpus can only be planned on a machine with a GPU: nothing can be measured here")
-    per_learner = 1 + config.compute.num_rollout_workers + config.compute.num_evaluators
+    per_learner = config.compute.cpus_per_learner
     num_slots = slots.size
     if gpus is not None or cpus is not None:
-        num_slots = max(1, gpus if gpus else (cpus or 1) // per_learner)
+        on_gpus = int(gpus / (config.compute.gpus_per_learner or 1.0) + 1e-9) if gpus else 0
+        num_slots = max(1, on_gpus or (cpus or 1) // per_learner)
     ahead = outlook(config, spec)
     configs = _by_importance(ahead, dataset)
     known_before = sum(estimator.look_up(c) is not None for c in configs)
@@ -543,7 +544,7 @@ def make_plan(
         stages += fresh_stages
         rows += _rows(fresh, fresh_packs, fresh_models, confirm=True)
     on_gpu = estimator.device == "cuda"
-    used_gpus = num_slots if on_gpu else 0
+    used_gpus = math.ceil(num_slots * (config.compute.gpus_per_learner or 1.0) - 1e-9) if on_gpu else 0
     used_cpus = num_slots * per_learner
     device_hours = (used_gpus if on_gpu else used_cpus) * wall / 3600
     return Plan(

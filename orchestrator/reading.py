@@ -97,7 +97,7 @@ def about_study(config: Config, dataset: Dataset, store: str, on_gpu: bool | Non
     if on_gpu:
         price = compute.price_per_gpu_hour
     elif on_gpu is False and compute.price_per_cpu_hour is not None:
-        price = compute.price_per_cpu_hour * (compute.threads + compute.num_rollout_workers + compute.num_evaluators)
+        price = compute.price_per_cpu_hour * compute.cpus_per_learner
     return About(
         config.method_name, config.dataset, value_unit(config, dataset), score_label(config, dataset), data,
         config.evaluation.episodes, config.workdir, store, episode_unit(config, dataset), price,

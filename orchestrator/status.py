@@ -277,7 +277,7 @@ def _packs(packs: Sequence[dict[str, Any]]) -> Table:
 
 
 def _print_troubles(console: Console, status: dict[str, Any], active: dict[str, Any]) -> None:
-    if active["restarts"] or active["failed_packs"]:
+    if active["events"]:
         _say(console, "restarts", f"{active['restarts']} of packs, {active['failed_packs']} packs failed")
         for event in active["events"][-5:]:
             node = f" on {event['node']}" if event["node"] else ""

@@ -262,7 +262,7 @@ def _actor(cls: type, threads: int) -> Any:
     ourselves."""
     import ray
 
-    return ray.remote(cls).options(num_cpus=1, max_restarts=-1, max_task_retries=0).remote(threads)
+    return ray.remote(cls).options(num_cpus=threads, max_restarts=-1, max_task_retries=0).remote(threads)
 
 
 def _start_all(calls: Sequence[Callable[[], Any]]) -> Callable[[], list[Any]]:

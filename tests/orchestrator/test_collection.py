@@ -137,7 +137,7 @@ def test_no_workers_need_no_ray():
 def test_impossible_numbers_of_workers_are_refused(ray_cluster: None):
     with pytest.raises(UserError, match="must not be negative"), parallel_shards(-1):
         pass
-    with pytest.raises(UserError, match="3 worker processes do not fit the 2 CPUs"), parallel_shards(3):
+    with pytest.raises(UserError, match="worker processes for 3 CPUs do not fit the 2 CPUs"), parallel_shards(3):
         pass
 
 

@@ -67,7 +67,7 @@ def trained(learner: Learner) -> dict[str, Any]:
     """What the pack ends with."""
     while not learner.advance().finished:
         pass
-    return load_tensors(learner.checkpoint_path)
+    return load_tensors(learner.checkpoints.newest)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_a_learner_made_anew_goes_on_from_the_checkpoint_with_the_runs_that_are_
     killed._train_epoch()  # and no checkpoint of it
     resumed = make_learner(PackSpec.from_json(killed.pack.to_json()))
     resumed.advance(["t0001-s1"])
-    assert same(load_tensors(resumed.checkpoint_path), load_tensors(undisturbed.checkpoint_path))
+    assert same(load_tensors(resumed.checkpoints.newest), load_tensors(undisturbed.checkpoints.newest))
 
 
 def test_domains_are_recorded_and_policies_evaluated_in_the_target(tmp_path: Path):

@@ -251,7 +251,7 @@ def test_a_checkpoint_carries_what_is_not_sent_to_another_machine(prepared: Path
         return ComputeConfig(device="cpu", checkpoint_minutes=0.0, spool_folder=str(tmp_path / disk))
 
     assert not make_learner(pack, compute("a")).advance().finished
-    assert set(load_tensors(pack.checkpoint_path)["unsent"]) == {"t0000-s0", "t0001-s1"}
+    assert set(load_tensors(pack.checkpoints().newest)["unsent"]) == {"t0000-s0", "t0001-s1"}
     learner = make_learner(pack, compute("b"))
     while not learner.advance().finished:
         pass
