@@ -89,6 +89,7 @@ class ComputeConfig:
     # study's folder, which every machine sees and the driver's tracker reads
     spool_folder: str | None = None
     checkpoint_minutes: float = 5.0  # 0: every epoch; always when a run ends
+    patience_minutes: float = 60.0  # how long a study whose learners' machines have all died waits for others
     profile: bool = False  # trace one epoch of every pack and say where its time goes, in packs/<pack>/profile/
     price_per_gpu_hour: float | None = None  # any currency; for `offsweep plan`
     price_per_cpu_hour: float | None = None  # of one core
@@ -121,6 +122,7 @@ class Config:
             ("num_evaluators", 0),
             ("threads", 1),
             ("checkpoint_minutes", 0),
+            ("patience_minutes", 0),
         ):
             _at_least(f"compute.{name}", getattr(self.compute, name), least)
         for name, least in (
