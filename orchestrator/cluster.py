@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from envs.dataset import Dataset
 from orchestrator.config import ComputeConfig
 from orchestrator.connection import check_room, cluster_address, connected
+from orchestrator.head import Head
 from orchestrator.learner import LearnerProcess, resolve_device
 
 
@@ -61,6 +62,7 @@ class RaySlots:
         actor = ray.remote(LearnerProcess).options(**options)
         self._actors: list[Any] = [actor.remote(compute) for _ in range(size)]
         self._running: dict[Any, int] = {}
+        self._head = Head()
 
     def submit(self, slot: int, method: str, *args: Any) -> None:
         self._running[getattr(self._actors[slot], method).remote(*args, dataset=self._dataset)] = slot
@@ -68,6 +70,7 @@ class RaySlots:
     def wait(self, timeout: float) -> list[tuple[int, Any]]:
         import ray
 
+        self._head.check()
         if not self._running:
             return []
         ready, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout)
@@ -85,7 +88,7 @@ class RaySlots:
         """End the actors, also those that Ray is restarting."""
         import ray
 
-        for actor in self._actors:
+        for actor in self._actors if ray.is_initialized() else ():  # not where the head was lost
             ray.kill(actor, no_restart=True)
         self._actors.clear()
         self._running.clear()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -248,3 +250,35 @@ def test_a_process_that_cannot_start_is_not_waited_for(workdir: Path):
     slots = Machines(config, VirtualClock(), lambda *_: RayActorError(error_msg="no torch\n", actor_init_failed=True))
     with pytest.raises(UserError, match=r"a learner's process cannot start \(no torch\)"):
         run(config, slots)
+
+
+# The head
+
+
+def test_a_driver_leaves_when_the_head_has_been_silent_for_too_long(monkeypatch: pytest.MonkeyPatch):
+    from orchestrator import head
+
+    now, left = [0.0], list[float]()
+    context = SimpleNamespace()
+    monkeypatch.setattr("ray.get_runtime_context", lambda: context)
+    monkeypatch.setattr(head, "leave", lambda: left.append(now[0]))
+    monkeypatch.setattr(head.time, "monotonic", lambda: now[0])
+    monkeypatch.delenv(head.RAY_VARIABLE, raising=False)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        context.gcs_address = f"127.0.0.1:{port}"
+        watch = head.Head()
+        for now[0] in range(0, 100, 5):
+            watch.check()
+    for now[0] in range(100, 131, 5):  # silent since 95 s
+        watch.check()
+    now[0] = 135.0
+    with pytest.raises(head.HeadLost, match=f"the head .*{port}.* for 40 s. Nothing is lost: .* `offsweep resume"):
+        watch.check()
+    assert left == [135.0]
+    # one that cannot be reached from here in the first place is left alone
+    unseen = head.Head()
+    now[0] = 1000.0
+    unseen.check()
