@@ -41,7 +41,6 @@ from benchmarks.common import ROOT, print_line, record
 from benchmarks.kill_tests import (
     PATIENCE_S,
     SETTINGS,
-    STUDY,
     TITLES,
     Remains,
     Sweep,

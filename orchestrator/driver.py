@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from agents.method import Stage
 from envs.dataset import Dataset
 from envs.errors import UserError
+from envs.files import DiskFullError
 from envs.scores import reference_scores
 from orchestrator.absence import (
     FIRST_SECONDS,
@@ -626,7 +627,7 @@ class Driver:
         if died(result):
             if self._too_many_deaths(keys[0]):
                 raise RuntimeError(f"a stage killed the process that built it {MAX_DEATHS + 1} times") from result
-        elif isinstance(result, UserError):
+        elif isinstance(result, UserError) and not isinstance(result, DiskFullError):
             failures = [result] * len(keys)
         elif isinstance(result, BaseException):
             raise result

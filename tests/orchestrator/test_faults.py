@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +13,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.simulation import VirtualClock
+from envs import files
 from envs.errors import UserError
+from envs.files import DiskFullError
 from orchestrator.absence import BEGUN_FILE, MOVE_SECONDS, Deaths, begun_from, note_begun
+from orchestrator.artifacts import load_tensors, save_tensors
+from orchestrator.cluster import InlineSlots
 from orchestrator.config import Config
 from orchestrator.driver import MAX_DEATHS, Driver
 from orchestrator.learner import PackSpec
 from orchestrator.spool import RunSpool
 from orchestrator.workers import WorkersAway
 from sweeps.study import Study
-from tests.orchestrator.studies import Script, ScriptedSlots, configured, dataset_of
+from tests.orchestrator.studies import Script, ScriptedSlots, configured, dataset_of, drive
 
 ONE_KEY = {"method.eta": {"type": "float", "low": 0.01, "high": 10.0, "log": True}}
 
@@ -282,3 +290,42 @@ def test_a_driver_leaves_when_the_head_has_been_silent_for_too_long(monkeypatch:
     unseen = head.Head()
     now[0] = 1000.0
     unseen.check()
+
+
+# Disks
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_checkpoint_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "checkpoint.pt"
+    save_tensors(path, {"epoch": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr("envs.files.os.fsync", full)
+        with pytest.raises(DiskFullError, match=r"cannot write .*checkpoint.pt \(No space left on device\)"):
+            save_tensors(path, {"epoch": 2})
+    assert load_tensors(path) == {"epoch": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+    # torch itself says what is wrong
+    monkeypatch.setattr("envs.files.tempfile.mkstemp", lambda **_: (os.open("/dev/null", os.O_RDONLY), "/dev/full"))
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    with pytest.raises(DiskFullError):
+        save_tensors(path, {"epoch": torch.zeros(100_000)})
+
+
+def test_a_full_disk_ends_a_study_that_can_be_resumed(workdir: Path, monkeypatch: pytest.MonkeyPatch):
+    config, write, checkpoints = configured(workdir, num_trials=2), files._write_atomically, itertools.count()
+
+    def until_full(path: Path, fill: Callable[[Path], object]) -> None:
+        if path.name == "checkpoint.pt" and next(checkpoints) >= 8:  # in the second trial
+            full()
+        write(path, fill)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_write_atomically", until_full)
+        with pytest.raises(DiskFullError, match="resume NAME"):
+            drive(config, InlineSlots(config.compute, dataset_of(config)))
+    study = drive(config, InlineSlots(config.compute, dataset_of(config)), resume=True)
+    assert states(study) == ["complete", "complete"]
