@@ -57,7 +57,7 @@ from orchestrator.environment import prepare_environment
 BENCHMARK = "faults"
 PROCESSES = {"worker": "rollout_worker", "learner": "learner", "evaluator": "evaluator"}
 FAULTS = (*PROCESSES, "raylet", "driver", "head")
-SINGLE = {"num_learners": 1, "num_rollout_workers": 1, "num_evaluators": 1}
+SINGLE = {"num_learners": 1, "num_rollout_workers": 1, "num_evaluators": 1, "runs_per_pack": 2}  # nothing to calibrate
 TABLE = {"num_learners": 3, "runs_per_pack": 3}
 CPUS = 3  # that every node says it has: one is enough for a learner and what belongs to it
 GCS_S = "10"  # after which what has lost the head ends; Ray's own default of 60 makes long rounds

@@ -6,8 +6,9 @@ import errno
 import itertools
 import json
 import os
+import random
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,16 +16,22 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import faults
+from benchmarks.kill_tests import SETTINGS, compare
 from benchmarks.simulation import VirtualClock
 from envs import files
 from envs.errors import UserError
 from envs.files import DiskFullError
+from orchestrator import workers
 from orchestrator.absence import BEGUN_FILE, MOVE_SECONDS, Deaths, begun_from, note_begun
 from orchestrator.artifacts import load_tensors, save_tensors
-from orchestrator.cluster import InlineSlots
+from orchestrator.cluster import InlineSlots, RaySlots
 from orchestrator.config import Config
 from orchestrator.driver import MAX_DEATHS, Driver
+from orchestrator.environment import ROOT
+from orchestrator.head import RAY_VARIABLE
 from orchestrator.learner import PackSpec
+from orchestrator.packing import Packing
 from orchestrator.spool import RunSpool
 from orchestrator.workers import WorkersAway
 from sweeps.study import Study
@@ -329,3 +336,90 @@ def test_a_full_disk_ends_a_study_that_can_be_resumed(workdir: Path, monkeypatch
             drive(config, InlineSlots(config.compute, dataset_of(config)))
     study = drive(config, InlineSlots(config.compute, dataset_of(config)), resume=True)
     assert states(study) == ["complete", "complete"]
+
+
+# Workers
+
+
+class FakeWorker:
+    """An actor whose calls give these answers in turn, the last one for ever; an exception is raised by `ray.get`."""
+
+    def __init__(self, *answers: Any, there: Sequence[Any] = (1,)) -> None:
+        self.answers, self.there = list(answers), list(there)
+        self.__ray_call__ = SimpleNamespace(remote=lambda function: self._next(self.there))
+
+    @staticmethod
+    def _next(answers: list[Any]) -> Any:
+        return answers.pop(0) if len(answers) > 1 else answers[0]
+
+    def run(self) -> Any:
+        return self._next(self.answers)
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A Ray whose references are the answers themselves, in virtual time; the pauses made."""
+    pauses: list[float] = []
+
+    def get(references: Any, timeout: float | None = None) -> Any:
+        for reference in references if isinstance(references, list) else [references]:
+            if isinstance(reference, Exception):
+                raise reference
+        return references
+
+    monkeypatch.setattr("ray.get", get)
+    monkeypatch.setattr(workers.time, "sleep", pauses.append)
+    monkeypatch.setattr(workers.time, "monotonic", lambda: sum(pauses))
+    return pauses
+
+
+def test_a_worker_that_is_away_is_waited_for(slept: list[float]):
+    """And only then asked again, so that it counts as one death however long it was away."""
+    worker = FakeWorker(dead(), "rows", there=[*[dead()] * 9, 1])
+    assert workers._start_all([(worker, worker.run), (worker, lambda: "others")])() == ["rows", "others"]
+    assert slept == [0.5, 1, 2, 4, 8, 10, 10, 10, 10, 10]
+    gone = FakeWorker(dead(), there=[dead()])
+    with pytest.raises(WorkersAway, match="has had no machine for 120 s"):
+        workers._start_all([(gone, gone.run)])()
+
+
+def test_work_that_kills_every_worker_is_given_up(slept: list[float]):
+    worker = FakeWorker(dead())
+    with pytest.raises(RuntimeError, match=f"died {workers.MAX_TRIES + 1} times of the same work"):
+        workers._start_all([(worker, worker.run)])()
+    assert len(slept) == workers.MAX_TRIES
+
+
+# With Ray
+
+
+def test_a_pack_in_ray_goes_on_without_a_member_that_diverges(workdir: Path, ray_cluster: None):
+    bad, fine = {"method.critic_lr": 1e6, "method.actor_lr": 1e6}, {"method.critic_lr": 3e-4, "method.actor_lr": 3e-4}
+    space = {key: {"type": "float", "low": 1e-4, "high": 1e7, "log": True} for key in bad}
+    words = ("num_seeds=1", "compute.runs_per_pack=2")
+    config = configured(workdir, *words, num_trials=2, space=space, enqueue=[bad, fine])
+    slots = RaySlots(config.compute, dataset_of(config), 1, 0)
+    try:
+        study = drive(config, slots, packing=Packing(None, 2))
+    finally:
+        import ray
+
+        ray.kill(slots._actors[0])
+    assert [(trial.state, trial.diverged) for trial in study.trials()] == [("complete", True), ("complete", False)]
+    assert len([*study.folder.glob("packs/*/pack.json")]) == 1
+    assert [path.parent.name for path in study.folder.glob("runs/*/policy.npz")] == ["t0001-s0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["raylet", "head"])
+def test_a_study_on_real_nodes_ends_as_if_nothing_had_happened(base: Path, fault: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(RAY_VARIABLE, faults.GCS_S)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    nodes = faults.Nodes(2)
+    try:
+        wanted, seconds = faults.undisturbed(base, nodes, faults.SINGLE, SETTINGS)
+        played = faults.play_until_struck(fault, base, nodes, seconds, random.Random(0))
+    finally:
+        nodes.close()
+    result = compare(wanted, played.remains)
+    assert result.equal, result
