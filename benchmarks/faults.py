@@ -27,6 +27,7 @@ import copy
 import json
 import os
 import random
+import shutil
 import sys
 import tempfile
 import threading
@@ -57,7 +58,7 @@ from orchestrator.environment import prepare_environment
 BENCHMARK = "faults"
 PROCESSES = {"worker": "rollout_worker", "learner": "learner", "evaluator": "evaluator"}
 FAULTS = (*PROCESSES, "raylet", "driver", "head")
-SINGLE = {"num_learners": 1, "num_rollout_workers": 1, "num_evaluators": 1, "runs_per_pack": 2}  # nothing to calibrate
+SINGLE = {"num_learners": 1, "num_rollout_workers": 1, "num_evaluators": 1, "runs_per_pack": 2}
 TABLE = {"num_learners": 3, "runs_per_pack": 3}
 CPUS = 3  # that every node says it has: one is enough for a learner and what belongs to it
 GCS_S = "10"  # after which what has lost the head ends; Ray's own default of 60 makes long rounds
@@ -109,7 +110,8 @@ class Nodes:
         self._cluster.remove_node(node, allow_graceful=False)
 
     def kill_head(self) -> None:
-        self._cluster.remove_node(self._cluster.head_node, allow_graceful=False)
+        head: Any = self._cluster.head_node
+        self.kill(head)
 
     def again(self) -> None:
         """A new cluster in place of this one."""
@@ -151,7 +153,7 @@ def policies(workdir: Path) -> int:
 
 
 def undisturbed(base: Path, nodes: Nodes, compute: dict[str, Any], settings: dict[str, Any]) -> tuple[Remains, float]:
-    """What an undisturbed study leaves, and how many seconds it trains."""
+    """What an undisturbed study leaves, and how many seconds it trains. Others need not measure packs again."""
     runs = settings["study"]["num_trials"] * settings["num_seeds"]
     with workdir_from(base) as workdir:
         sweep = Sweep(workdir, {**compute, "address": nodes.address}, settings=settings)
@@ -159,7 +161,9 @@ def undisturbed(base: Path, nodes: Nodes, compute: dict[str, Any], settings: dic
         began = time.monotonic()
         wait_until("the end", lambda: policies(workdir) == runs or sweep.process.poll() is not None)
         seconds = time.monotonic() - began
-        return sweep.finish(), seconds
+        remains = sweep.finish()
+        shutil.copytree(workdir / "calibrations", base / "calibrations", dirs_exist_ok=True)
+        return remains, seconds
 
 
 def play(fault: str, base: Path, nodes: Nodes, kill_at_s: float) -> Played | None:
