@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from agents.method import Stage
 from envs.dataset import Dataset
 from envs.errors import UserError
-from envs.files import DiskFullError
+from envs.files import NO_ROOM, DiskFullError
 from envs.scores import reference_scores
 from orchestrator.absence import (
     FIRST_SECONDS,
@@ -199,7 +199,7 @@ class Driver:
             self._resume()
             self.progress.done_at_start = self.progress.updates_done()
             self._fill()
-            while self._goes_on() or self._gives_up_failed():
+            while not self._is_idle() or self._gives_up_failed() or self.study.others_running():
                 self.on_change(self.progress)
                 if self._is_idle():  # the trials of a driver that dies now are done here
                     self._clock.sleep(POLL_SECONDS)
@@ -213,9 +213,6 @@ class Driver:
                 if self._absent:
                     self._look_for_absent()
             self.on_change(self.progress)
-
-    def _goes_on(self) -> bool:
-        return not self._is_idle() or bool(self.study.others_running())
 
     def _is_idle(self) -> bool:
         """Whether nothing is under way, nor waits for a slot to come back."""
@@ -590,7 +587,7 @@ class Driver:
         Raises:
             UserError: no slot has been there for too long.
         """
-        now = self._clock.monotonic()
+        now, moved = self._clock.monotonic(), False
         for slot, absence in self._absent.items():
             if not absence.asking and now >= absence.next_at:
                 absence.asking = True
@@ -598,11 +595,13 @@ class Driver:
             if absence.pack is not None and now - absence.since > MOVE_SECONDS:
                 self._queue.appendleft(absence.pack)
                 absence.pack = None
+                moved = True
         patience = 60 * self.config.compute.patience_minutes
         latest = max(absence.since for absence in self._absent.values())
         if len(self._absent) == self.slots.size and now - latest > patience:
             raise nowhere_to_run(self.config.compute, self.slots.size, self.study.spec.name)
-        self._fill()
+        if moved:
+            self._fill()
 
     def _answered(self, slot: int, result: Any) -> None:
         """What came of asking an absent slot."""
@@ -811,6 +810,8 @@ class Driver:
 
     def _pack_failed(self, pack: PackSpec, error: Any) -> None:
         """The pack's trials fail; the study goes on, unless nothing works at all."""
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise DiskFullError(f"{error}. Nothing is lost: make room and continue with `offsweep resume`") from error
         if isinstance(error, UserError):
             raise error
         if died(error):
@@ -835,7 +836,7 @@ class Driver:
         raise (UserError(text) if isinstance(error, UserError) else RuntimeError(text)) from cause
 
     def _gives_up_failed(self) -> bool:
-        """At the study's end: whether packs had failed and their trials are failed now, so that others may follow."""
+        """When nothing is left to do: whether packs had failed and their trials are failed now; others may follow."""
         if not self._failed:
             return False
         if not self.study.num_finished:

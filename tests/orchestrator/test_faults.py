@@ -31,11 +31,10 @@ from orchestrator.driver import MAX_DEATHS, Driver
 from orchestrator.environment import ROOT
 from orchestrator.head import RAY_VARIABLE
 from orchestrator.learner import PackSpec
-from orchestrator.packing import Packing
 from orchestrator.spool import RunSpool
 from orchestrator.workers import WorkersAway
 from sweeps.study import Study
-from tests.orchestrator.studies import Script, ScriptedSlots, configured, dataset_of, drive
+from tests.orchestrator.studies import Script, ScriptedSlots, configured, dataset_of, drive, make_pack
 
 ONE_KEY = {"method.eta": {"type": "float", "low": 0.01, "high": 10.0, "log": True}}
 
@@ -394,20 +393,20 @@ def test_work_that_kills_every_worker_is_given_up(slept: list[float]):
 
 
 def test_a_pack_in_ray_goes_on_without_a_member_that_diverges(workdir: Path, ray_cluster: None):
-    bad, fine = {"method.critic_lr": 1e6, "method.actor_lr": 1e6}, {"method.critic_lr": 3e-4, "method.actor_lr": 3e-4}
-    space = {key: {"type": "float", "low": 1e-4, "high": 1e7, "log": True} for key in bad}
-    words = ("num_seeds=1", "compute.runs_per_pack=2")
-    config = configured(workdir, *words, num_trials=2, space=space, enqueue=[bad, fine])
-    slots = RaySlots(config.compute, dataset_of(config), 1, 0)
+    pack = make_pack(workdir, [({}, 0), ({"method.actor_lr": 1e6, "method.critic_lr": 1e6}, 1)], name="in-ray")
+    config = configured(workdir)
+    slots, reports = RaySlots(config.compute, dataset_of(config), 1, 0), []
     try:
-        study = drive(config, slots, packing=Packing(None, 2))
+        while not reports or not reports[-1].finished:
+            slots.submit(0, "advance", pack, [])
+            while not (answers := slots.wait(10.0)):
+                pass
+            reports += [result for _, result in answers]
     finally:
-        import ray
-
-        ray.kill(slots._actors[0])
-    assert [(trial.state, trial.diverged) for trial in study.trials()] == [("complete", True), ("complete", False)]
-    assert len([*study.folder.glob("packs/*/pack.json")]) == 1
-    assert [path.parent.name for path in study.folder.glob("runs/*/policy.npz")] == ["t0001-s0"]
+        slots.close()
+    assert list(reports[-1].diverged) == ["t0001-s1"]
+    assert reports[-1].evaluations["t0000-s0"][-1].updates == config.method.num_updates
+    assert [path.parent.name for path in Path(pack.study_folder).glob("runs/*/policy.npz")] == ["t0000-s0"]
 
 
 @pytest.mark.slow
