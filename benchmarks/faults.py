@@ -14,8 +14,8 @@ through the faults in turn. Cases:
 `value` is 1 (and `equal` true) if the study ended with the same trials, values and final policies (bit for bit) as an
 undisturbed one on the same cluster, and MLflow holds every run, parameter, outcome and metric point once. `runs` counts
 the trainings in MLflow; `lost` and `duplicated` count trials of the study, and runs, parameters and metric points of
-MLflow. Times measured on the way (`time/...`) differ, and in the table the order in which trials end. The moments are
-drawn from `--seed` and the number of the round.
+MLflow. Times measured on the way (`time/...`) differ, and in the table the order in which trials end. The moment of
+a kill is that of a point which training logs, and up to 0.3 s more, drawn from `--seed` and the number of the round.
 
 With `--lines FILE` every line is kept there as it is made, and rounds that are in it are not played again.
 """
@@ -23,14 +23,15 @@ With `--lines FILE` every line is kept there as it is made, and rounds that are 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -50,7 +51,6 @@ from benchmarks.kill_tests import (
     kill_all,
     logged_points,
     prepare,
-    wait_until,
     workdir_from,
 )
 from orchestrator.environment import prepare_environment
@@ -145,39 +145,26 @@ class Played:
 
     remains: Remains
     kills: int
-    killed_at_s: float
+    at_point: int  # logged by then
 
 
-def policies(workdir: Path) -> int:
-    return len([*workdir.glob("studies/*/runs/*/policy.npz")])
-
-
-def undisturbed(base: Path, nodes: Nodes, compute: dict[str, Any], settings: dict[str, Any]) -> tuple[Remains, float]:
-    """What an undisturbed study leaves, and how many seconds it trains. Others need not measure packs again."""
-    runs = settings["study"]["num_trials"] * settings["num_seeds"]
+def undisturbed(base: Path, nodes: Nodes, compute: dict[str, Any], settings: dict[str, Any]) -> tuple[Remains, int]:
+    """What an undisturbed study leaves, and how many points it logs. Others need not measure packs again."""
     with workdir_from(base) as workdir:
-        sweep = Sweep(workdir, {**compute, "address": nodes.address}, settings=settings)
-        sweep.wait_for_training()
-        began = time.monotonic()
-        wait_until("the end", lambda: policies(workdir) == runs or sweep.process.poll() is not None)
-        seconds = time.monotonic() - began
-        remains = sweep.finish()
+        remains = Sweep(workdir, {**compute, "address": nodes.address}, settings=settings).finish()
         shutil.copytree(workdir / "calibrations", base / "calibrations", dirs_exist_ok=True)
-        return remains, seconds
+        return remains, logged_points(workdir)
 
 
-def play(fault: str, base: Path, nodes: Nodes, kill_at_s: float) -> Played | None:
+def play(fault: str, base: Path, nodes: Nodes, at_point: int, delay_s: float) -> Played | None:
     """A round with one kill; None if it came too late."""
-    runs = SETTINGS["study"]["num_trials"] * SETTINGS["num_seeds"]
     with workdir_from(base) as workdir:
         compute = {**SINGLE, "address": nodes.address}
         sweep = Sweep(workdir, compute)
         try:
-            sweep.wait_for_training()
-            began = time.monotonic()
-            time.sleep(kill_at_s)
-            killed_at = time.monotonic() - began
-            if not (policies(workdir) < runs and sweep.process.poll() is None and strike(fault, nodes, sweep)):
+            sweep.wait_for_training(at_point)
+            time.sleep(delay_s)
+            if sweep.process.poll() is not None or not strike(fault, nodes, sweep):
                 sweep.finish()
                 return None
             if fault == "head":
@@ -185,7 +172,7 @@ def play(fault: str, base: Path, nodes: Nodes, kill_at_s: float) -> Played | Non
                 nodes.again()
             if fault in ("head", "driver"):
                 sweep = Sweep(workdir, {**SINGLE, "address": nodes.address}, resume=True)
-            return Played(sweep.finish(), 1, killed_at)
+            return Played(sweep.finish(), 1, at_point)
         finally:
             if sweep.process.poll() is None:
                 sweep.process.kill()
@@ -220,30 +207,28 @@ def check_sentence(sweep: Sweep) -> None:
 
 def play_table(base: Path, nodes: Nodes, draw: random.Random) -> Played:
     """The table while nodes go and come: a kill every 3 to 10 s, and a new node 1 to 5 s later."""
-    stop, kills = threading.Event(), [0]
+    kills, deadline = 0, time.monotonic() + 4 * PATIENCE_S
     with workdir_from(base) as workdir:
         sweep = Sweep(workdir, {**TABLE, "address": nodes.address}, settings=table_settings())
 
-        def shake() -> None:
-            while not stop.wait(draw.uniform(3.0, 10.0)):
-                if logged_points(workdir):
-                    nodes.kill(draw.choice(sorted(nodes.workers, key=str)))
-                    kills[0] += 1
-                    stop.wait(draw.uniform(1.0, 5.0))
-                    nodes.add()
+        def is_over(seconds: float) -> bool:
+            """Whether the study has ended, in so many seconds at the latest."""
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                sweep.process.wait(seconds)
+            return sweep.process.poll() is not None or time.monotonic() > deadline
 
-        sweep.wait_for_training()
-        thread = threading.Thread(target=shake)
-        thread.start()
         try:
-            deadline = time.monotonic() + 4 * PATIENCE_S
-            while sweep.process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.5)
+            sweep.wait_for_training()
+            while not is_over(draw.uniform(3.0, 10.0)):
+                nodes.kill(draw.choice(sorted(nodes.workers, key=str)))
+                kills += 1
+                is_over(draw.uniform(1.0, 5.0))
+                nodes.add()
+            return Played(sweep.finish(), kills, 0)
         finally:
-            stop.set()
-            thread.join()
-            sweep.process.kill()
-        return Played(sweep.finish(), kills[0], 0.0)
+            if sweep.process.poll() is None:
+                sweep.process.kill()
+                sweep.process.wait()
 
 
 def of_trainings(remains: Remains) -> Remains:
@@ -272,7 +257,7 @@ class Lines:
     def play(self, fault: str, number: int, wanted: Remains, one_round: Callable[[], Played]) -> None:
         """Play a round and keep its line; a round that ends in an error is a line, too."""
         began, failure = time.monotonic(), ""
-        played = Played(Remains({}, {}, Counter(), Counter(), Counter(), {}), 0, 0.0)
+        played = Played(Remains({}, {}, Counter(), Counter(), Counter(), {}), 0, 0)
         try:
             played = one_round()
         except Exception as error:
@@ -283,7 +268,7 @@ class Lines:
         line = record(
             BENCHMARK, fault, float(result.equal), "equal to undisturbed", None, 1, self.command, fault=fault,
             round=number, runs=sum(n for (key, *_), n in remains.runs.items() if key != "study"), lost=result.lost,
-            duplicated=result.duplicated, equal=result.equal, kills=played.kills, killed_at_s=played.killed_at_s,
+            duplicated=result.duplicated, equal=result.equal, kills=played.kills, at_point=played.at_point,
             points=remains.points.total(), different=result.different, failure=failure,
             round_s=time.monotonic() - began, seed=self.seed,
         )  # fmt: skip
@@ -294,10 +279,10 @@ class Lines:
                 file.write(json.dumps(line) + "\n")
 
 
-def play_until_struck(fault: str, base: Path, nodes: Nodes, seconds: float, draw: random.Random) -> Played:
+def play_until_struck(fault: str, base: Path, nodes: Nodes, points: int, draw: random.Random) -> Played:
     """A round whose kill came in time."""
     for _ in range(TRIES):
-        played = play(fault, base, nodes, draw.uniform(0.0, seconds))
+        played = play(fault, base, nodes, draw.randint(1, points - 1), draw.uniform(0.0, 0.3))
         if played is not None:
             return played
     raise RuntimeError(f"in {TRIES} studies there was nothing left to kill")
@@ -325,21 +310,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             tables = [n for n in range(1, args.tables + 1) if ("table", n) not in lines.done]
             if tables:
-                wanted, seconds = undisturbed(base, nodes, TABLE, table_settings())
-                print(f"undisturbed table: {seconds:.1f} s of training", file=sys.stderr)
+                wanted, points = undisturbed(base, nodes, TABLE, table_settings())
+                print(f"undisturbed table: {points} points of training", file=sys.stderr)
             for number in tables:
                 draw = random.Random(f"{args.seed}/table/{number}")
                 lines.play("table", number, wanted, lambda draw=draw: play_table(base, nodes, draw))  # type: ignore[misc]
             turns = [(args.faults[n % len(args.faults)], n + 1) for n in range(args.rounds)]
             turns = [turn for turn in turns if turn not in lines.done]
             if turns:
-                wanted, seconds = undisturbed(base, nodes, SINGLE, SETTINGS)
-                print(f"undisturbed study: {seconds:.1f} s of training", file=sys.stderr)
+                wanted, points = undisturbed(base, nodes, SINGLE, SETTINGS)
+                print(f"undisturbed study: {points} points of training", file=sys.stderr)
             for fault, number in turns:
                 draw = random.Random(f"{args.seed}/{fault}/{number}")
 
                 def one_round(fault: str = fault, draw: random.Random = draw) -> Played:
-                    return play_until_struck(fault, base, nodes, seconds, draw)
+                    return play_until_struck(fault, base, nodes, points, draw)
 
                 lines.play(fault, number, wanted, one_round)
                 while len(nodes.workers) < nodes.count:  # after a round that failed

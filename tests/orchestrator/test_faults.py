@@ -411,13 +411,15 @@ def test_a_pack_in_ray_goes_on_without_a_member_that_diverges(workdir: Path, ray
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["raylet", "head"])
-def test_a_study_on_real_nodes_ends_as_if_nothing_had_happened(base: Path, fault: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_study_on_real_nodes_ends_as_if_nothing_had_happened(
+    workdir: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv(RAY_VARIABLE, faults.GCS_S)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     nodes = faults.Nodes(2)
     try:
-        wanted, seconds = faults.undisturbed(base, nodes, faults.SINGLE, SETTINGS)
-        played = faults.play_until_struck(fault, base, nodes, seconds, random.Random(0))
+        wanted, points = faults.undisturbed(workdir, nodes, faults.SINGLE, SETTINGS)
+        played = faults.play_until_struck(fault, workdir, nodes, points, random.Random(0))
     finally:
         nodes.close()
     result = compare(wanted, played.remains)
