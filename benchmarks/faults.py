@@ -61,7 +61,7 @@ FAULTS = (*PROCESSES, "raylet", "driver", "head")
 SINGLE = {"num_learners": 1, "num_rollout_workers": 1, "num_evaluators": 1, "runs_per_pack": 2}
 TABLE = {"num_learners": 3, "runs_per_pack": 3}
 CPUS = 3  # that every node says it has: one is enough for a learner and what belongs to it
-GCS_S = "10"  # after which what has lost the head ends; Ray's own default of 60 makes long rounds
+GCS_S = "30"  # after which Ray ends what has lost the head; its default of 60 makes longer rounds
 TRIES = 5  # of a round whose kill came too late
 
 
@@ -117,6 +117,13 @@ class Nodes:
         """A new cluster in place of this one."""
         self.close()
         self._start()
+
+    def mend(self) -> None:
+        """Bring back what a round that failed has left dead."""
+        if self._cluster.head_node is None:
+            self.again()
+        while len(self.workers) < self.count:
+            self.add()
 
     def close(self) -> None:
         self._cluster.shutdown()
@@ -315,6 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for number in tables:
                 draw = random.Random(f"{args.seed}/table/{number}")
                 lines.play("table", number, wanted, lambda draw=draw: play_table(base, nodes, draw))  # type: ignore[misc]
+                nodes.mend()
             turns = [(args.faults[n % len(args.faults)], n + 1) for n in range(args.rounds)]
             turns = [turn for turn in turns if turn not in lines.done]
             if turns:
@@ -327,8 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     return play_until_struck(fault, base, nodes, points, draw)
 
                 lines.play(fault, number, wanted, one_round)
-                while len(nodes.workers) < nodes.count:  # after a round that failed
-                    nodes.add()
+                nodes.mend()
         finally:
             nodes.close()
     return int(not lines.all_equal)

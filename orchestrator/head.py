@@ -9,12 +9,12 @@ import time
 from envs.errors import UserError
 from orchestrator.connection import leave
 
-EVERY_SECONDS = 5.0  # between two looks
+EVERY_SECONDS = 5.0  # between two looks, at most
 ANSWER_SECONDS = 2.0
 # Ray ends a driver's process on the spot when the head's control service (GCS) has not answered for so long. It is 60 s
 # unless this variable says otherwise, as it does where the service is made to survive its machine.
 RAY_VARIABLE, RAY_SECONDS = "RAY_gcs_rpc_server_reconnect_timeout_s", 60.0
-SHARE = 0.6  # of that time, after which the driver leaves by itself, which takes seconds
+SHARE = 0.5  # of that time, after which the driver leaves by itself: leaving takes 5 s
 
 
 class HeadLost(UserError):
@@ -32,6 +32,7 @@ class Head:
         host, _, port = self.address.rpartition(":")
         self._place = (host.strip("[]"), int(port)) if port.isdecimal() else None
         self.patience_s = SHARE * float(os.environ.get(RAY_VARIABLE) or RAY_SECONDS)
+        self._every_s = min(EVERY_SECONDS, self.patience_s / 6)
         self._looked = self._answered = time.monotonic()
         self._watched = self._answers()
 
@@ -42,10 +43,11 @@ class Head:
             HeadLost: it has not for too long. This process has left Ray then.
         """
         now = time.monotonic()
-        if not self._watched or now - self._looked < EVERY_SECONDS:
+        if not self._watched or now - self._looked < self._every_s:
             return
         if self._answers():
             self._answered = now
+        self._every_s = min(EVERY_SECONDS, self.patience_s / 6)
         self._looked = now
         if now - self._answered > self.patience_s:
             leave()

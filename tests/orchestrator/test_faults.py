@@ -286,12 +286,12 @@ def test_a_driver_leaves_when_the_head_has_been_silent_for_too_long(monkeypatch:
         watch = head.Head()
         for now[0] in range(0, 100, 5):
             watch.check()
-    for now[0] in range(100, 131, 5):  # silent since 95 s
+    for now[0] in range(100, 126, 5):  # silent since 95 s
         watch.check()
-    now[0] = 135.0
-    with pytest.raises(head.HeadLost, match=f"the head .*{port}.* for 40 s. Nothing is lost: .* `offsweep resume"):
+    now[0] = 130.0
+    with pytest.raises(head.HeadLost, match=f"the head .*{port}.* for 35 s. Nothing is lost: .* `offsweep resume"):
         watch.check()
-    assert left == [135.0]
+    assert left == [130.0]
     # one that cannot be reached from here in the first place is left alone
     unseen = head.Head()
     now[0] = 1000.0
