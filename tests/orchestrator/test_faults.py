@@ -395,7 +395,8 @@ def test_work_that_kills_every_worker_is_given_up(slept: list[float]):
 def test_a_pack_in_ray_goes_on_without_a_member_that_diverges(workdir: Path, ray_cluster: None):
     pack = make_pack(workdir, [({}, 0), ({"method.actor_lr": 1e6, "method.critic_lr": 1e6}, 1)], name="in-ray")
     config = configured(workdir)
-    slots, reports = RaySlots(config.compute, dataset_of(config), 1, 0), []
+    reports: list[Any] = []
+    slots = RaySlots(config.compute, dataset_of(config), 1, 0)
     try:
         while not reports or not reports[-1].finished:
             slots.submit(0, "advance", pack, [])
