@@ -7,8 +7,9 @@ through the faults in turn. Cases:
     worker, learner, evaluator  the process that runs model rollouts, that trains, that runs episodes
     raylet   the node on which the learner is, with all its processes; another one comes
     driver   `python -m orchestrator sweep` itself; then the same command with --resume
-    head     the head's processes. The driver must end by itself, with exit code 2 and a sentence; then a new cluster is
-             started, and the study resumed
+    head     the head's processes, while the learner lives on. The driver must end by itself, with exit code 2 and a
+             sentence, or finish the study; then a new cluster is started, and the study resumed
+    cluster  the head and all nodes, likewise; the driver cannot finish
     table    16 trials of 3 seeds with three learners, while nodes are killed and added all the time
 
 `value` is 1 (and `equal` true) if the study ended with the same trials, values and final policies (bit for bit) as an
@@ -57,7 +58,7 @@ from orchestrator.environment import prepare_environment
 
 BENCHMARK = "faults"
 PROCESSES = {"worker": "rollout_worker", "learner": "learner", "evaluator": "evaluator"}
-FAULTS = (*PROCESSES, "raylet", "driver", "head")
+FAULTS = (*PROCESSES, "raylet", "driver", "head", "cluster")
 SINGLE = {"num_learners": 1, "num_rollout_workers": 1, "num_evaluators": 1, "runs_per_pack": 2}
 TABLE = {"num_learners": 3, "runs_per_pack": 3}
 CPUS = 3  # that every node says it has: one is enough for a learner and what belongs to it
@@ -74,7 +75,7 @@ def table_settings() -> dict[str, Any]:
         {"method.eta": eta, "method.rollout_length": length}
         for eta in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 5.0, 10.0) for length in (1, 2)
     ]  # fmt: skip
-    made["study"] |= {"num_trials": len(trials), "trials": trials}
+    made["study"] |= {"num_trials": len(trials), "trials": trials, "space": {}}
     return made
 
 
@@ -174,10 +175,10 @@ def play(fault: str, base: Path, nodes: Nodes, at_point: int, delay_s: float) ->
             if sweep.process.poll() is not None or not strike(fault, nodes, sweep):
                 sweep.finish()
                 return None
-            if fault == "head":
-                check_sentence(sweep)
+            if fault in ("head", "cluster"):
+                check_sentence(sweep, may_finish=fault == "head")
                 nodes.again()
-            if fault in ("head", "driver"):
+            if fault in ("head", "cluster", "driver"):
                 sweep = Sweep(workdir, {**SINGLE, "address": nodes.address}, resume=True)
             return Played(sweep.finish(), 1, at_point)
         finally:
@@ -201,13 +202,17 @@ def strike(fault: str, nodes: Nodes, sweep: Sweep) -> bool:
         sweep.process.wait()
     else:
         nodes.kill_head()
+        for node in nodes.workers if fault == "cluster" else ():
+            nodes.kill(node)
     return True
 
 
-def check_sentence(sweep: Sweep) -> None:
-    """A driver that has lost the head says so."""
+def check_sentence(sweep: Sweep, may_finish: bool) -> None:
+    """A driver that has lost the head says so, unless it was nearly done."""
     code = sweep.process.wait(PATIENCE_S)
     text = sweep.log.read_text()
+    if may_finish and code == 0:
+        return
     if code != 2 or "the head of the Ray cluster" not in text:
         raise RuntimeError(f"without a head the driver ended with exit code {code}: {text[-1000:]}")
 

@@ -411,7 +411,7 @@ def test_a_pack_in_ray_goes_on_without_a_member_that_diverges(workdir: Path, ray
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["raylet", "head"])
+@pytest.mark.parametrize("fault", ["raylet", "cluster"])
 def test_a_study_on_real_nodes_ends_as_if_nothing_had_happened(
     workdir: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ):
