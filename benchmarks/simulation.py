@@ -176,7 +176,10 @@ class SimulatedSlots:
 
     def submit(self, slot: int, method: str, *args: Any) -> None:
         began = time.process_time()
-        call = self._begin(slot, args[0], args[1]) if method == "advance" else self._build(slot, *args)
+        if method == "ready":
+            call = self._ask(slot)
+        else:
+            call = self._begin(slot, args[0], args[1]) if method == "advance" else self._build(slot, *args)
         self._number += 1
         heapq.heappush(self._events, (call.end, self._number, call))
         self.cpu_seconds += time.process_time() - began
@@ -229,6 +232,15 @@ class SimulatedSlots:
         if self.nodes.fails_at[node] < end:
             return _Call(slot, "fail", pack, alive, start, self.nodes.fails_at[node], per_epoch, to_epoch)
         return _Call(slot, "advance", pack, alive, start, end, per_epoch, to_epoch)
+
+    def _ask(self, slot: int) -> _Call:
+        """Somebody answers when the node is back."""
+        now, node = self.clock.now, slot // self.scenario.slots_per_node
+        self.waiting += now - self._free_since[slot]
+        self.nodes.pass_to(node, now)
+        start = max(now, self.nodes.up_since[node])
+        self.away += start - now
+        return _Call(slot, "ready", None, (), start, start, 0.0, 0)
 
     def _training(self, pack: PackSpec) -> _Training:
         draw = random.Random(f"{self.scenario.seed}/pack/{pack.pack_id}")

@@ -1,5 +1,6 @@
 """Files that must never be half-written, and work that two processes must not do at once."""
 
+import errno
 import fcntl
 import os
 import tempfile
@@ -7,9 +8,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from envs.errors import UserError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+class DiskFullError(UserError):
+    """A file could not be written for want of room; the one that was there is as it was."""
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file in the same folder, sync it and move it to `path`."""
+    """Let `write` fill a temporary file in the same folder, sync it and move it to `path`.
+
+    Raises:
+        DiskFullError: the disk, or the user's share of it, is full.
+    """
+    try:
+        _write_atomically(path, write)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise DiskFullError(
+            f"cannot write {path} ({error.strerror}). Nothing is lost: make room and continue, a study with `offsweep "
+            "resume NAME`"
+        ) from error
+
+
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)

@@ -26,7 +26,12 @@ CONTENT, DESCRIPTION = "content.pt", "stage.json"
 
 def save_tensors(path: Path, content: Mapping[str, Any]) -> None:
     """`torch.save`, atomically."""
-    write_atomically(path, lambda p: torch.save(dict(content), p))
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # to a name, torch hides why it cannot write
+            torch.save(dict(content), file)
+
+    write_atomically(path, write)
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -17,6 +17,7 @@ from envs.dataset import Dataset
 from envs.errors import UserError
 from orchestrator.config import ComputeConfig
 from orchestrator.connection import can_grow, check_room, cluster_address, connected
+from orchestrator.head import Head
 from orchestrator.learner import LearnerProcess, resolve_device
 
 
@@ -80,6 +81,7 @@ class RaySlots:
             actor.options(**options, scheduling_strategy=place).remote(compute) for place in places or [None] * size
         ]
         self._running: dict[Any, int] = {}
+        self._head = Head()
 
     def submit(self, slot: int, method: str, *args: Any) -> None:
         self._running[getattr(self._actors[slot], method).remote(*args, dataset=self._dataset)] = slot
@@ -87,6 +89,7 @@ class RaySlots:
     def wait(self, timeout: float) -> list[tuple[int, Any]]:
         import ray
 
+        self._head.check()
         if not self._running:
             return []
         ready, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout)
@@ -105,10 +108,11 @@ class RaySlots:
         import ray
         from ray.util.placement_group import remove_placement_group
 
-        for actor in self._actors:
-            ray.kill(actor, no_restart=True)
-        for group in self._groups:
-            remove_placement_group(group)
+        if ray.is_initialized():  # not where the head was lost
+            for actor in self._actors:
+                ray.kill(actor, no_restart=True)
+            for group in self._groups:
+                remove_placement_group(group)
         self._actors.clear()
         self._groups.clear()
         self._running.clear()

@@ -94,6 +94,7 @@ class ComputeConfig:
     # folder or URL (s3://bucket/folder) where packs' checkpoints lie, too, for machines that do not see the work folder
     # or where it may be lost; None: in the study's folder alone
     checkpoints: str | None = None
+    patience_minutes: float = 60.0  # how long a study whose learners' machines have all died waits for others
     profile: bool = False  # trace one epoch of every pack and say where its time goes, in packs/<pack>/profile/
     price_per_gpu_hour: float | None = None  # any currency; for `offsweep plan`
     price_per_cpu_hour: float | None = None  # of one core
@@ -136,6 +137,7 @@ class Config:
             ("num_evaluators", 0),
             ("threads", 1),
             ("checkpoint_minutes", 0),
+            ("patience_minutes", 0),
         ):
             _at_least(f"compute.{name}", getattr(self.compute, name), least)
         for name, least in (

@@ -54,13 +54,13 @@ def connected(address: str | None, cpus: int, gpus: int = 0, ship_code: bool = T
     _connect(options)
     try:
         if address is not None and ship_code and (_growth() or must_ship()):
-            _shut_down()
+            leave()
             with staged_code() as folder:
                 _connect(options, {"working_dir": str(folder)})
             check_arrived()
         yield ray.cluster_resources() if address is None else capacity()
     finally:
-        _shut_down()
+        leave()
 
 
 def _connect(options: Mapping[str, Any], code: Mapping[str, str] | None = None) -> None:
@@ -157,7 +157,7 @@ def check_answers(address: str) -> None:
         raise UserError(f"no Ray cluster answers at {address}: {reason}; start it, or give another address.") from None
 
 
-def _shut_down() -> None:
+def leave() -> None:
     """Leave Ray. It ends this process on the spot if a reference of its own is collected while it shuts down, which the
     tracker's thread may do with what a caught exception held; so that is collected before, and nothing meanwhile."""
     import ray

@@ -19,7 +19,18 @@ from typing import Any, Protocol
 from agents.method import Stage
 from envs.dataset import Dataset
 from envs.errors import UserError
+from envs.files import NO_ROOM, DiskFullError
 from envs.scores import reference_scores
+from orchestrator.absence import (
+    FIRST_SECONDS,
+    MOVE_SECONDS,
+    Absence,
+    Deaths,
+    begun_from,
+    cannot_start,
+    died,
+    nowhere_to_run,
+)
 from orchestrator.activity import Activity
 from orchestrator.artifacts import ArtifactStore, stage_key, stage_keys
 from orchestrator.cluster import Slots
@@ -30,13 +41,15 @@ from orchestrator.node_tracking import keep_unsent
 from orchestrator.packing import COSTS_FILE, PackCosts, Packing, balanced, trials_at_once
 from orchestrator.population import TOO_LARGE, keep_schedule, population_settings
 from orchestrator.spool import RunSpool, RunStatus, last_record
+from orchestrator.workers import WorkersAway
 from sweeps.confirm import FINAL_VALUES
 from sweeps.objectives import SCORE
 from sweeps.racing import is_contender
 from sweeps.study import VOID, Proposal, Study, TrialRecord, TrialTakenOver, TrialTicket
 from sweeps.summary import COLLAPSING
 
-MAX_DEATHS = 10  # of a learner's process while the same pack makes no progress
+MAX_DEATHS = 10  # of learners' processes that a pack survives while it makes no progress; one more and it fails
+FAILURES_IN_A_ROW = 3  # of packs, after which it is not the packs: the study stops
 POLL_SECONDS = 2.0  # between looks at what other drivers of the study are doing
 MAX_TOGETHER = 16  # stages built in one go, whose memory adds up
 
@@ -167,14 +180,15 @@ class Driver:
         self._busy: dict[int, PackSpec | tuple[str, ...]] = {}  # slot -> pack, or keys of the stages being built
         self._configs: dict[str, Config] = {}  # pack id -> of one of its runs, while the pack is under way
         self._dropped: set[str] = set()  # runs that are no longer wanted
-        self._deaths: dict[str, int] = {}
+        self._absent: dict[int, Absence] = {}  # slots, none of them busy
+        self._deaths: dict[str, Deaths] = {}  # by pack or stage
         self._store = ArtifactStore(Path(config.workdir) / "artifacts")
         self._base_keys = stage_keys(stages_of(config), dataset.content_hash)
         self._ready_stages: set[str] = set()  # whose building is recorded, too
         self._recorded = 0  # ended trials whose value is in the spool
         self._best: float | None = None  # of their values
         self._waiting: dict[str, list[PackSpec]] = {}  # stage key -> packs that need it
-        self._failures_in_a_row = 0
+        self._failed: list[tuple[PackSpec, Exception, BaseException | None]] = []  # since a pack has reported something
         self._begun: list[TrialTicket] = []  # trials asked for that do not fill a pack yet
         self._sampler = ThreadPoolExecutor(1, "sampler")
         self._choice: Future[Proposal] | None = None  # of the coming trial, under way or made
@@ -185,9 +199,9 @@ class Driver:
             self._resume()
             self.progress.done_at_start = self.progress.updates_done()
             self._fill()
-            while self._busy or self._choice is not None or self.study.others_running():
+            while not self._is_idle() or self._gives_up_failed() or self.study.others_running():
                 self.on_change(self.progress)
-                if not self._busy and self._choice is None:  # the trials of a driver that dies now are done here
+                if self._is_idle():  # the trials of a driver that dies now are done here
                     self._clock.sleep(POLL_SECONDS)
                     self._fill()
                     continue
@@ -196,14 +210,32 @@ class Driver:
                     self._fill()
                 if self._choice is not None and self._choice.done():
                     self._fill()
+                if self._absent:
+                    self._look_for_absent()
             self.on_change(self.progress)
 
+    def _is_idle(self) -> bool:
+        """Whether nothing is under way, nor waits for a slot to come back."""
+        if self._busy or self._choice is not None:
+            return False
+        if len(self._absent) == self.slots.size:
+            return self.study.num_finished >= self.study.spec.num_trials
+        return all(absence.pack is None for absence in self._absent.values())
+
     def _wait(self) -> list[tuple[int, Any]]:
-        """What slots have ended; returns early, or with nothing, where the sampler has made its choice."""
-        if not self._busy:
-            wait([self._choice] if self._choice is not None else [], timeout=1.0)
-            return []
-        return self.slots.wait(timeout=1.0 if self._choice is None else 0.05)
+        """What slots have ended; returns early, or with nothing, where the sampler has made its choice or an absent
+        slot is to be asked."""
+        timeout = 1.0 if self._choice is None else 0.05
+        resting = [absence.next_at for absence in self._absent.values() if not absence.asking]
+        if resting:
+            timeout = min(timeout, max(0.01, min(resting) - self._clock.monotonic()))
+        if self._busy or len(resting) < len(self._absent):
+            return self.slots.wait(timeout)
+        if self._choice is not None:
+            wait([self._choice], timeout=1.0 if not resting else timeout)
+        else:
+            self._clock.sleep(timeout)
+        return []
 
     # ---- what to run ----------------------------------------------------------------------------------------------
 
@@ -264,10 +296,10 @@ class Driver:
 
     def _fill(self) -> None:
         """Give every idle slot something to do."""
-        if len(self._busy) == self.slots.size:
+        if len(self._busy) + len(self._absent) == self.slots.size:
             return
         for slot in range(self.slots.size):
-            while slot not in self._busy:
+            while slot not in self._busy and slot not in self._absent:
                 if not self._next(slot):  # nor is there anything for the other slots
                     return
 
@@ -498,12 +530,20 @@ class Driver:
     # ---- what came of it ------------------------------------------------------------------------------------------
 
     def _handle(self, slot: int, result: Any) -> None:
+        if slot in self._absent:
+            self._answered(slot, result)
+            return
         job = self._busy.pop(slot)
+        gone = died(result)
+        if gone and cannot_start(result):
+            raise UserError(f"a learner's process cannot start ({_first_line(result)}); see Ray's logs on its machine")
         if isinstance(job, tuple):
+            if gone:
+                self._leave(slot)
             self._stages_ended(job, result)
         elif isinstance(result, PackReport):
-            self._failures_in_a_row = 0
             self._deaths.pop(job.pack_id, None)
+            self._give_up_failed()
             self.progress.activity.reported(result)
             keep_unsent(self.study.folder, result.unsent_from, result.unsent)
             self._take(job, result)
@@ -516,15 +556,63 @@ class Driver:
         elif is_out_of_memory(result):
             self.progress.activity.divided(job.pack_id)
             self._does_not_fit(job, result)
-        elif _process_died(result) and self._deaths.get(job.pack_id, 0) < MAX_DEATHS:
-            # the actor comes back and takes the pack up from its checkpoint
-            self._deaths[job.pack_id] = self._deaths.get(job.pack_id, 0) + 1
+        elif gone and (
+            isinstance(result, WorkersAway) or not self._too_many_deaths(job.pack_id, begun_from(job.folder))
+        ):
+            # taken up from its checkpoint when the slot's process is back, or in another slot
             self.progress.activity.restarted(job.pack_id, result)
-            self._clock.sleep(0.5)
-            self._advance(slot, job)
+            self._leave(slot, job)
         else:
             self.progress.activity.gave_up(job.pack_id, result)
+            if gone:
+                self._leave(slot)
             self._pack_failed(job, result)
+
+    def _too_many_deaths(self, key: str, epoch: int | None = None) -> bool:
+        """Count the death of a process that had a pack, or built a stage."""
+        deaths = self._deaths.setdefault(key, Deaths())
+        deaths.add(epoch)
+        return deaths.count > MAX_DEATHS
+
+    # ---- slots that are away --------------------------------------------------------------------------------------
+
+    def _leave(self, slot: int, pack: PackSpec | None = None) -> None:
+        """The slot's process is gone; it is asked in a moment whether there is another one."""
+        now = self._clock.monotonic()
+        self._absent[slot] = Absence(now, now + FIRST_SECONDS, pack)
+
+    def _look_for_absent(self) -> None:
+        """Ask absent slots whether they are back; after a while others get their packs.
+
+        Raises:
+            UserError: no slot has been there for too long.
+        """
+        now, moved = self._clock.monotonic(), False
+        for slot, absence in self._absent.items():
+            if not absence.asking and now >= absence.next_at:
+                absence.asking = True
+                self.slots.submit(slot, "ready")
+            if absence.pack is not None and now - absence.since > MOVE_SECONDS:
+                self._queue.appendleft(absence.pack)
+                absence.pack = None
+                moved = True
+        patience = 60 * self.config.compute.patience_minutes
+        latest = max(absence.since for absence in self._absent.values())
+        if len(self._absent) == self.slots.size and now - latest > patience:
+            raise nowhere_to_run(self.config.compute, self.slots.size, self.study.spec.name)
+        if moved:
+            self._fill()
+
+    def _answered(self, slot: int, result: Any) -> None:
+        """What came of asking an absent slot."""
+        if cannot_start(result):
+            raise UserError(f"a learner's process cannot start ({_first_line(result)}); see Ray's logs on its machine")
+        if died(result):
+            self._absent[slot].failed(self._clock.monotonic())
+        elif isinstance(result, BaseException):
+            raise result
+        elif (pack := self._absent.pop(slot).pack) is not None:
+            self._advance(slot, pack)
 
     def _stages_ended(self, keys: tuple[str, ...], result: Any) -> None:
         """Queue the packs that waited for stages, or end their trials.
@@ -535,9 +623,10 @@ class Driver:
         if not any(isinstance(job, tuple) for job in self._busy.values()):
             self.progress.stage = None
         failures: Sequence[UserError | None] = [None] * len(keys)
-        if _process_died(result) and self._deaths.get(keys[0], 0) < MAX_DEATHS:
-            self._deaths[keys[0]] = self._deaths.get(keys[0], 0) + 1
-        elif isinstance(result, UserError):
+        if died(result):
+            if self._too_many_deaths(keys[0]):
+                raise RuntimeError(f"a stage killed the process that built it {MAX_DEATHS + 1} times") from result
+        elif isinstance(result, UserError) and not isinstance(result, DiskFullError):
             failures = [result] * len(keys)
         elif isinstance(result, BaseException):
             raise result
@@ -721,21 +810,54 @@ class Driver:
 
     def _pack_failed(self, pack: PackSpec, error: Any) -> None:
         """The pack's trials fail; the study goes on, unless nothing works at all."""
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise DiskFullError(f"{error}. Nothing is lost: make room and continue with `offsweep resume`") from error
         if isinstance(error, UserError):
             raise error
+        if died(error):
+            text = f"pack {pack.pack_id} killed its process {MAX_DEATHS + 1} times at the same place"
+            self._fail(pack, RuntimeError(f"{text}: {error!r}"), RuntimeError(f"{text}: {_first_line(error)}"))
+            return
         self._fail(pack, RuntimeError(f"pack {pack.pack_id} failed: {error!r}"), error)
 
     def _fail(self, pack: PackSpec, error: Exception, cause: BaseException | None = None) -> None:
-        self._failures_in_a_row += 1
-        if self._failures_in_a_row >= 3 or not self.study.num_finished:
+        """The pack's trials fail as soon as another pack has reported something. If several in a row do not, it is not
+        theirs: the study stops, and its trials can be gone on with when what ails them is mended."""
+        self._failed.append((pack, error, cause))
+        if self.study.spec.num_trials == 1 or (isinstance(error, UserError) and not self.study.num_finished):
             raise error from cause
-        for number in {run.trial for run in pack.runs}:
-            trial = self.progress.running.get(number)
-            if trial is not None:
-                self._keep(trial)
-                self.study.tell_failed(number, str(error) if cause is None else repr(cause))
-                self._close_runs(self.study.trial(number))
-                self._end(trial)
+        if len(self._failed) >= FAILURES_IN_A_ROW:
+            self._stop(f"{len(self._failed)} packs in a row failed, and none has reported anything in between")
+
+    def _stop(self, why: str) -> None:
+        """Nothing works."""
+        _, error, cause = self._failed[-1]
+        text = f"{why}; the study stops and can be resumed. The last one: {error}"
+        raise (UserError(text) if isinstance(error, UserError) else RuntimeError(text)) from cause
+
+    def _gives_up_failed(self) -> bool:
+        """When nothing is left to do: whether packs had failed and their trials are failed now; others may follow."""
+        if not self._failed:
+            return False
+        if not self.study.num_finished:
+            self._stop("every pack failed")
+        self._give_up_failed()
+        self._fill()
+        return True
+
+    def _give_up_failed(self) -> None:
+        """Fail the trials of packs that have failed, since others do not."""
+        failed, self._failed = self._failed, []
+        for pack, error, cause in failed:
+            for number in {run.trial for run in pack.runs}:
+                trial = self.progress.running.get(number)
+                if trial is None:
+                    continue
+                with self._unless_taken_over(trial):
+                    self._keep(trial)
+                    self.study.tell_failed(number, str(error) if cause is None else repr(cause))
+                    self._close_runs(self.study.trial(number))
+                    self._end(trial)
 
     def _does_not_fit(self, pack: PackSpec, error: Any) -> None:
         """Memory ran out: two smaller packs go on; a run that is alone already fails."""
@@ -782,9 +904,5 @@ def run_key(trial: int, seed: int, kind: str = "t") -> str:
     return f"{kind}{trial:04d}-s{seed}"
 
 
-def _process_died(result: Any) -> bool:
-    if not isinstance(result, BaseException):
-        return False
-    from ray.exceptions import RayActorError
-
-    return isinstance(result, RayActorError)
+def _first_line(error: Any) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

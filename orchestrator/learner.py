@@ -40,6 +40,7 @@ from envs.errors import UserError
 from envs.files import write_atomically
 from envs.scores import normalized_score, reference_scores
 from orchestrator import memory
+from orchestrator.absence import note_begun
 from orchestrator.artifacts import (
     ArtifactStore,
     Built,
@@ -912,6 +913,14 @@ class LearnerProcess:
     def pids(self) -> dict[str, list[int]]:
         return {"learner": [os.getpid()], **self.workers.pids()}
 
+    def ready(self, dataset: Dataset) -> None:
+        """Answer, if the workers do.
+
+        Raises:
+            WorkersAway: they do not.
+        """
+        self.workers.check_there()
+
     def advance(self, pack: PackSpec, dropped: Sequence[str], dataset: Dataset) -> PackReport:
         """`Learner.advance` for a pack.
 
@@ -928,6 +937,7 @@ class LearnerProcess:
                 self._learner = None
                 memory.reset_peak(device)
                 self._learner = Learner(pack, self.compute, self.workers, dataset)
+                note_begun(pack.folder, self._learner.epoch)
                 self._cost = PackCost(0.0, 0.0, 0) if self._learner.epoch == 0 else None
             learner, self._learner = self._learner, None  # one that fails in mid-epoch is not to be gone on with
             report = self._advance(learner, dropped, started)

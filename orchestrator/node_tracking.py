@@ -254,6 +254,8 @@ class NodeTrackers:
 
     def _drain(self) -> None:
         asked, answers = time.time(), []
+        if not _in_ray():  # its head was lost, and nobody answers
+            self._actors.clear()
         with contextlib.suppress(Exception):
             self._start_missing()
             answers = self._call("drain", self._patience_s + ANSWER_SECONDS, self._patience_s)

@@ -41,8 +41,15 @@ PolicyArrays = Mapping[str, NDArray[Any]]
 GROUP_EPISODES = 5
 # rows, tags and statistics of a job's members, and the job's seconds; arrays, which Ray moves without a copy
 Answer = tuple[list[NDArray[Any]], list[NDArray[Any]], tuple[RolloutStatistics, ...], float]
-MAX_TRIES = 20  # of one call whose actor keeps dying
-RETRY_SECONDS = 0.5
+MAX_TRIES = 10  # of calls to actors that were there and died; the next death is one too many
+RETRY_SECONDS = 0.5  # until an actor that died is asked whether it is back; doubled every time
+LONGEST_RETRY_SECONDS = 10.0
+AWAY_SECONDS = 120.0  # for which a learner waits for a worker; then the driver does, and asks another learner meanwhile
+ANSWER_SECONDS = 10.0  # for workers that have nothing to do to say that they are there
+
+
+class WorkersAway(RuntimeError):
+    """Rollout workers or evaluators have died, and Ray has found no place for new ones yet."""
 
 
 def evaluate(policy: PolicyArrays, env_id: str, seeds: Sequence[int]) -> NDArray[np.float64]:
@@ -139,6 +146,23 @@ class Workers:
         groups = {"rollout_workers": self._rollout_workers, "evaluators": self._evaluators}
         return {name: ray.get([a.__ray_call__.remote(_pid) for a in actors]) for name, actors in groups.items()}
 
+    def check_there(self) -> None:
+        """Ask the actors for a sign of life.
+
+        Raises:
+            WorkersAway: one does not answer.
+        """
+        actors = [*self._rollout_workers, *self._evaluators]
+        if not actors:
+            return
+        import ray
+        from ray.exceptions import GetTimeoutError, RayActorError
+
+        try:
+            ray.get([actor.__ray_call__.remote(_pid) for actor in actors], timeout=ANSWER_SECONDS)
+        except (GetTimeoutError, RayActorError) as error:
+            raise WorkersAway(f"a rollout worker or evaluator does not answer: {error}") from None
+
     def rollouts(self, jobs: Sequence[Job], model: Any) -> list[RolloutResult]:
         """The results of the jobs, in their order; waits for them."""
         return self.start_rollouts(jobs, model)()
@@ -158,7 +182,8 @@ class Workers:
         shipped = self._ship(model)
         workers = len(self._rollout_workers)
         shares = [list(jobs[i::workers]) for i in range(workers)]
-        calls = [partial(w.run.remote, shipped, share) for w, share in zip(self._rollout_workers, shares, strict=True)]
+        workers_and_shares = zip(self._rollout_workers, shares, strict=True)
+        calls = [(worker, partial(worker.run.remote, shipped, share)) for worker, share in workers_and_shares]
         answers = _start_all(calls)
 
         def collect() -> list[RolloutResult]:
@@ -187,8 +212,9 @@ class Workers:
         shares: dict[int, list[int]] = {}
         for place, job in enumerate(jobs):
             shares.setdefault(DOMAINS.index(job.domain) % len(self._rollout_workers), []).append(place)
+        actors = self._rollout_workers
         calls = [
-            partial(self._rollout_workers[worker].interact.remote, shipped, [jobs[place] for place in places])
+            (actors[worker], partial(actors[worker].interact.remote, shipped, [jobs[place] for place in places]))
             for worker, places in shares.items()
         ]
         answers = _start_all(calls)
@@ -230,7 +256,7 @@ class Workers:
 
         reference = ray.put([dict(policy) for policy in policies])
         calls = [
-            partial(next(self._turns).run.remote, reference, member, env_id, share)
+            (evaluator := next(self._turns), partial(evaluator.run.remote, reference, member, env_id, share))
             for member in range(len(policies))
             for share in shares
         ]
@@ -265,31 +291,65 @@ def _actor(cls: type, threads: int) -> Any:
     return ray.remote(cls).options(num_cpus=threads, max_restarts=-1, max_task_retries=0).remote(threads)
 
 
-def _start_all(calls: Sequence[Callable[[], Any]]) -> Callable[[], list[Any]]:
-    """Make all calls at once; what is returned waits for their answers and repeats the ones whose actor died."""
+def _start_all(calls: Sequence[tuple[Any, Callable[[], Any]]]) -> Callable[[], list[Any]]:
+    """Make all calls at once; what is returned waits for their answers and repeats the ones whose actor died.
+
+    Args:
+        calls: each with its actor.
+
+    Returns:
+        A function that gives the answers. It raises `WorkersAway` if an actor does not come back for `AWAY_SECONDS`,
+        and `RuntimeError` if actors that had come back have died of their calls too often.
+    """
     import ray
     from ray.exceptions import RayActorError
 
-    references = [call() for call in calls]
+    references = [call() for _, call in calls]
     answers: dict[int, Any] = {}
 
     def collect() -> list[Any]:
-        for attempt in range(MAX_TRIES):
+        deaths = 0
+        while True:
             died = []
             for i, reference in enumerate(references):
                 if i in answers:
                     continue
                 try:
                     answers[i] = ray.get(reference)
-                except RayActorError:
-                    if attempt + 1 == MAX_TRIES:
-                        raise
+                except RayActorError as error:
                     died.append(i)
+                    reason = error
             if not died:
-                break
-            time.sleep(RETRY_SECONDS)
+                return [answers[i] for i in range(len(calls))]
+            deaths += 1
+            if deaths > MAX_TRIES:
+                raise RuntimeError(f"rollout workers or evaluators died {deaths} times of the same work ({reason})")
+            _wait_until_back([calls[i][0] for i in died])
             for i in died:
-                references[i] = calls[i]()
-        return [answers[i] for i in range(len(calls))]
+                references[i] = calls[i][1]()
 
     return collect
+
+
+def _wait_until_back(actors: Sequence[Any]) -> None:
+    """Ask actors that have died until all of them answer: meanwhile any other call would fail.
+
+    Raises:
+        WorkersAway: one does not for too long.
+    """
+    import ray
+    from ray.exceptions import GetTimeoutError, RayActorError
+
+    began, pause = time.monotonic(), RETRY_SECONDS
+    while True:
+        time.sleep(pause)
+        left = began + AWAY_SECONDS - time.monotonic()
+        try:
+            ray.get([actor.__ray_call__.remote(_pid) for actor in actors], timeout=max(left, RETRY_SECONDS))
+            return
+        except (GetTimeoutError, RayActorError) as error:
+            if left <= 0:
+                raise WorkersAway(
+                    f"a rollout worker or evaluator has had no machine for {AWAY_SECONDS:.0f} s ({error})"
+                ) from None
+        pause = min(2 * pause, LONGEST_RETRY_SECONDS)

@@ -168,6 +168,9 @@ class ScriptedSlots:
         failures = store.build_missing(dict(zip(keys, stages, strict=True)), lambda missing: [built for _ in missing])
         return [failures.get(key) for key in keys]
 
+    def ready(self) -> None:
+        """Somebody is there."""
+
     def machine(self, busy: int) -> tuple[dict[str, Any], float]:
         return {**KIND, "busy": busy}, 1e9
 

@@ -316,6 +316,8 @@ def test_a_machine_dies_while_its_tracker_has_something_to_send(
     from orchestrator.spool import read_records
 
     prepare_environment()
+    # a node that is added in a thread cannot register its handler, which the tests do not need
+    monkeypatch.setattr("ray._private.utils.set_sigterm_handler", lambda handler: None)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
 
     def add(name: str) -> Any:
