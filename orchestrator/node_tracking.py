@@ -97,6 +97,7 @@ class NodeTracker:
         self.folder = spool_folder(study_folder, own_disk)
         self._address, self._experiment = tracking_uri, experiment
         self._tracker: Tracker | None = None
+        self._decided = threading.Event()  # whether it is this one or another that sends what is here
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="node-tracker", daemon=True)
         self._thread.start()
@@ -105,6 +106,7 @@ class NodeTracker:
         with self._only_one() as first:
             if first:
                 self._tracker = Tracker(self._address, self._experiment, self.folder, self.folder / STATE_FILE)
+                self._decided.set()
                 self._tracker.run_loop(self._stop)
 
     @contextlib.contextmanager
@@ -116,6 +118,7 @@ class NodeTracker:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
+                    self._decided.set()
                     self._stop.wait(1.0)
                 else:
                     yield True
@@ -131,6 +134,7 @@ class NodeTracker:
 
     def drain(self, timeout_s: float) -> NodeBacklog | None:
         """Send all that is spooled here, within the time; what is then left. None: another process sends it."""
+        self._decided.wait(timeout_s)
         if self._tracker is None:
             return None
         self._tracker.drain(timeout_s)
