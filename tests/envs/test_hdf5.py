@@ -8,6 +8,7 @@ import pytest
 
 from envs.dataset import COLUMNS, Dataset
 from envs.errors import UserError
+from envs.files import DiskFullError
 from envs.hdf5 import Hdf5Error, check_writable, read_hdf5, write_hdf5
 
 
@@ -50,7 +51,7 @@ def test_a_failed_write_leaves_the_old_file(dataset, columns, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full_disk)
-    with pytest.raises(Hdf5Error, match="No space left"):
+    with pytest.raises(DiskFullError, match="No space left"):
         write_hdf5(other, path)
     assert read_hdf5(path).content_hash == dataset.content_hash
     assert list(tmp_path.iterdir()) == [path]
