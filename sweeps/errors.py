@@ -14,6 +14,10 @@ class StudyError(UserError):
     """A study that cannot be created, opened, written or told what it was told."""
 
 
+class TableError(UserError):
+    """A paper table, or its references, that make no sense."""
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """The tail of a "no such name" sentence: the nearest known name if one is near, and the list of all."""
     names = sorted(known)
