@@ -108,7 +108,7 @@ class RaySlots:
         import ray
         from ray.util.placement_group import remove_placement_group
 
-        if ray.is_initialized():  # not where the head was lost
+        if ray.is_initialized() and not self._head.is_gone:
             for actor in self._actors:
                 ray.kill(actor, no_restart=True)
             for group in self._groups:

@@ -56,6 +56,11 @@ class Head:
                 "Nothing is lost: start the cluster again and continue with `offsweep resume NAME`"
             )
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether it does not answer at this moment: calls to Ray would then wait until Ray ends the process."""
+        return self._watched and not self._answers()
+
     def _answers(self) -> bool:
         if self._place is None:
             return False
