@@ -243,12 +243,6 @@ def play_table(base: Path, nodes: Nodes, draw: random.Random) -> Played:
                 sweep.process.wait()
 
 
-def without_address(remains: Remains) -> Remains:
-    """Without the one parameter that another cluster changes."""
-    params = Counter({key: n for key, n in remains.params.items() if key[1] != "compute.address"})
-    return replace(remains, params=params)
-
-
 def of_trainings(remains: Remains) -> Remains:
     """Without the points of the study's own run, which are in the order in which trials end."""
     points = Counter({key: n for key, n in remains.points.items() if key[0] != "study"})
@@ -280,7 +274,7 @@ class Lines:
             played = one_round()
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"[-1500:]
-        wanted, remains = without_address(wanted), without_address(played.remains)
+        remains = played.remains
         if fault == "table":
             wanted, remains = of_trainings(wanted), of_trainings(remains)
         result = compare(wanted, remains)

@@ -105,7 +105,7 @@ class Remains:
     trials: dict[int, Any]  # number -> state, value, parameters, reports
     policies: dict[str, str]  # run key -> digest of the final policy's arrays
     runs: Counter[tuple[str, str, str]]  # (run key, status, outcome) of MLflow's runs
-    params: Counter[tuple[str, str, str]]  # (run key, name, value)
+    params: Counter[tuple[str, str, str]]  # (run key, name, value), without where it was computed
     points: Counter[tuple[str, str, int]]  # (run key, metric, step)
     values: dict[tuple[str, str, int], float]  # without times
 
@@ -133,7 +133,11 @@ class Remains:
             trials,
             policies,
             Counter((key, status, outcome) for _, key, status, outcome in runs),
-            Counter((keys[uuid], name, value) for uuid, name, value in params if uuid in keys),
+            Counter(
+                (keys[uuid], name, value)
+                for uuid, name, value in params
+                if uuid in keys and not name.startswith("compute.")
+            ),
             Counter((key, name, step) for key, name, step, _ in mine),
             {(key, name, step): value for key, name, step, value in mine if not name.startswith("time/")},
         )

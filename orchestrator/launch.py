@@ -45,7 +45,7 @@ from orchestrator.reading import IMPORTANCES_FILE, about_study, save_figures, sh
 from orchestrator.schedule import check_schedule
 from orchestrator.selection import keep_report, play_bandit
 from orchestrator.spool import RunInfo, RunSpool, check_run_key
-from orchestrator.status import StatusFile
+from orchestrator.status import StatusFile, note_backlog
 from orchestrator.tracking import STATE_FILE, Tracker, check_reachable, default_tracking_uri, shown_uri
 from sweeps.confirm import FOLDER as CONFIRM_FOLDER
 from sweeps.confirm import Confirmation, confirmations
@@ -429,6 +429,7 @@ def _tracking(tracker: Tracker, console: Console) -> Iterator[None]:
                 f"[yellow]{status.pending_lines} lines are not in MLflow yet ({status.last_error or status.refused}); "
                 "they are kept, and `offsweep resume` sends them[/yellow]"
             )
+        note_backlog(tracker.state_file.parent, tracker.backlog())
 
 
 Nodes = Callable[[], Sequence[NodeBacklog]]

@@ -108,6 +108,15 @@ class StatusFile:
         }
 
 
+def note_backlog(folder: Path, backlog: Backlog) -> None:
+    """Say what is left to be sent, where a driver has come to its end and its tracker has done what it could."""
+    status = _read(folder / STATUS_FILE)
+    if status is not None:
+        content = json.dumps({**status, "tracking": asdict(backlog)}, separators=(",", ":"))
+        with contextlib.suppress(OSError):
+            write_atomically(folder / STATUS_FILE, lambda path: path.write_text(content))
+
+
 def read_status(folder: Path) -> dict[str, Any]:
     """How the study of a folder stands, as plain values; times in seconds, moments since 1970.
 

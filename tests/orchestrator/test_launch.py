@@ -20,6 +20,7 @@ from orchestrator.cli import main
 from orchestrator.config import Config, load_config, to_dict
 from orchestrator.environment import ROOT
 from orchestrator.spool import read_records
+from orchestrator.status import read_status
 from orchestrator.tracking import default_tracking_uri
 from sweeps.study import Study
 from tests.orchestrator.studies import ScriptedSlots, configured, quiet
@@ -173,6 +174,7 @@ def test_the_stored_configuration_of_a_run_trains_that_run_again(workdir: Path, 
     assert (again / "runs" / "t0000-s3" / "policy.npz").read_bytes() == (stored / "policy.npz").read_bytes()
     assert load_config([stored / "config.yaml"], []).method == load_config([again / "config.yaml"], []).method
     check_documented_searches(workdir, "first")
+    assert read_status(workdir / "studies" / "first")["tracking"]["runs"] == 0  # all was sent at its end
 
 
 @pytest.mark.usefixtures("scripted")
