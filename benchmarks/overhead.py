@@ -34,7 +34,7 @@ from benchmarks.common import ROOT, print_line, record
 from orchestrator import launch
 from orchestrator.config import Config, load_config, to_dict
 from orchestrator.connection import connected
-from orchestrator.packing import COSTS_FILE
+from orchestrator.packing import COSTS_FILE, pack_costs
 from orchestrator.spool import read_records
 from orchestrator.tracking import Tracker, ensure_store
 
@@ -87,7 +87,7 @@ def train(config: Config) -> dict[str, float]:
         lines = [line for line, _ in read_records(path) if line is not None]
         began.append(next(line["time"] for line in lines if "time/update_seconds" in line.get("values", {})))
         ended.append(next(line["time"] for line in lines if line["type"] == "end"))
-    (cost,) = json.loads((folder / COSTS_FILE).read_text())["packs"]
+    (cost,) = pack_costs(folder / COSTS_FILE)
     return {
         "wall": (max(ended) - min(began)) / 1000, "cpu": cost["actual_cpu_seconds"], "sending": TimedTracker.seconds,
         "writing": writing_again(spools, Path(config.workdir) / "again"),
