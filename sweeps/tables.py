@@ -61,6 +61,7 @@ class Column:
     settings: dict[str, Any] = field(default_factory=dict)  # as `offsweep train` takes them: {configuration key: value}
     updates: int | None = None  # of each run, at scale 1; None: the table's
     updates_per_epoch: int | None = None  # None: the table's
+    read_at: int | None = None  # the evaluation that is read, in updates at scale 1; None: as the protocol selects
     study: str = ""  # the settings are searched by this study of `sweeps/studies/`; the runs are its confirmed best
     reads: str = ""  # of a lab: what is read of its results
     reference_only: str = ""  # why no runs fill it here, such as a method that is not implemented
@@ -98,6 +99,7 @@ class Cell:
     column: Column
     words: list[str]  # of `offsweep train`; none where runs are a lab's or there are none
     updates: int  # of each of its runs, at the table's scale
+    read_at: int | None  # updates up to which their evaluations count, at the table's scale; None: all
     reference: Reference
     not_comparable: str  # why it cannot be held against the reference, or empty
 
@@ -152,7 +154,8 @@ class Table:
         if not (row.lab or column.reference_only):
             words = self._words(row, column, override)
         why = next((reason for reason in reasons if reason), "")
-        return Cell(row, column, words, self.updates(column), reference, why)
+        read_at = None if column.read_at is None else self._shrunk(column.read_at, self._epoch(column))
+        return Cell(row, column, words, self.updates(column), read_at, reference, why)
 
     def cells(self) -> Iterator[Cell]:
         """All cells, row by row."""
@@ -340,6 +343,10 @@ def _check_column(column: Column, rows: list[Row], protocol: Protocol, where: st
     epoch = protocol.updates_per_epoch if column.updates_per_epoch is None else column.updates_per_epoch
     if updates < 1 or epoch < 1 or updates % epoch:
         raise TableError(f"{where}: its {updates} updates must be a multiple of its {epoch} updates_per_epoch.")
+    if column.read_at is not None and not (0 < column.read_at < updates and column.read_at % epoch == 0):
+        raise TableError(
+            f"{where}: read_at must be a multiple of {epoch} below its {updates} updates, not {column.read_at}."
+        )
     if column.study and not (_STUDIES / f"{column.study}.yaml").exists():
         known = [file.stem for file in _STUDIES.glob("*.yaml")]
         raise TableError(f"{where}: unknown study '{column.study}'; {suggestion(column.study, known)}.")
