@@ -76,7 +76,11 @@ class FlatStore:
 
     def holds(self, source: Mapping[str, Any]) -> bool:
         """Whether `get` would open this source instead of making it."""
-        return self._open(self._source_path(source)) is not None
+        return self.opened(source) is not None
+
+    def opened(self, source: Mapping[str, Any]) -> Dataset | None:
+        """The dataset of a source if it was stored before."""
+        return self._open(self._source_path(source))
 
     def _source_path(self, source: Mapping[str, Any]) -> Path:
         text = json.dumps([_LAYOUT, source], sort_keys=True)

@@ -1,6 +1,6 @@
 """Datasets by name, whatever their source: embedded, your own, D4RL's, Minari's, NeoRL's, or the path of a file."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +18,7 @@ from envs.names import env_id_of
 from envs.npz import read_npz
 from envs.online_sets import online_env, read_online
 from envs.recipes import EMBEDDED
-from envs.transforms import TransformError, apply, check_one_environment, parse
+from envs.transforms import Request, TransformError, apply, check_one_environment, parse
 
 FILE_KINDS = (".hdf5", ".h5", ".npz")
 
@@ -82,12 +82,37 @@ def load_dataset(name: str, workdir: Path, shown: Shown | None = None) -> Datase
             parts.append(store.get(source.key, partial(_made, source, progress)))
     if request.plain:
         return parts[0]
-    key = {
+    return store.get(_mixed_key(request, parts), lambda: apply(request, parts))
+
+
+def known_hash(name: str, workdir: Path) -> str | None:
+    """The content hash of a dataset that has been used on this machine before; None of any other: nothing is
+    downloaded, collected or read anew.
+
+    Raises:
+        UserError: the name makes no sense.
+    """
+    workdir = Path(workdir)
+    request, store = parse(name), flat_store(workdir)
+    if request.plain and online_env(name) is not None:
+        return read_online(name).content_hash
+    parts = []
+    for term in request.terms:
+        source = find_source(term.name, workdir)
+        part = None if source is None else store.opened(source.key)
+        if part is None:
+            return None
+        parts.append(part)
+    found = parts[0] if request.plain else store.opened(_mixed_key(request, parts))
+    return None if found is None else found.content_hash
+
+
+def _mixed_key(request: Request, parts: Sequence[Dataset]) -> dict[str, Any]:
+    return {
         "request": str(request),
         "parts": [part.content_hash for part in parts],
         "states": [part.states is not None for part in parts],  # of which the hashes say nothing
     }
-    return store.get(key, lambda: apply(request, parts))
 
 
 def find_source(name: str, workdir: Path) -> Source | None:

@@ -19,7 +19,7 @@ import torch
 from agents.method import Stage
 from envs.errors import UserError
 from envs.files import locked, write_atomically
-from orchestrator.config import digest
+from orchestrator.hashing import digest
 
 CONTENT, DESCRIPTION = "content.pt", "stage.json"
 

@@ -40,7 +40,8 @@ from envs.policies import NetworkPolicy
 from orchestrator import memory
 from orchestrator.artifacts import ArtifactStore, save_json, stage_key
 from orchestrator.checkpoints import Checkpoints
-from orchestrator.config import ComputeConfig, Config, digest
+from orchestrator.config import ComputeConfig, Config
+from orchestrator.hashing import digest
 from orchestrator.learner import action_bounds, evaluation_env, resolve_device, training_data
 from orchestrator.packing import SAME, Curve, PackModel
 from orchestrator.workers import Workers

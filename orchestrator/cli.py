@@ -24,6 +24,8 @@ EPILOG = """examples:
   offsweep status my-study --watch 5
   offsweep plan study.yaml compute.price_per_gpu_hour=2.5
   offsweep resume my-study
+  offsweep table show ravl-table-2
+  offsweep table run edge-of-reach --scale 0.1
   offsweep lab edge-of-reach
   offsweep lab refrigerator --seeds 3
   offsweep data verify hopper-medium-v2
@@ -146,11 +148,53 @@ def build_parser() -> argparse.ArgumentParser:
     lab.add_argument("--updates", type=int, metavar="N", help="gradient updates of every run")
     add_workdir(lab)
 
+    _add_table_commands(add, add_workdir)
+
     add("methods", "List the methods and their variants.")
 
     _add_cluster_commands(add, add_workdir)
     _add_data_commands(add, add_workdir)
     return parser
+
+
+def _add_table_commands(add: Callable[..., Any], add_workdir: Callable[[argparse.ArgumentParser], None]) -> None:
+    text = "Paper tables (docs/tables.md): list, plan, run, show, import."
+    group = add("table", text).add_subparsers(dest="table_command", required=True, metavar="COMMAND")
+    add("list", "The tables that come with offsweep.", group)
+
+    def add_one(name: str, help_text: str) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = add(name, help_text, group)
+        sub.add_argument("table", help="a table that comes with offsweep, or the YAML file of your own")
+        sub.add_argument(
+            "--scale", type=float, metavar="S", help="a share of the updates, such as 0.05; outputs say so"
+        )
+        sub.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="names or patterns such as 'hopper-*'")
+        sub.add_argument("--columns", nargs="+", default=[], metavar="COLUMN", help="likewise")
+        add_workdir(sub)
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="compute.* and tracking_uri")
+        return sub
+
+    plan = add_one("plan", "What `table run` would train: what is in MLflow already is not trained again.")
+    plan.add_argument("--json", action="store_true")
+    plan.add_argument("--time", action="store_true", help="how long it would take, too (measures what is not known)")
+
+    text = "address of MLflow's pages, for links (default: the store if it is a server, else that of `offsweep ui`)"
+    run = add_one(
+        "run", "Train what a table misses, go on with what was killed, and write it in all formats. Exit code 1: "
+        "something is still missing.",
+    )  # fmt: skip
+    run.add_argument("--mlflow", metavar="ADDRESS", help=text)
+
+    show = add_one("show", "Print a table as far as it is filled: ours beside the published values.")
+    show.add_argument("--json", action="store_true")
+    show.add_argument("--cells", action="store_true", help="a line for every cell: verdict, interval, source")
+    show.add_argument("--out", type=Path, metavar="FOLDER", help="write Markdown, LaTeX, CSV, JSON and HTML there")
+    show.add_argument("--mlflow", metavar="ADDRESS", help=text)
+    show.add_argument("--refresh", action="store_true", help="ask MLflow for all runs, not only for what is new")
+
+    take = add("import", "Add published values from a CSV file to the tables of this work folder.", group)
+    take.add_argument("file", type=Path, help="with the columns that docs/tables.md names")
+    add_workdir(take)
 
 
 def _add_cluster_commands(add: Callable[..., Any], add_workdir: Callable[[argparse.ArgumentParser], None]) -> None:
@@ -315,6 +359,8 @@ def _dispatch(args: argparse.Namespace) -> int:
             args.groups, args.workdir, Console() if sys.stdout.isatty() else Console(width=160), args.json, args.html
         )
         return 0
+    if args.command == "table":
+        return _table(args, Console() if sys.stdout.isatty() else Console(width=160))
     if args.command == "status":
         return _status(args, Console() if sys.stdout.isatty() else Console(width=160))
     from orchestrator import launch
@@ -357,6 +403,28 @@ def _dispatch(args: argparse.Namespace) -> int:
         launch.resume(config.study.name, workdir, [], console, asked=config)
         return 0
     launch.start(config, console)
+    return 0
+
+
+def _table(args: argparse.Namespace, console: Any) -> int:
+    from orchestrator import tables
+
+    workdir = Path(args.workdir).absolute()
+    if args.table_command == "list":
+        tables.list_tables(console)
+        return 0
+    if args.table_command == "import":
+        tables.import_references(args.file, workdir, console)
+        return 0
+    wanted = tables.Wanted(args.table, workdir, args.scale, args.rows, args.columns, args.overrides)
+    if args.table_command == "run":
+        return tables.run_table(wanted, console, args.mlflow)
+    if args.table_command == "plan":
+        tables.plan_table(wanted, console, as_json=args.json, measure=args.time)
+    else:
+        tables.show_table(
+            wanted, console, as_json=args.json, cells=args.cells, out=args.out, mlflow=args.mlflow, anew=args.refresh
+        )
     return 0
 
 

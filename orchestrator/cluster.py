@@ -126,6 +126,24 @@ class RaySlots:
 
 
 @contextlib.contextmanager
+def joined(compute: ComputeConfig) -> Iterator[dict[str, float]]:
+    """Ray as studies with these settings need it, which several of them, one after the other, can share; nothing where
+    all is done in this process.
+
+    Raises:
+        UserError: no cluster answers.
+    """
+    if compute.num_learners == 0 and compute.num_workers == 0:
+        yield {}
+        return
+    address, each = cluster_address(compute.address), compute.cpus_per_learner
+    gpus = _gpus_here(compute) if address is None else 0
+    learners = _default_learners(compute, len(os.sched_getaffinity(0)) // each, gpus)
+    with connected(address, max(learners, 1) * each, gpus) as resources:
+        yield resources
+
+
+@contextlib.contextmanager
 def open_slots(compute: ComputeConfig, dataset: Dataset) -> Iterator[Slots]:
     """Connect to Ray if anything is to run in it, and make the slots.
 
@@ -137,10 +155,11 @@ def open_slots(compute: ComputeConfig, dataset: Dataset) -> Iterator[Slots]:
     if inline and compute.num_workers == 0:
         yield InlineSlots(compute, dataset)
         return
-    gpus = _gpus_here(compute) if address is None else 0
-    learners = _default_learners(compute, len(os.sched_getaffinity(0)) // each, gpus)
-    with connected(address, max(learners, 1) * each, gpus) as resources:
-        if address is not None:
+    with joined(compute) as resources:
+        if address is None:
+            gpus = _gpus_here(compute)
+            learners = _default_learners(compute, len(os.sched_getaffinity(0)) // each, gpus)
+        else:
             gpus = int(resources.get("GPU", 0)) if compute.device != "cpu" else 0
             learners = _default_learners(compute, int(resources.get("CPU", 0)) // each, gpus)
             check_room(max(learners, 1) * each, resources, ADVICE)

@@ -10,8 +10,6 @@ import copy
 import dataclasses
 import difflib
 import functools
-import hashlib
-import json
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +26,7 @@ from agents.dynamics_stage import ensemble_stage
 from agents.method import Stage, common_settings, effective_settings, load_method, method_settings
 from envs.errors import UserError
 from envs.transforms import base_name
+from orchestrator.hashing import digest
 from orchestrator.tracking import check_no_password
 from sweeps.confirm import ConfirmSpec
 from sweeps.divergence import DivergenceSpec
@@ -306,7 +305,7 @@ def apply_params(config: Config, params: Mapping[str, Any]) -> Config:
             return _with_settings(config, params)
         except Exception:  # whatever is wrong is found again below, and said with its full key
             pass
-    return load_config([to_dict(config), _nested(params)], [])
+    return load_config([to_dict(config), nested(params)], [])
 
 
 def _with_settings(config: Config, params: Mapping[str, Any]) -> Config:
@@ -314,7 +313,7 @@ def _with_settings(config: Config, params: Mapping[str, Any]) -> Config:
     trial, and to resolve everything takes a hundred times as long."""
     blocks = ("method", "study", "evaluation", "compute", "schedule")
     kept = copy.deepcopy({name: getattr(config, name) for name in blocks})
-    changes = _nested(params).get("method", {})
+    changes = nested(params).get("method", {})
     return dataclasses.replace(config, **{**kept, "method": _changed(kept["method"], changes)})
 
 
@@ -428,9 +427,10 @@ def identity(config: Config, dataset_hash: str) -> dict[str, Any]:
     return {k: plain[k] for k in parts} | {"dataset": dataset_hash}
 
 
-def digest(content: Any) -> str:
-    """16 hexadecimal digits of a JSON-able value."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def settings_hash(config: Config) -> str:
+    """The same for runs of the same settings and seed, whatever data they learn from: by it runs are found where the
+    data are not at hand."""
+    return digest(identity(config, ""))
 
 
 def pack_key(config: Config) -> str:
@@ -477,7 +477,8 @@ def _parse_overrides(words: Sequence[str]) -> DictConfig:
         raise UserError(f"cannot read the overrides: {str(error).splitlines()[0]}") from None
 
 
-def _nested(params: Mapping[str, Any]) -> dict[str, Any]:
+def nested(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys with dots as the blocks of a YAML file."""
     tree: dict[str, Any] = {}
     for key, value in params.items():
         *parents, leaf = key.split(".")

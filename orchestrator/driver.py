@@ -34,7 +34,8 @@ from orchestrator.absence import (
 from orchestrator.activity import Activity
 from orchestrator.artifacts import ArtifactStore, stage_key, stage_keys
 from orchestrator.cluster import Slots
-from orchestrator.config import Config, digest, load_config, pack_key, run_config, stages_of, to_dict
+from orchestrator.config import Config, load_config, pack_key, run_config, stages_of, to_dict
+from orchestrator.hashing import digest
 from orchestrator.learner import PACK_FILE, Evaluation, PackReport, PackSpec, RunSpec, evaluation_env
 from orchestrator.memory import is_out_of_memory
 from orchestrator.node_tracking import keep_unsent

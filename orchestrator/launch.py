@@ -36,7 +36,7 @@ from orchestrator.driver import Driver, Progress
 from orchestrator.learner import dataset_record, evaluation_env, flatten, resolve_device
 from orchestrator.node_tracking import NodeBacklog, NodeTrackers
 from orchestrator.packing import COSTS_FILE, PACKING_FILE
-from orchestrator.plan import choose_packing, duration, make_plan, print_plan
+from orchestrator.plan import Plan, choose_packing, duration, make_plan, print_plan
 from orchestrator.population import check_population, keep_population
 from orchestrator.profiling import TABLE, TRACE
 from orchestrator.progress import shown
@@ -73,11 +73,14 @@ Report = Callable[[Study, RunSpool], None]
 """What is added to a finished study: its files become artifacts of the study's own run."""
 
 
-def start(config: Config, console: Console, report: Report | None = None) -> Outcome:
+def start(
+    config: Config, console: Console, report: Report | None = None, tags: Mapping[str, str] | None = None
+) -> Outcome:
     """Run a new study to its end.
 
     Args:
         report: called when all trials have ended.
+        tags: of every MLflow run, beside the study's own.
 
     Raises:
         UserError: before any compute is spent, whatever is wrong with the configuration, data or store.
@@ -92,12 +95,12 @@ def start(config: Config, console: Console, report: Report | None = None) -> Out
     check_run_key(config.study.name)
     spec = check_space(config)
     points = warm_start.points(config)
-    dataset = _check_before_compute(warm_start.with_points(config, points))
+    dataset = check_before_compute(warm_start.with_points(config, points))
     folder = workdir / "studies" / config.study.name
     with Study.create(folder, spec, _alike(config, dataset)) as study:
         warm_start.save(folder, points)
         write_text(folder / "config.yaml", to_yaml(config))
-        return _run(config, study, dataset, console, report)
+        return _run(config, study, dataset, console, report, tags)
 
 
 def _alike(config: Config, dataset: Dataset) -> dict[str, Any]:
@@ -113,7 +116,7 @@ def _alike(config: Config, dataset: Dataset) -> dict[str, Any]:
 
 def resume(
     name: str, workdir: Path, overrides: Sequence[str], console: Console, asked: Config | None = None,
-    report: Report | None = None,
+    report: Report | None = None, tags: Mapping[str, str] | None = None,
 ) -> Outcome:  # fmt: skip
     """Continue a study that was stopped or killed; a finished one is only summarised and its tracking completed.
 
@@ -121,6 +124,7 @@ def resume(
         overrides: of compute.* and tracking_uri.
         asked: the configuration as the study's file gives it now, instead of the stored one with `overrides`.
         report: called when all trials have ended.
+        tags: of every MLflow run, beside the study's own.
 
     Raises:
         UserError: there is no such study, or something that its results depend on would change.
@@ -150,9 +154,9 @@ def resume(
                 "compute.* and tracking_uri can"
             )
     config.workdir = str(workdir.absolute())
-    dataset = _check_before_compute(warm_start.with_points(config, warm_start.load(folder)))
+    dataset = check_before_compute(warm_start.with_points(config, warm_start.load(folder)))
     with Study.open(folder) as study:
-        return _run(config, study, dataset, console, report)
+        return _run(config, study, dataset, console, report, tags)
 
 
 def _older_blocks(file: Path) -> dict[str, Any]:
@@ -166,7 +170,12 @@ def _store_uri(config: Config) -> str:
     return config.tracking_uri or default_tracking_uri(config.workdir)
 
 
-def _check_before_compute(config: Config) -> Dataset:
+def check_before_compute(config: Config) -> Dataset:
+    """The dataset of a study that can be started as far as can be told without a computation.
+
+    Raises:
+        UserError: whatever is wrong with the store, the device, the data or the settings.
+    """
     if cluster_address(config.compute.address) is None:
         resolve_device(config.compute.device)
     check_reachable(_store_uri(config))
@@ -249,7 +258,10 @@ def online_methods() -> list[str]:
     ]  # fmt: skip
 
 
-def _run(config: Config, study: Study, dataset: Dataset, console: Console, report: Report | None) -> Outcome:
+def _run(
+    config: Config, study: Study, dataset: Dataset, console: Console, report: Report | None,
+    more_tags: Mapping[str, str] | None,
+) -> Outcome:  # fmt: skip
     config = warm_start.with_points(config, warm_start.load(study.folder))
     tracker = Tracker(
         _store_uri(config), study.spec.name, study.folder / "spool", study.folder / STATE_FILE,
@@ -261,8 +273,8 @@ def _run(config: Config, study: Study, dataset: Dataset, console: Console, repor
     # drivers that share a study may share an MLflow server, too
     own_run = "study" if study.driver is None else f"study-{study.driver}"
     tracker.set_experiment_note(_note(config, study.spec, score_label(config, dataset)))
-    with _tracking(tracker, console), RunSpool(study.folder / "spool", own_run) as spool:
-        tags = _tags()
+    with tracking(tracker, console), RunSpool(study.folder / "spool", own_run) as spool:
+        tags = _tags() | dict(more_tags or {})
         _announce(spool, config, dataset, tags)
         warnings = [] if config.study.trials else warnings_of(study.spec)
         for warning in warnings:
@@ -323,7 +335,7 @@ def _confirm(
     unit = value_unit(fresh, dataset)
     with (
         Study.open(folder) if exists else Study.create(folder, check_space(fresh)) as repeated,
-        _tracking(tracker, console),
+        tracking(tracker, console),
         RunSpool(folder / "spool", CONFIRM_FOLDER) as spool,
     ):
         _announce(spool, fresh, dataset, {**tags, "stage": "confirm"})
@@ -363,10 +375,8 @@ def _show_profiles(console: Console, folder: Path) -> None:
         console.print(f"profiles of all {len(tables)} packs: {folder}/*/profile/", highlight=False, soft_wrap=True)
 
 
-def plan(
-    config: Config, console: Console, as_json: bool = False, gpus: int | None = None, cpus: int | None = None
-) -> None:
-    """Print what a study would take, without starting it.
+def planned(config: Config, gpus: int | None = None, cpus: int | None = None) -> Plan:
+    """What a study would take, measured where it is not known.
 
     Raises:
         UserError: whatever is wrong with the configuration or the data, or too little memory.
@@ -382,7 +392,18 @@ def plan(
         resolve_device(config.compute.device)
     dataset = _check_data(config)
     with open_slots(config.compute, dataset) as slots:
-        made = make_plan(config, spec, dataset, slots, gpus, cpus)
+        return make_plan(config, spec, dataset, slots, gpus, cpus)
+
+
+def plan(
+    config: Config, console: Console, as_json: bool = False, gpus: int | None = None, cpus: int | None = None
+) -> None:
+    """Print what a study would take, without starting it.
+
+    Raises:
+        UserError: whatever is wrong with the configuration or the data, or too little memory.
+    """
+    made = planned(config, gpus, cpus)
     if as_json:
         print(json.dumps(made.to_json(), indent=1))
     else:
@@ -413,7 +434,7 @@ def _compare_with_plan(console: Console, spool: RunSpool, driver: Driver) -> Non
 
 
 @contextmanager
-def _tracking(tracker: Tracker, console: Console) -> Iterator[None]:
+def tracking(tracker: Tracker, console: Console) -> Iterator[None]:
     """Send the spool to MLflow in a thread of its own; at the end wait until all is sent."""
     stop = threading.Event()
     thread = threading.Thread(target=tracker.run_loop, args=(stop,), name="tracker", daemon=True)

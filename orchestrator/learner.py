@@ -55,13 +55,14 @@ from orchestrator.config import (
     ComputeConfig,
     Config,
     apply_params,
-    digest,
     identity,
     load_config,
+    settings_hash,
     stages_of,
     to_dict,
     to_yaml,
 )
+from orchestrator.hashing import digest
 from orchestrator.node_tracking import place_of, unsent_lines
 from orchestrator.offline_metrics import OfflineMetric, offline_metric
 from orchestrator.population import HISTORY_FILE, SCHEDULE_FILE, Population, write_schedule
@@ -694,6 +695,7 @@ class Learner:
             "trial": str(run.trial), **run.tags, "seed": str(run.seed), "method": config.method_name,
             "dataset": config.dataset, "pack": self.pack.pack_id, "environment": self.env_id, "device":
             str(self.device), "config_hash": digest(identity(config, self.dataset.content_hash)),
+            "settings_hash": settings_hash(config),
             "score_reference": self.reference.label if self.reference else "none: values are raw returns",
             **({"source": config.dataset, "target": target} if (target := target_of(config)) else {}),
         }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEMPLATE = "page.html.j2"
+MLFLOW = "http://127.0.0.1:5000"  # where `offsweep ui` serves it
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Cell:
     link: str | None = None
     order: float | None = None  # what its column is sorted by; None: its text
     mark: str = ""  # best | muted
+    note: str = ""  # a second line, smaller
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,15 @@ class PageFigure:
 
 @dataclass(frozen=True)
 class Section:
-    """Of a page, in this order: sentences with labels, table, figures, a text as it stands in a file."""
+    """Of a page, in this order: sentences with labels, tables, figures, a text as it stands in a file."""
 
     title: str
-    sentences: Sequence[tuple[str, str]] = ()
+    sentences: Sequence[tuple[str, str | Cell]] = ()
     table: PageTable | None = None
     figures: Sequence[PageFigure] = ()
     listing: str = ""
     folded: bool = False  # shown when it is asked for
+    anchor: str = ""  # by which links lead to it
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Page:
     subtitle: str
     sections: Sequence[Section]
     warnings: Sequence[str] = field(default=())
+    watermark: str = ""  # across the page
 
     def html(self) -> str:
         """The whole page."""
@@ -94,3 +99,15 @@ def page_figure(title: str, figure: Figure) -> PageFigure:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return PageFigure(title, base64.b64encode(buffer.getvalue()).decode())
+
+
+def pages_address(store: str, given: str | None) -> str:
+    """Where MLflow's pages of a store are looked at: as given, else the store itself if it is a server, else where
+    `offsweep ui` serves them.
+
+    Raises:
+        UserError: what is given is no address.
+    """
+    if given is not None and re.match(r"https?://[^/\s]+", given) is None:
+        raise UserError(f"--mlflow {given!r} is not an address such as {MLFLOW}")
+    return given or (store if store.startswith(("http://", "https://")) else MLFLOW)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from envs.errors import UserError
-from orchestrator.pages import Cell, Page, PageTable, Section, page_figure
+from orchestrator.pages import Cell, Page, PageTable, Section, page_figure, pages_address
 from orchestrator.reading import (
     IMPORTANCE,
     About,
@@ -30,7 +28,6 @@ from sweeps.study import Study, TrialRecord
 from sweeps.summary import collapse_sentences, collapsing_runs, importance_spreads, short_names, trial_rows
 
 STATE_FILE = "tracker.json"  # of the tracker, whose module loads MLflow
-MLFLOW = "http://127.0.0.1:5000"  # where `offsweep ui` serves it
 TOP = 1000  # trials in the page's table
 TITLES = {
     "history.png": "Course of the search",
@@ -57,13 +54,10 @@ def report(name: str, workdir: Path, file: Path | None = None, mlflow: str | Non
     Raises:
         UserError: there is no such study, the file cannot be written, or the address is none.
     """
-    if mlflow is not None and re.match(r"https?://[^/\s]+", mlflow) is None:
-        raise UserError(f"--mlflow {mlflow!r} is not an address such as {MLFLOW}")
     study, records = open_study(name, workdir)
     about = read_about(study.folder)
-    served = about.store if about.store.startswith(("http://", "https://")) else MLFLOW
     path = study.folder / "report.html" if file is None else file
-    study_page(study, records, about, mlflow or served).save(path)
+    study_page(study, records, about, pages_address(about.store, mlflow)).save(path)
     return path
 
 

@@ -155,7 +155,7 @@ class Tracker:
         self.spool_folder = Path(spool_folder)
         self.state_file = Path(state_file)
         self._artifact_root = artifact_root
-        self._client_factory = client_factory or _mlflow_client
+        self._client_factory = client_factory or mlflow_client
         self._client: Any = None
         self._experiment_id: str | None = None
         self._lock = threading.RLock()
@@ -769,7 +769,8 @@ def ui_environment(uri: str, auth: bool = False) -> dict[str, str]:
     return variables
 
 
-def _mlflow_client(uri: str) -> Any:
+def mlflow_client(uri: str) -> Any:
+    """MLflow's client of a store, whose loading takes seconds."""
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
@@ -855,7 +856,7 @@ def _check_server(uri: str, timeout_s: float) -> None:
             " to record in a local file."
         ) from error
     try:
-        _mlflow_client(uri).search_experiments(max_results=1)
+        mlflow_client(uri).search_experiments(max_results=1)
     except Exception as error:
         raise TrackingError(
             f"{shown} answers, but not as an MLflow server that lets us in"
@@ -869,6 +870,11 @@ def _check_server(uri: str, timeout_s: float) -> None:
 
 def _scheme(uri: str) -> str:
     return uri.partition(":")[0].partition("+")[0].lower() if ":" in uri else ""
+
+
+def store_file(uri: str) -> Path | None:
+    """The file of a store that is one (SQLite)."""
+    return _sqlite_path(uri) if _scheme(uri) == "sqlite" else None
 
 
 def _sqlite_path(uri: str) -> Path:

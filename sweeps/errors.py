@@ -14,6 +14,10 @@ class StudyError(UserError):
     """A study that cannot be created, opened, written or told what it was told."""
 
 
+class StudyBusyError(StudyError):
+    """A study that another driver works at."""
+
+
 class TableError(UserError):
     """A paper table, or its references, that make no sense."""
 

@@ -102,23 +102,26 @@ def mean_difference(values: Mapping[int, float], references: Mapping[int, float]
 
 def student_interval(values: Sequence[float]) -> Interval:
     """95 % for the mean of at least 2 values, by Student's t."""
-    from scipy.stats import t  # takes half a second to load
-
-    half = float(t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = t_quantile(0.975, len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     mean = float(np.mean(values))
     return mean - half, mean + half
 
 
+def t_quantile(share: float, freedom: float) -> float:
+    """Of Student's t. `scipy.stats` has the same, and takes a second to load."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, share))
+
+
 def _intervals(values: NDArray[np.float64], seed: int) -> tuple[float, Interval, Interval]:
     """The mean, and of 95 % the bootstrap's interval and Student's."""
-    from scipy.stats import t  # takes half a second to load
-
     n, mean = len(values), float(values.mean())
     if n == 1:
         return mean, (math.nan, math.nan), (math.nan, math.nan)
     drawn = values[np.random.default_rng(seed).integers(n, size=(_RESAMPLES, n))].mean(1)
     low, high = np.quantile(drawn, (0.025, 0.975))
-    half = float(t.ppf(0.975, n - 1)) * float(values.std(ddof=1)) / math.sqrt(n)
+    half = t_quantile(0.975, n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
     return mean, (float(low), float(high)), (mean - half, mean + half)
 
 

@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from sweeps._optuna import optuna
-from sweeps.errors import StudyError
+from sweeps.errors import StudyBusyError, StudyError
 from sweeps.journal import Journal, mend
 from sweeps.pruners import make_pruner
 from sweeps.samplers import SLOW_SAMPLERS, GivenSampler, Space, make_sampler
@@ -977,7 +977,7 @@ def _acquire(folder: Path) -> int:
     except BlockingIOError:
         holder = os.read(descriptor, 200).decode(errors="replace").strip() or "unknown process"
         os.close(descriptor)
-        raise StudyError(
+        raise StudyBusyError(
             f"The study in {folder} already has a driver ({holder}); wait for it to end or stop it."
         ) from None
     except BaseException:

@@ -238,9 +238,8 @@ def table_result(
             found = [run for run in (run.up_to(cell.read_at) for run in found) if run.values]
         values = [run.value(table.protocol.selection) for run in found]
         r = cell.reference
-        said = verdict(
-            values, r.mean, r.std, r.seeds, not_comparable=cell.not_comparable, higher_is_better=table.higher_is_better
-        )
+        why = cell.not_comparable or ("" if r.mean is not None else r.note)
+        said = verdict(values, r.mean, r.std, r.seeds, not_comparable=why, higher_is_better=table.higher_is_better)
         if cell.column.reference_only:
             said = Verdict("not run", cell.column.reference_only)
         cells[key] = CellResult(cell, found, table.protocol.seeds, table.protocol.selection, said)

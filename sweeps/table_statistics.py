@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from envs.errors import UserError
 from sweeps.errors import suggestion
+from sweeps.statistics import t_quantile
 
 Array = NDArray[np.float64]
 
@@ -257,17 +258,17 @@ def verdict(
     if error == 0:
         return Verdict("not comparable", "neither side has any spread", difference)
 
-    from scipy.stats import t  # takes half a second to load
+    from scipy.special import stdtr  # the distribution of Student's t
 
     freedom = error**4 / (parts[0] ** 2 / (len(ours) - 1) + parts[1] ** 2 / (reference_seeds - 1))
-    half = float(t.ppf(1 - significance / 2, freedom)) * error
-    p_value = 2 * float(t.sf(abs(difference) / error, freedom))
+    half = t_quantile(1 - significance / 2, freedom) * error
+    p_value = 2 * float(stdtr(freedom, -abs(difference) / error))
     name = "reproduced"
     if p_value < significance:
         name = "better" if (difference > 0) == higher_is_better else "worse"
     return Verdict(
         name, "", difference, (difference - half, difference + half), p_value,
-        half + float(t.ppf(power, freedom)) * error,
+        half + t_quantile(power, freedom) * error,
     )  # fmt: skip
 
 

@@ -97,7 +97,7 @@ class Cell:
 
     row: Row
     column: Column
-    words: list[str]  # of `offsweep train`; none where runs are a lab's or there are none
+    settings: dict[str, Any]  # as `offsweep train` takes them; none where runs are a lab's or there are none
     updates: int  # of each of its runs, at the table's scale
     read_at: int | None  # updates up to which their evaluations count, at the table's scale; None: all
     reference: Reference
@@ -106,7 +106,12 @@ class Cell:
     @property
     def trained(self) -> bool:
         """Whether runs of its own fill it."""
-        return bool(self.words)
+        return bool(self.settings)
+
+    @property
+    def words(self) -> list[str]:
+        """Behind `offsweep train`."""
+        return [f"{key}={_text(value)}" for key, value in self.settings.items()]
 
 
 @dataclass(frozen=True)
@@ -150,12 +155,12 @@ class Table:
         override = self.cells_differ.get((row.name, column.name), CellOverride(row.name, column.name))
         reference = self.references.get((row.name, column.name), Reference(note="no reference is given"))
         reasons = (self.watermark, override.not_comparable, row.not_comparable, column.not_comparable)
-        words = []
+        settings = {}
         if not (row.lab or column.reference_only):
-            words = self._words(row, column, override)
+            settings = self._settings(row, column, override)
         why = next((reason for reason in reasons if reason), "")
         read_at = None if column.read_at is None else self._shrunk(column.read_at, self._epoch(column))
-        return Cell(row, column, words, self.updates(column), read_at, reference, why)
+        return Cell(row, column, settings, self.updates(column), read_at, reference, why)
 
     def cells(self) -> Iterator[Cell]:
         """All cells, row by row."""
@@ -176,7 +181,7 @@ class Table:
         unit = unit if count % unit == 0 else 1
         return unit * max(1, round(count * self.scale / unit))
 
-    def _words(self, row: Row, column: Column, override: CellOverride) -> list[str]:
+    def _settings(self, row: Row, column: Column, override: CellOverride) -> dict[str, Any]:
         epoch, p = self._epoch(column), self.protocol
         updates = self.updates(column)
         settings = {"dataset": row.dataset, **column.settings, **override.settings}
@@ -188,7 +193,7 @@ class Table:
             "num_seeds": p.seeds, "evaluation.episodes": p.episodes,
             "evaluation.every_epochs": max(1, updates // epoch // p.evaluations),
         }  # fmt: skip
-        return [f"{key}={_text(_filled(value, row, column))}" for key, value in settings.items()]
+        return {key: _filled(value, row, column) for key, value in settings.items()}
 
 
 def known_tables() -> list[str]:

@@ -7,6 +7,10 @@ A laboratory is a module here and a study in `sweeps/studies` of the same name. 
 - `show(config, study, spool, console)`: called when all trials have ended; prints the table and leaves `lab.csv` and
   the figure in the study's folder, both also as artifacts.
 
+and, where tables are made of it,
+
+- `table_values(folder, row, column)`: what it has measured for a cell, by seed, from the files in its study's folder.
+
 A laboratory that takes seconds needs no study: instead of `options` and `show` it has
 
 - `run(workdir, seeds, updates, console)`: does it all, in this process, and leaves both files in a folder of its own.
@@ -19,11 +23,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 from envs.errors import UserError
 from orchestrator import launch
 from orchestrator.config import load_config
+from orchestrator.labs.common import ROWS_FILE
 from orchestrator.spool import RunSpool
 from sweeps.study import Study
 
@@ -55,7 +61,7 @@ def run_lab(name: str, workdir: str, seeds: int | None, updates: int | None, con
     for option, value in (("--seeds", seeds), ("--updates", updates)):
         if value is not None and value < 1:
             raise UserError(f"{option} {value} must be at least 1")
-    lab, file = _module(name), STUDIES / f"{name.replace('-', '_')}.yaml"
+    lab, file = _module(name), _file(name)
     if hasattr(lab, "run"):
         results: Sequence[Any] = lab.run(workdir, seeds, updates, console)
         return results
@@ -70,6 +76,37 @@ def run_lab(name: str, workdir: str, seeds: int | None, updates: int | None, con
     else:
         launch.start(config, console, report)
     return rows
+
+
+def lab_values(name: str, workdir: Path, row: str, column: str) -> dict[int, float]:
+    """What a laboratory has measured for a cell of a table, by seed; nothing where it has not ended in this work
+    folder.
+
+    Args:
+        row, column: what is read of its results: see the laboratory's `table_values`.
+
+    Raises:
+        UserError: there is no such lab, no table is made of it, or it has nothing of that name.
+    """
+    if name not in LABS or not hasattr(_module(name), "table_values"):
+        raise UserError(f"no table is made of a lab {name!r}")
+    folder = workdir / "studies" / study_name(name)
+    if not (folder / ROWS_FILE).exists():
+        return {}
+    found: dict[int, float] = _module(name).table_values(folder, row, column)
+    if not found:
+        raise UserError(f"lab {name} has measured nothing called {column!r}{f' of {row!r}' if row else ''}")
+    return found
+
+
+def study_name(lab: str) -> str:
+    """Of the study that a laboratory's file describes."""
+    name: str = yaml.safe_load(_file(lab).read_text())["study"]["name"]
+    return name
+
+
+def _file(name: str) -> Path:
+    return STUDIES / f"{name.replace('-', '_')}.yaml"
 
 
 def _module(name: str) -> Any:

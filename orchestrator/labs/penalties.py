@@ -32,7 +32,7 @@ from envs.transforms import base_name
 from orchestrator.artifacts import ArtifactStore, stage_keys
 from orchestrator.config import Config, run_config
 from orchestrator.driver import run_key
-from orchestrator.labs.common import keep_figure, keep_rows
+from orchestrator.labs.common import keep_figure, keep_rows, read_rows
 from orchestrator.learner import action_bounds
 from orchestrator.spool import RunSpool
 from sweeps.plots_penalties import PenaltyFigure, draw_penalties
@@ -125,6 +125,16 @@ def show(config: Config, study: Study, spool: RunSpool, console: Console) -> lis
             console.print(table)
         keep_figure(study.folder / FIGURE_FILE, draw_penalties(figure(rows, config)), spool, console)
     return rows
+
+
+def table_values(folder: Path, row: str, column: str) -> dict[int, float]:
+    """Spearman's correlation of a penalty (column) with the true error over whole rollouts of ensembles of `SHOWN`,
+    mean over the policies; there is one row."""
+    found: dict[int, list[float]] = {}
+    for one in read_rows(folder, LabRow):
+        if (one.imagined, one.members, one.step, one.penalty) == (True, SHOWN, ALL_STEPS, column) and not row:
+            found.setdefault(one.seed, []).append(one.spearman)
+    return {seed: statistics.fmean(values) for seed, values in found.items()}
 
 
 def sizes(ensemble: Ensemble) -> list[int]:

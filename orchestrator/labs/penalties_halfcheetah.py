@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from orchestrator.labs.penalties import options, show
+from orchestrator.labs.penalties import options, show, table_values
 
-__all__ = ["ABOUT", "options", "show"]
+__all__ = ["ABOUT", "options", "show", "table_values"]
 
 ABOUT = "the same on HalfCheetah, where no rule ends an episode"

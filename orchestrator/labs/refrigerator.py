@@ -37,7 +37,7 @@ from envs.dataset import Dataset
 from envs.registry import load_dataset
 from orchestrator.artifacts import ArtifactStore, stage_keys
 from orchestrator.config import Config, run_config
-from orchestrator.labs.common import keep_figure, keep_rows
+from orchestrator.labs.common import keep_figure, keep_rows, read_rows
 from orchestrator.learner import action_bounds
 from orchestrator.spool import RunSpool
 from sweeps.plots_refrigerator import ControllerCourse, Curve, Plane, RefrigeratorFigure, draw_refrigerator
@@ -130,6 +130,12 @@ def lab_rows(seed: int, measured: Measured) -> list[LabRow]:
         )
         for (controller, way), errors in measured.errors.items()
     ]  # fmt: skip
+
+
+def table_values(folder: Path, row: str, column: str) -> dict[int, float]:
+    """Errors in °C of the rollouts under a controller (row), stepped in one way (column)."""
+    rows = read_rows(folder, LabRow)
+    return {one.seed: one.rmse for one in rows if (one.controller, one.way) == (row, column)}
 
 
 def ratios(rows: Sequence[LabRow], way: str, reference: str) -> dict[str, Ratio]:

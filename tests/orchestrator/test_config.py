@@ -14,7 +14,6 @@ from orchestrator.config import (
     Config,
     apply_params,
     check_space,
-    digest,
     identity,
     load_config,
     pack_key,
@@ -22,6 +21,7 @@ from orchestrator.config import (
     to_dict,
     to_yaml,
 )
+from orchestrator.hashing import digest
 
 PENDULUM = "dataset=embedded/pendulum-medium-v0"
 

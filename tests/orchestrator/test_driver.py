@@ -23,7 +23,8 @@ from envs.errors import UserError
 from orchestrator import launch
 from orchestrator.artifacts import load_tensors
 from orchestrator.cluster import InlineSlots, RaySlots
-from orchestrator.config import Config, digest, identity, load_config
+from orchestrator.config import Config, identity, load_config
+from orchestrator.hashing import digest
 from orchestrator.learner import LearnerProcess, PackReport, PackSpec
 from orchestrator.memory import OutOfMemory
 from orchestrator.packing import Packing

@@ -74,12 +74,12 @@ class Study:
             "study",
             self.folder / "spool",
             self.folder / "tracker.json",
-            client_factory=lambda uri: wrap(tracking._mlflow_client(uri)),
+            client_factory=lambda uri: wrap(tracking.mlflow_client(uri)),
             **options,
         )
 
     def client(self) -> Any:
-        return tracking._mlflow_client(self.uri)
+        return tracking.mlflow_client(self.uri)
 
     def run(self, run_key: str = "run") -> Any:
         client = self.client()
@@ -420,7 +420,7 @@ def test_back_off_grows_and_ends(study, monkeypatch):
         waits.append(tracker.status().next_attempt_s)
         now[0] += waits[-1]
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60]
-    tracker._client_factory = tracking._mlflow_client
+    tracker._client_factory = tracking.mlflow_client
     assert tracker.poll() == 1
     assert tracker.status().next_attempt_s == 0
 
@@ -495,7 +495,7 @@ def test_an_emptied_store_is_filled_again(study, template_store):
     shutil.copy(template_store, study.database)
     other = f"sqlite:///{study.database}"
     tracker = study.tracker()
-    tracker._client_factory = lambda _: tracking._mlflow_client(other)
+    tracker._client_factory = lambda _: tracking.mlflow_client(other)
     log_steps(spool, 5, 6)
     assert tracker.drain(30)
     assert [step for _, step, _ in study.rows()] == [1, 2, 3, 4, 5, 6]
@@ -522,7 +522,7 @@ def test_run_loop_delivers_while_the_run_goes_on(study):
 
 
 def test_new_store_is_complete_and_keeps_artifacts_beside_it(template_store):
-    (default,) = tracking._mlflow_client(f"sqlite:///{template_store}").search_experiments()
+    (default,) = tracking.mlflow_client(f"sqlite:///{template_store}").search_experiments()
     assert default.artifact_location == f"{(template_store.parent / 'mlartifacts').as_uri()}/0"
     assert not list(template_store.parent.glob(".*.tmp*"))
     assert template_store.stat().st_mode & 0o444 == 0o444
