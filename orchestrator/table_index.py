@@ -39,7 +39,6 @@ class IndexedRun:
     seed: int
     outcome: str
     settings_hash: str
-    config_hash: str
     dataset: str
     dataset_hash: str  # as MLflow has it: the first 16 digits
     offline: list[str] = field(default_factory=list)  # metrics of the data alone that it has
@@ -107,12 +106,10 @@ class RunIndex:
         self._runs = {run_id: run for run_id, run in runs.items() if run_id not in gone}
 
     def by_settings(self) -> dict[str, list[IndexedRun]]:
-        """All runs by the hash of their settings, and by that of their settings and data; what ended first comes
-        first."""
+        """All runs by the hash of their settings; what ended first comes first."""
         found: dict[str, list[IndexedRun]] = {}
         for run in sorted(self._runs.values(), key=lambda run: (run.ended, run.run_id)):
-            for key in {run.settings_hash, run.config_hash} - {""}:
-                found.setdefault(key, []).append(run)
+            found.setdefault(run.settings_hash, []).append(run)
         return found
 
     def courses(self, runs: Sequence[IndexedRun], metric: str) -> dict[str, dict[str, Course]]:
@@ -152,7 +149,7 @@ class RunIndex:
     def _search(self, view: str, more: str = "") -> Iterator[IndexedRun]:
         from mlflow.entities import ViewType
 
-        words = " and ".join(filter(None, ["tags.config_hash LIKE '%'", more]))
+        words = " and ".join(filter(None, ["tags.settings_hash LIKE '%'", more]))
         experiments = [experiment.experiment_id for experiment in self._experiments()]
         token = None
         while experiments:
@@ -196,7 +193,7 @@ def _indexed(run: Any) -> IndexedRun | None:
     digests = [given.dataset.digest for given in run.inputs.dataset_inputs]
     return IndexedRun(
         run.info.run_id, run.info.experiment_id, run.info.end_time, tags.get("study", ""), int(tags.get("seed", 0)),
-        tags["outcome"], tags.get("settings_hash", ""), tags["config_hash"], tags.get("dataset", ""),
+        tags["outcome"], tags["settings_hash"], tags.get("dataset", ""),
         digests[0] if digests else "", sorted(name for name in run.data.metrics if name.startswith(OFFLINE)),
     )  # fmt: skip
 
