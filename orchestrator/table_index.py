@@ -22,7 +22,7 @@ from orchestrator.tracking import TrackingError, absolute_uri, check_reachable, 
 LAYOUT = 1  # of the file: another one is not read
 FOLDER = "mlflow-index"  # of the work folder
 OUTCOMES = ("finished", "diverged")  # of runs that say something about their settings
-OVERLAP_MS = 24 * 3600 * 1000  # before the last end known: runs may be sent that much later than they ended
+OVERLAP_MS = 3600 * 1000  # before the last end known: runs may be sent that much later than they ended
 PAGE = 1000  # runs that MLflow is asked for at once
 THREADS = 8  # that ask for metrics
 OFFLINE = "offline/"  # metrics of the data alone
@@ -76,8 +76,8 @@ class RunIndex:
         """Take in what has ended since the last time, and leave out what was deleted.
 
         Args:
-            anew: ask for everything, however long ago it ended; without, runs that arrived a day after they had ended
-                or later can be missed.
+            anew: ask for everything, however long ago it ended; without, runs that were sent later than an hour
+                after they had ended can be missed.
 
         Raises:
             UserError: the store cannot be reached.

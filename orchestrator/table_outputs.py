@@ -32,6 +32,7 @@ LEGEND = (
 )
 CSV_FILE, PAGE_FILE = "table.csv", "table.html"
 NAMES = ("table.md", "table.tex", CSV_FILE, "table.json", PAGE_FILE)
+_NO_CAPTION = ("verdicts", "published values")  # of LaTeX: the sources stand in comments
 _WIDE = 6  # columns of a LaTeX table beyond which it is made to fit the text
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -214,7 +215,7 @@ def latex(result: TableResult) -> str:
     wide = len(table.columns) > _WIDE
     packages = r"\usepackage{booktabs,graphicx}" if wide else r"\usepackage{booktabs}"
     caption = [table.title, *([table.watermark] if table.watermark else [])]
-    caption += [f"{label}: {sentence}" for label, sentence in result.caption() if label != "verdicts"]
+    caption += [f"{label}: {sentence}" for label, sentence in result.caption() if label not in _NO_CAPTION]
     caption.append("Second lines: published. Bold: best, or not told apart from it at 5 %")
     lines = [
         f"% {packages}", *(f"% {line}" for line in _provenance(result)), r"\begin{table}[t]", r"\centering",

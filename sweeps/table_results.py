@@ -217,6 +217,8 @@ class TableResult:
             said.append(("tuning budget", table.tuning))
         if table.note:
             said.append(("note", table.note))
+        if sources := dict.fromkeys(s for c in self.cells.values() if (s := c.cell.reference.source)):
+            said.append(("published values", "; ".join(sources)))
         verdicts = ", ".join(f"{count} {name}" for name, count in self.counts.items())
         said.append(("verdicts", verdicts or "no cell can be filled here"))
         return said
