@@ -19,7 +19,7 @@ from envs.files import write_atomically
 from orchestrator.hashing import digest
 from orchestrator.tracking import TrackingError, absolute_uri, check_reachable, mlflow_client, shown_uri, store_file
 
-LAYOUT = 1  # of the file: another one is not read
+LAYOUT = 2  # of the file: another one is not read
 FOLDER = "mlflow-index"  # of the work folder
 OUTCOMES = ("finished", "diverged")  # of runs that say something about their settings
 OVERLAP_MS = 3600 * 1000  # before the last end known: runs may be sent that much later than they ended
@@ -41,6 +41,8 @@ class IndexedRun:
     settings_hash: str
     dataset: str
     dataset_hash: str  # as MLflow has it: the first 16 digits
+    stage: str = ""  # search or confirm, of a search's runs
+    trial: str = ""
     offline: list[str] = field(default_factory=list)  # metrics of the data alone that it has
 
 
@@ -110,6 +112,14 @@ class RunIndex:
         found: dict[str, list[IndexedRun]] = {}
         for run in sorted(self._runs.values(), key=lambda run: (run.ended, run.run_id)):
             found.setdefault(run.settings_hash, []).append(run)
+        return found
+
+    def confirmed(self, study: str) -> dict[str, list[IndexedRun]]:
+        """The runs of a search's confirm stage, by the trial that they repeat."""
+        found: dict[str, list[IndexedRun]] = {}
+        for run in self._runs.values():
+            if (run.study, run.stage) == (study, "confirm"):
+                found.setdefault(run.trial, []).append(run)
         return found
 
     def courses(self, runs: Sequence[IndexedRun], metric: str) -> dict[str, dict[str, Course]]:
@@ -194,7 +204,8 @@ def _indexed(run: Any) -> IndexedRun | None:
     return IndexedRun(
         run.info.run_id, run.info.experiment_id, run.info.end_time, tags.get("study", ""), int(tags.get("seed", 0)),
         tags["outcome"], tags["settings_hash"], tags.get("dataset", ""),
-        digests[0] if digests else "", sorted(name for name in run.data.metrics if name.startswith(OFFLINE)),
+        digests[0] if digests else "", tags.get("stage", ""), tags.get("trial", ""),
+        sorted(name for name in run.data.metrics if name.startswith(OFFLINE)),
     )  # fmt: skip
 
 

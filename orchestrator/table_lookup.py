@@ -7,6 +7,7 @@ folder, so that a table can be looked at without.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,7 +37,8 @@ class CellRuns:
     row: str
     column: str
     dataset: str
-    hashes: Mapping[int, str]  # seed -> of the settings of its run
+    hashes: Mapping[int, str]  # seed -> of the settings of its run; of a search one per confirmed run, all empty
+    search: str = ""  # the study whose confirmed best fills it
 
     @property
     def key(self) -> Key:
@@ -99,7 +101,7 @@ def cell_runs(table: Table, workdir: Path) -> list[CellRuns]:
 
 def _cell_runs(content: Mapping[str, Any]) -> CellRuns:
     hashes = {int(seed): found for seed, found in content["hashes"].items()}
-    return CellRuns(content["row"], content["column"], content["dataset"], hashes)
+    return CellRuns(content["row"], content["column"], content["dataset"], hashes, content["search"])
 
 
 def _code() -> list[Any]:
@@ -124,6 +126,9 @@ def find_runs(table: Table, wanted: Sequence[CellRuns], index: RunIndex, workdir
     doubts: list[str] = []
     others: Counter[str] = Counter()  # runs of other data, by the dataset's name
     for one in wanted:
+        if one.search:
+            taken[one.key] = _best_confirmed(table, one, index, metric)
+            continue
         candidates = {seed: _of_dataset(known.get(h, []), one.dataset) for seed, h in one.hashes.items()}
         mine = hashes[one.dataset]
         if mine is None:
@@ -145,7 +150,10 @@ def find_runs(table: Table, wanted: Sequence[CellRuns], index: RunIndex, workdir
     if empty:
         doubts.append(f"{empty} runs have no {metric} in MLflow and are left out.")
     filled = {key: [r for r in runs if r.values or r.outcome == "diverged"] for key, runs in found.items()}
-    missing = {one.key: [seed for seed in one.hashes if seed not in taken[one.key]] for one in wanted}
+    missing = {
+        one.key: [seed for seed in one.hashes if (not taken[one.key] if one.search else seed not in taken[one.key])]
+        for one in wanted
+    }
     for cell in table.cells():
         if cell.row.lab:
             from orchestrator.labs import lab_values
@@ -153,6 +161,19 @@ def find_runs(table: Table, wanted: Sequence[CellRuns], index: RunIndex, workdir
             values = lab_values(cell.row.lab, workdir, cell.row.reads, cell.column.reads)
             filled[cell.row.name, cell.column.name] = [RunScores(seed, [0], [value]) for seed, value in values.items()]
     return Found(filled, {key: seeds for key, seeds in missing.items() if seeds}, doubts)
+
+
+def _best_confirmed(table: Table, one: CellRuns, index: RunIndex, metric: str) -> dict[int, IndexedRun]:
+    """The fresh runs of the trial of a search that did best in them; nothing before the search has ended."""
+    whole = [runs for runs in index.confirmed(one.search).values() if len(runs) >= len(one.hashes)]
+    courses = index.courses([run for runs in whole for run in runs], metric)
+
+    def worth(runs: list[IndexedRun]) -> float:
+        values = [_scores(run, courses[run.run_id], metric).value(table.protocol.selection) for run in runs]
+        value = sum(values) / len(values)
+        return -math.inf if math.isnan(value) else value if table.higher_is_better else -value
+
+    return {run.seed: run for run in max(whole, key=worth)} if whole else {}
 
 
 def _of_dataset(runs: Sequence[IndexedRun], name: str) -> list[IndexedRun]:

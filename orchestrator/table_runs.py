@@ -14,6 +14,8 @@ from orchestrator.hashing import digest
 from orchestrator.table_lookup import CellRuns, Key, slug
 from sweeps.tables import Cell, Table
 
+STUDIES = Path(__file__).parent.parent / "sweeps" / "studies"
+
 
 @dataclass(frozen=True)
 class PlannedCell:
@@ -34,14 +36,11 @@ class TableStudy:
 
     config: Config
     seeds: dict[Key, list[int]]
+    runs: int  # a search's without those of its confirm stage
 
     @property
     def name(self) -> str:
         return self.config.study.name
-
-    @property
-    def runs(self) -> int:
-        return sum(map(len, self.seeds.values()))
 
 
 def planned_cells(table: Table, workdir: Path, words: Sequence[str] = ()) -> list[PlannedCell]:
@@ -55,14 +54,23 @@ def planned_cells(table: Table, workdir: Path, words: Sequence[str] = ()) -> lis
     """
     found = []
     for cell in table.cells():
-        if not cell.trained or cell.column.study:
+        if not cell.trained:
             continue
+        where, hashes, search = {"workdir": str(workdir)}, dict[int, str](), ""
         try:
-            config = load_config([{"workdir": str(workdir)}], [*cell.words, *words])
+            if cell.column.study:
+                search = f"{_prefix(table, cell)}-{digest([cell.column.study, cell.words])[:6]}"
+                confirm = {"study": {"name": search, "confirm": {"num_seeds": table.protocol.seeds}}}
+                given = [word for word in cell.words if word.partition("=")[0] not in _SEEDS]
+                config = load_config([where, STUDIES / f"{cell.column.study}.yaml", confirm], [*given, *words])
+                hashes = dict.fromkeys(range(table.protocol.seeds), "")
+            else:
+                config = load_config([where], [*cell.words, *words])
+                hashes = {seed: settings_hash(run_config(config, {}, seed)) for seed in config.seeds}
         except UserError as error:
             raise UserError(f"{cell.column.name} on {cell.row.name}: {error}") from None
-        hashes = {seed: settings_hash(run_config(config, {}, seed)) for seed in config.seeds}
-        found.append(PlannedCell(cell, config, CellRuns(cell.row.name, cell.column.name, config.dataset, hashes)))
+        runs = CellRuns(cell.row.name, cell.column.name, config.dataset, hashes, search)
+        found.append(PlannedCell(cell, config, runs))
     return found
 
 
@@ -71,9 +79,21 @@ def missing_studies(
     words: Sequence[str] = (),
 ) -> list[TableStudy]:  # fmt: skip
     """The studies that train what is missing, in the order of the table: one for the cells of a dataset and method that
-    miss the same seeds and agree in all that trials of a study must agree in."""
+    miss the same seeds and agree in all that trials of a study must agree in; searches by themselves."""
     groups: dict[str, tuple[list[PlannedCell], range]] = {}
+    searches = [
+        TableStudy(one.config, {one.key: list(missing[one.key])}, one.config.num_seeds * one.config.study.num_trials)
+        for one in planned
+        if one.runs.search and missing.get(one.key)
+    ]
+    twins: dict[str, list[Key]] = {}  # cells that are filled by the same runs, such as two readings of them
     for one in planned:
+        if one.runs.search or not missing.get(one.key):
+            continue
+        same = twins.setdefault(digest([one.runs.dataset, one.runs.hashes]), [])
+        same.append(one.key)
+        if len(same) > 1:
+            continue
         for seeds in _ranges(missing.get(one.key, [])):
             method = {k: one.cell.settings.get(f"method.{k}") for k in _COMMON}
             rest = {k: v for k, v in one.cell.settings.items() if not k.startswith("method.") and k not in _SEEDS}
@@ -84,10 +104,11 @@ def missing_studies(
         for together in (cells, *([one] for one in cells)):
             config = _config(table, together, seeds, workdir, words)
             if config is not None:
-                found.append(TableStudy(config, {one.key: list(seeds) for one in together}))
+                keys = [key for one in together for same in twins.values() if one.key in same for key in same]
+                found.append(TableStudy(config, {key: list(seeds) for key in keys}, len(together) * len(seeds)))
                 if len(together) == len(cells):
                     break
-    return found
+    return found + searches
 
 
 # of a method's settings: what the trials of a study agree in
@@ -103,9 +124,8 @@ def _config(
     common = {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
     common |= {"seed": seeds.start, "num_seeds": len(seeds)}
     trials = [{k: v for k, v in one.cell.settings.items() if k not in common} for one in cells]
-    row = re.sub("[^A-Za-z0-9.]+", "-", cells[0].cell.row.name).strip("-")
-    name = f"{slug(table)}-{row}-{cells[0].config.method_name}-{digest([one.runs.hashes for one in cells])[:6]}"
-    study: dict[str, Any] = {"name": _free(name, workdir)}
+    data = [[one.runs.dataset, one.runs.hashes] for one in cells]
+    study: dict[str, Any] = {"name": _free(f"{_prefix(table, cells[0].cell)}-{digest(data)[:6]}", workdir)}
     if others:
         study["trials"] = trials
     try:
@@ -123,6 +143,13 @@ def _config(
     if not same and not others:
         raise UserError(f"{cells[0].cell.column.name} on {cells[0].cell.row.name} cannot be trained by a study")
     return config if same else None
+
+
+def _prefix(table: Table, cell: Cell) -> str:
+    """Of the names of a cell's studies."""
+    what = cell.column.name if cell.column.study else cell.settings["method"]
+    words = (re.sub("[^A-Za-z0-9._]+", "-", name).strip("-") for name in (cell.row.name, what))
+    return "-".join([slug(table), *words])
 
 
 def _free(name: str, workdir: Path) -> str:

@@ -68,6 +68,8 @@ def budget_figure(result: TableResult) -> Figure:
     Args:
         result: with budget curves.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure(6.5, 3.6)
     axes = figure.add_subplot()
     for number, (name, curve) in enumerate(result.budget_curves.items()):
@@ -78,7 +80,7 @@ def budget_figure(result: TableResult) -> Figure:
             color="black" if together else f"C{number % 10}",
         )  # fmt: skip
     axes.set_title(_title("what policies tried online buy", result))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("policies tried in the environment")
     axes.set_ylabel(f"expected best {result.table.metric}")
     axes.grid(alpha=0.3)

@@ -12,7 +12,7 @@ from sweeps import table_statistics as ts
 from sweeps.selection import expected_online_performance
 from sweeps.statistics import mean_difference, student_interval
 from sweeps.table_statistics import Array, Estimate, Verdict, score_matrix, stratified_bootstrap, verdict
-from sweeps.tables import AVERAGED, Cell, Table
+from sweeps.tables import AVERAGED, Cell, Table, search_trials
 
 GAP_TARGET = 100.0  # of the optimality gap of normalised scores
 RESAMPLES = 2000  # of the intervals of aggregates
@@ -213,8 +213,15 @@ class TableResult:
             updates = sorted({table.updates(column) for column in table.columns if not column.reference_only})
             every = " or ".join(f"{n:,}" for n in updates)
             said.append(("protocol", f"{p.seeds} runs per cell, {every} updates, {p.episodes} episodes per evaluation"))
-        if table.tuning:
-            said.append(("tuning budget", table.tuning))
+        budgets = [table.tuning] if table.tuning else []
+        budgets += [
+            f"{column.name}: searched by {search_trials(column.study)} trials (study {column.study}), confirmed with "
+            f"{p.seeds} fresh seeds"
+            for column in table.columns
+            if column.study
+        ]
+        if budgets:
+            said.append(("tuning budget", "; ".join(budgets)))
         if table.note:
             said.append(("note", table.note))
         if sources := dict.fromkeys(s for c in self.cells.values() if (s := c.cell.reference.source)):

@@ -257,6 +257,12 @@ def with_references(table: Table, references: References) -> Table:
     return replace(table, references={**table.references, **references})
 
 
+def search_trials(study: str) -> int:
+    """How many trials a shipped search has."""
+    content: dict[str, Any] = yaml.safe_load((_STUDIES / f"{study}.yaml").read_text(encoding="utf-8"))
+    return int(content.get("study", {}).get("num_trials", 1))
+
+
 class _Loader(yaml.SafeLoader):
     """Refuses keys that stand twice in a block, of which YAML keeps the last without a word."""
 

@@ -21,6 +21,7 @@ from orchestrator.driver import Driver
 from orchestrator.table_runs import missing_studies, planned_cells
 from orchestrator.tables import Wanted, plan_table, run_table, show_table
 from orchestrator.tracking import default_tracking_uri
+from sweeps.confirm import confirmations
 from sweeps.tables import load_table
 
 INLINE = ("compute.num_learners=0", "compute.device=cpu")
@@ -96,6 +97,7 @@ def test_a_table_trains_what_is_missing_and_nothing_else(table: Path, workdir: P
 
     client = MlflowClient(default_tracking_uri(workdir))
     experiment = client.get_experiment_by_name("table mine")
+    assert experiment is not None
     logged = client.search_runs([experiment.experiment_id])
     assert len(logged) == 1  # the second time nothing was new
     assert {item.path for item in client.list_artifacts(logged[0].info.run_id)} >= {"table.html", "table.tex"}
@@ -118,6 +120,41 @@ def test_cells_of_a_dataset_share_a_study(table: Path, workdir: Path):
     assert made[0].config.study.trials == [{"method.alpha": 1.0}, {"method.alpha": 4.0}]
     assert made[0].seeds == {("medium", "cautious"): [0, 1], ("medium", "bold"): [0, 1]}
     assert made[1].config.seeds == [3]
+
+
+def test_a_column_is_searched(table: Path, workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "tiny.yaml").write_text(
+        "method: {name: td3_bc, hidden: [8, 8], batch_size: 16}\n"
+        "study: {num_trials: 2, sampler: {name: random}, space: {method.alpha: {type: float, low: 1, high: 4}}}\n"
+    )
+    for module in ("sweeps.tables._STUDIES", "orchestrator.table_runs.STUDIES"):
+        monkeypatch.setattr(module, tmp_path)
+    searched = "settings: {method: td3_bc}, study: tiny}"
+    table.write_text(TABLE.replace("settings: {method: td3_bc, method.alpha: 4.0, method.hidden: [8, 8], "
+                                   "method.batch_size: 16}}", searched))  # fmt: skip
+    assert run(table, workdir, columns=["bold"])[0] == 0
+    found = shown(table, workdir)["medium", "bold"]
+    (name,) = studies(workdir)
+    assert [one["study"] for one in found["runs"]] == [name, name]
+    assert [one["seed"] for one in found["runs"]] == [1, 2]  # that the search has not used
+    best = confirmations(workdir / "studies" / name)[0]
+    assert [one["values"][-1] for one in found["runs"]] == pytest.approx(best.values)
+    assert shown(table, workdir)["all"]["caption"]["tuning budget"].endswith(
+        "bold: searched by 2 trials (study tiny), confirmed with 2 fresh seeds"
+    )
+    assert run(table, workdir, columns=["bold"])[0] == 0
+    assert studies(workdir) == [name]
+
+
+def test_two_readings_of_the_same_runs_train_them_once(table: Path, workdir: Path):
+    text = TABLE.replace("name: bold, settings: {method: td3_bc, method.alpha: 4.0,",
+                         "name: bold, read_at: 20, settings: {method: td3_bc, method.alpha: 1.0,")  # fmt: skip
+    table.write_text(text)
+    planned = planned_cells(load_table(table), workdir, INLINE)
+    (study,) = missing_studies(load_table(table), planned, {one.key: [0, 1] for one in planned}, workdir, INLINE)
+    assert study.runs == 2
+    assert not study.config.study.trials
+    assert study.seeds == {("medium", "cautious"): [0, 1], ("medium", "bold"): [0, 1]}
 
 
 def test_a_stopped_table_goes_on_with_its_studies(table: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch):
