@@ -1,8 +1,8 @@
 """`offsweep table show` of a table of several hundred runs in an MLflow store (SQLite) of ten thousand.
 
-The store is filled with the runs of ten days as learners log them (tags, some sixty parameters, a dataset, twenty
-evaluations); a share of them are the table's, the others those of searches. Their scores are random numbers. Every line
-is the wall time of a whole process:
+The store holds the runs of ten days as learners log them (tags, some sixty parameters, a dataset, twenty evaluations),
+with random numbers for scores. Those of the table are logged one by one; the others, those of searches, are copies of
+one in the database, under other ids and times. Every line is the wall time of a whole process:
 
     first      nothing is known of the store yet: every run is asked for, and the course of each of the table's
     again      the store has not changed
@@ -15,11 +15,14 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,8 @@ BENCHMARK = "table_speed"
 TARGET_S = 3.0
 ROWS, COLUMNS, SEEDS, EVALUATIONS = 12, 11, 6, 20
 PARAMETERS = 60
-DAYS = 10  # in which the store was filled
+DAYS = 10  # in which the runs ended
+DAY = 24 * 3600 * 1000  # milliseconds
 
 
 def write_table(folder: Path) -> Path:
@@ -57,7 +61,7 @@ def write_table(folder: Path) -> Path:
 
 
 class Store:
-    """An MLflow store that is filled with runs, so many over the last days."""
+    """An MLflow store that is filled with runs."""
 
     def __init__(self, uri: str, runs: int) -> None:
         from mlflow.entities import Dataset, DatasetInput
@@ -68,8 +72,7 @@ class Store:
         self._draw = np.random.default_rng(0)
         self._data = [DatasetInput(Dataset("made-up", "0123456789abcdef", "code", "{}"))]
         self._count = 0
-        self._ago = DAYS * 24 * 3600 * 1000  # milliseconds
-        self._apart = self._ago // runs
+        self._ago, self._apart = DAYS * DAY, DAYS * DAY // runs
 
     def add(self, settings_hash: str, dataset: str, seed: int) -> None:
         """A run that has ended."""
@@ -90,7 +93,40 @@ class Store:
         self._client.log_inputs(run.info.run_id, self._data)
         self._client.set_terminated(run.info.run_id, "FINISHED", end_time=now)
         self._count += 1
-        self._ago = max(0, self._ago - self._apart)
+        self._ago = max(0, self._ago - DAYS * DAY // (ROWS * COLUMNS * SEEDS))
+
+    def copy_last(self, path: Path, copies: int) -> None:
+        """More runs like the last one, of other settings, written into the store's file."""
+        with closing(sqlite3.connect(path)) as database:
+            (run_id,) = database.execute("SELECT run_uuid FROM runs ORDER BY end_time DESC LIMIT 1").fetchone()
+            fresh = [(uuid.uuid4().hex, i) for i in range(copies)]
+            for table in ("runs", "params", "tags", "metrics", "latest_metrics", "inputs"):
+                columns = [row[1] for row in database.execute(f"PRAGMA table_info({table})")]
+                key = "destination_id" if table == "inputs" else "run_uuid"
+                rows = database.execute(f"SELECT * FROM {table} WHERE {key} = ?", (run_id,)).fetchall()
+                changed = (
+                    [
+                        self._changed(table, column, value, row, columns, *one)
+                        for column, value in zip(columns, row, strict=True)
+                    ]
+                    for one in fresh
+                    for row in rows
+                )
+                database.executemany(f"INSERT INTO {table} VALUES ({','.join('?' * len(columns))})", changed)
+            database.commit()
+
+    def _changed(
+        self, table: str, column: str, value: Any, row: Sequence[Any], columns: Sequence[str], run_id: str, number: int
+    ) -> Any:
+        if column in ("run_uuid", "destination_id"):
+            return run_id
+        if column == "input_uuid":
+            return uuid.uuid4().hex
+        if column in ("start_time", "end_time") and table == "runs":
+            return value - (number + 1) * self._apart
+        if table == "tags" and column == "value" and row[columns.index("key")] in ("settings_hash", "config_hash"):
+            return f"{number:016x}"
+        return value
 
 
 def show(table: Path, workdir: Path, uri: str, *words: str) -> float:
@@ -109,9 +145,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog=f"python -m benchmarks.{BENCHMARK}", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--runs", type=int, default=10_000, help="in the store (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=10_000, help="in the store, 800 or more (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="of what takes a short time (default: %(default)s)")
     args = parser.parse_args(words)
+    if args.runs < 800 or args.repeats < 1:
+        parser.error("--runs must be at least 800, --repeats at least 1")
     command = f"python -m benchmarks.{BENCHMARK} {shlex.join(words)}".strip()
     with tempfile.TemporaryDirectory(prefix="table-speed-") as name:
         folder = Path(name)
@@ -122,15 +160,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             for one in planned_cells(load_table(table), workdir)
             for seed, hash_ in one.runs.hashes.items()
         ]
-        for number in range(args.runs):
-            if number % 1000 == 0:
-                print(f"{BENCHMARK}: {number} of {args.runs} runs", file=sys.stderr, flush=True)
-            store.add(*(wanted[number] if number < len(wanted) else (f"{number:016x}", "made-up-0", number % 5)))
+        for one in wanted:
+            store.add(*one)
+        store.add("0", "made-up-0", 0)
+        store.copy_last(folder / "mlflow.db", args.runs - len(wanted) - 1)
 
         def tell(case: str, seconds: Sequence[float], **more: Any) -> None:
             print_line(record(
                 BENCHMARK, case, sorted(seconds)[len(seconds) // 2], "seconds", TARGET_S, 1, command,
-                reference_is="what it may take", runs=args.runs, runs_of_the_table=min(args.runs, len(wanted)),
+                reference_is="what it may take", runs=args.runs, runs_of_the_table=len(wanted),
                 all=list(seconds), load_average=os.getloadavg()[0], **more,
             ))  # fmt: skip
 
