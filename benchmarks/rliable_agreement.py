@@ -136,7 +136,7 @@ def made_up_points(seed: int = 0) -> Points:
     draw = np.random.default_rng(seed)
 
     def scores(runs: int, tasks: int) -> Array:
-        return 25.0 * draw.integers(-1, 7, (runs, tasks))
+        return np.asarray(25.0 * draw.integers(-1, 7, (runs, tasks)), np.float64)
 
     samples = {f"{r} {t}": scores(r, t) for r in range(1, 10) for t in range(1, 8)}
     pairs = {f"{r} {q}": (scores(r, 3), scores(q, 3)) for r in range(1, 7) for q in range(1, 7)}
