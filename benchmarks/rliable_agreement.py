@@ -416,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--source", nargs="*", default=[], help="of each file: repository, commit and path")
     parser.add_argument("--seeds", type=int, default=10, help="bootstraps of each interval (default: %(default)s)")
     parser.add_argument("--resamples", type=int, default=1000, help="of an interval (default: %(default)s)")
-    parser.add_argument("--pair-resamples", type=int, default=300,
+    parser.add_argument("--pair-resamples", type=int, default=200,
                         help="of an interval of the probability of improvement (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
     if len(args.source) != len(args.scores):
