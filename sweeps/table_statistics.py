@@ -2,7 +2,7 @@
 
 Aggregates are those of Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (NeurIPS
 2021, arXiv 2108.13264). They take scores of shape (..., R, T): R runs of each of T tasks, with any leading axes, which
-the bootstrap uses for its resamples.
+the bootstrap uses for its resamples. Scores that are no finite numbers are refused.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ def score_matrix(runs: Sequence[Sequence[float]], name: str = "scores") -> Array
             "missing runs or leave out tasks"
         )
     matrix = np.asarray(runs, np.float64).T
-    if not np.isfinite(matrix).all():
-        raise UserError(f"{name}: {int((~np.isfinite(matrix)).sum())} of {matrix.size} scores are no finite numbers")
+    lost = _count_not_finite(matrix)
+    if lost:
+        raise UserError(f"{name}: {lost} of {matrix.size} scores are no finite numbers")
     return matrix
 
 
@@ -276,7 +277,14 @@ def _scores(scores: ArrayLike) -> Array:
     array = np.asarray(scores, np.float64)
     if array.ndim < 2 or 0 in array.shape:
         raise UserError(f"Scores need two axes, runs and tasks, at least one of each, not the shape {array.shape}.")
+    lost = _count_not_finite(array)
+    if lost:  # sorted or compared, they would pass for good or bad scores
+        raise UserError(f"{lost} of {array.size} scores are no finite numbers; leave out the tasks of these runs.")
     return array
+
+
+def _count_not_finite(array: Array) -> int:
+    return array.size - int(np.count_nonzero(np.isfinite(array)))
 
 
 def _flat(scores: ArrayLike) -> Array:

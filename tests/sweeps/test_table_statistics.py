@@ -51,6 +51,17 @@ def test_the_probability_of_improvement_counts_pairs_within_a_task_and_ties_by_h
         probability_of_improvement(x, y[:, :1])
 
 
+@pytest.mark.parametrize("lost", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_no_number_is_refused_and_not_sorted_among_the_others(lost):
+    scores = np.array([[1.0, 2.0], [lost, 4.0], [3.0, 5.0]])
+    statistics = (mean, median, iqm, optimality_gap, lambda s: performance_profile(s, [0.0]),
+                  lambda s: probability_of_improvement(s, SCORES[:, :2]),
+                  lambda s: probability_of_improvement(SCORES[:, :2], s))  # fmt: skip
+    for statistic in statistics:
+        with pytest.raises(UserError, match="1 of 6 scores are no finite numbers"):
+            statistic(scores)
+
+
 def test_leading_axes_are_kept():
     several = np.stack([SCORES, SCORES + 1])
     for statistic in (mean, median, iqm, optimality_gap):
