@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from envs.files import write_atomically
+from envs.files import DiskFullError, write_atomically
 from orchestrator.hashing import digest
 from orchestrator.tracking import TrackingError, absolute_uri, check_reachable, mlflow_client, shown_uri, store_file
 
@@ -94,7 +94,7 @@ class RunIndex:
         with self._asking():
             self._take_in(anew)
         self._stamp = stamp
-        _write(self.path, json.dumps({
+        keep(self.path, json.dumps({
             "layout": LAYOUT, "store": shown_uri(self.uri), "stamp": stamp,
             "runs": [asdict(run) for run in self._runs.values()],
         }))  # fmt: skip
@@ -135,7 +135,7 @@ class RunIndex:
             with self._asking(), ThreadPoolExecutor(THREADS) as pool:
                 for (run_id, name), points in zip(missing, pool.map(self._history, missing), strict=True):
                     known.setdefault(run_id, {})[name] = points
-            _write(self.courses_path, json.dumps(known))
+            keep(self.courses_path, json.dumps(known))
         return {run.run_id: {name: Course(*known[run.run_id][name]) for name in (metric, *run.offline)} for run in runs}
 
     @contextmanager
@@ -218,5 +218,7 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+def keep(path: Path, text: str) -> None:
+    """Write what can be asked for again, and so need not be kept where nothing can be written."""
+    with suppress(OSError, DiskFullError):
+        write_atomically(path, lambda temporary: temporary.write_text(text))

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import UserError
-from envs.files import write_atomically
 from envs.registry import known_hash
 from orchestrator.hashing import digest
-from orchestrator.table_index import FOLDER, Course, IndexedRun, RunIndex
+from orchestrator.table_index import FOLDER, Course, IndexedRun, RunIndex, keep
 from sweeps.errors import suggestion
 from sweeps.table_results import RunScores
 from sweeps.tables import Table
@@ -94,8 +93,7 @@ def cell_runs(table: Table, workdir: Path) -> list[CellRuns]:
     from orchestrator.table_runs import planned_cells
 
     found = [one.runs for one in planned_cells(table, workdir)]
-    text = json.dumps({"key": key, "cells": [asdict(one) for one in found]})
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    keep(path, json.dumps({"key": key, "cells": [asdict(one) for one in found]}))
     return found
 
 
