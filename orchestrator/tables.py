@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from envs.errors import UserError
-from envs.files import DiskFullError, write_atomically
+from envs.files import DiskFullError, locked, write_atomically
 from orchestrator.pages import pages_address
 from orchestrator.table_index import RunIndex
 from orchestrator.table_lookup import CellRuns, Found, Key, cell_runs, find_runs, restricted, slug
 from orchestrator.table_outputs import CSV_FILE, print_table, save_all, to_json
 from orchestrator.tracking import STATE_FILE, Tracker, TrackingError, default_tracking_uri, shown_uri
-from sweeps.errors import StudyBusyError
+from sweeps.errors import StudyBusyError, StudyExistsError
 from sweeps.table_references import dump_references, load_references
 from sweeps.table_results import TableResult, table_result
 from sweeps.tables import Table, known_tables, load_table, scaled, with_references
@@ -59,10 +59,18 @@ class Wanted:
         return given[-1] if given else default_tracking_uri(self.workdir)
 
     def table(self) -> Table:
-        """With the references that were imported into the work folder.
+        """The rows and columns that are asked for, with the references that were imported into the work folder.
 
         Raises:
             UserError: there is no such table, or no such row, column or scale of it.
+        """
+        return restricted(self.whole_table(), self.rows, self.columns)
+
+    def whole_table(self) -> Table:
+        """All its rows and columns.
+
+        Raises:
+            UserError: there is no such table, or no such scale of it.
         """
         table = load_table(self.name)
         file = references_file(self.workdir, table.name)
@@ -72,7 +80,7 @@ class Wanted:
             if any(row.lab for row in table.rows):
                 raise UserError(f"table {table.name} is measured by laboratories, which have no scale; leave it out")
             table = scaled(table, self.scale)
-        return restricted(table, self.rows, self.columns)
+        return table
 
     def folder(self, table: Table) -> Path:
         """Of its files."""
@@ -151,7 +159,7 @@ def plan_table(wanted: Wanted, console: Console, *, as_json: bool = False, measu
     """
     from orchestrator.table_runs import missing_studies
 
-    state, planned = _planned(wanted)
+    state, planned = _planned(wanted.table(), wanted)
     state.look(wanted.workdir)
     studies = missing_studies(state.table, planned, state.found.missing, wanted.workdir, wanted.words)
     there = sum(len(one.hashes) for one in state.runs) - sum(map(len, state.found.missing.values()))
@@ -201,13 +209,15 @@ def plan_table(wanted: Wanted, console: Console, *, as_json: bool = False, measu
 
 
 def run_table(wanted: Wanted, console: Console, mlflow: str | None = None) -> int:
-    """Train what a table misses, and write it in all formats, also as a run of MLflow.
+    """Train what is missing of the rows and columns that are asked for, and write the whole table in all formats, also
+    as a run of MLflow.
 
     What is there already, in whatever study of the store, is not trained again; studies of the table that were killed
     go on. Several processes can run the same table in one work folder: a study belongs to who began it.
 
     Returns:
-        0: every cell that can be filled here is; 1: runs are missing, since studies failed or others are at them.
+        0: every cell that was asked for and can be filled here is; 1: runs are missing, since studies failed or other
+        processes are at them.
 
     Raises:
         UserError: before anything is trained, whatever is wrong with the table, the data or the store.
@@ -217,42 +227,47 @@ def run_table(wanted: Wanted, console: Console, mlflow: str | None = None) -> in
     from orchestrator.labs import run_lab
     from orchestrator.table_runs import missing_studies
 
-    state, planned = _planned(wanted)
+    asked = {(cell.row.name, cell.column.name) for cell in wanted.table().cells()}
+    state, planned = _planned(wanted.whole_table(), wanted)
     table, folder = state.table, wanted.folder(state.table)
     address = pages_address(wanted.store, mlflow)
-    state.look(wanted.workdir, anew=True)
-    for study in missing_studies(table, planned, state.found.missing, wanted.workdir, wanted.words):
-        launch.check_before_compute(study.config)
-    folder.mkdir(parents=True, exist_ok=True)
-    tags, failures, busy = {"table": slug(table)}, dict[str, str](), set[Key]()
+    tags, failures, set_aside = {"table": slug(table)}, dict[str, str](), set[Key]()
+
+    def missing() -> dict[Key, list[int]]:
+        return {key: s for key, s in state.found.missing.items() if key in asked and key not in set_aside}
 
     def attempt(name: str, cells: Mapping[Key, Any], train: Any) -> None:
         try:
             train()
-        except StudyBusyError:
+            return
+        except (StudyBusyError, StudyExistsError):
             console.print(f"another process is at {name}", highlight=False)
-            busy.update(cells)
         except (DiskFullError, TrackingError):
             raise
         except (UserError, RuntimeError) as error:  # of this study; the others may go well
             failures[name] = str(error).splitlines()[0]
             console.print(f"[red]{name}: {failures[name]}[/red]", highlight=False)
+        set_aside.update(cells)
 
+    state.look(wanted.workdir, anew=True)
+    for study in missing_studies(table, planned, missing(), wanted.workdir, wanted.words):
+        launch.check_before_compute(study.config)
+    folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        if state.found.missing:
+        if missing():
             stack.enter_context(joined(planned[0].config.compute))
         for name, cells in _begun(folder).items():
-            if _misses(cells, state.found) and (wanted.workdir / "studies" / name / "config.yaml").exists():
+            wants = any(seed in missing().get(key, []) for key, seeds in cells.items() for seed in seeds)
+            if wants and (wanted.workdir / "studies" / name / "config.yaml").exists():
                 console.print(f"going on with {name}", highlight=False)
                 attempt(name, cells, lambda n=name: launch.resume(n, wanted.workdir, wanted.words, console, tags=tags))
         state.look(wanted.workdir)
-        left = {key: seeds for key, seeds in state.found.missing.items() if key not in busy}
-        studies = missing_studies(table, planned, left, wanted.workdir, wanted.words)
+        studies = missing_studies(table, planned, missing(), wanted.workdir, wanted.words)
         for number, study in enumerate(studies):
             console.print(f"[bold]study {number + 1} of {len(studies)}: {study.name}[/bold]", highlight=False)
             _begin(folder, study)
             attempt(study.name, study.seeds, lambda c=study.config: launch.start(c, console, tags=tags))
-    for lab in _missing_labs(state):
+    for lab in _missing_labs(state, asked):
         attempt(lab, {}, lambda n=lab: run_lab(n, str(wanted.workdir), None, None, console))
     state.look(wanted.workdir)
     result = state.result
@@ -264,7 +279,8 @@ def run_table(wanted: Wanted, console: Console, mlflow: str | None = None) -> in
         console.print(str(path), highlight=False, soft_wrap=True)
     for name, text in failures.items():
         console.print(f"[red]{name} failed: {text}[/red]", highlight=False)
-    return 1 if failures or busy or state.found.missing else 0
+    set_aside.clear()
+    return 1 if failures or missing() else 0
 
 
 def import_references(file: Path, workdir: Path, console: Console) -> None:
@@ -296,10 +312,9 @@ def references_file(workdir: Path, table: str) -> Path:
     return workdir / FOLDER / "references" / f"{table}.csv"
 
 
-def _planned(wanted: Wanted) -> tuple[State, list[PlannedCell]]:
+def _planned(table: Table, wanted: Wanted) -> tuple[State, list[PlannedCell]]:
     from orchestrator.table_runs import planned_cells
 
-    table = wanted.table()
     planned = planned_cells(table, wanted.workdir, wanted.words)
     return State(table, [one.runs for one in planned], RunIndex(wanted.store, wanted.workdir)), planned
 
@@ -315,22 +330,24 @@ def _begun(folder: Path) -> dict[str, dict[Key, list[int]]]:
 
 def _begin(folder: Path, study: TableStudy) -> None:
     """Write down that a study is begun, before it is."""
-    begun = _begun(folder) | {study.name: study.seeds}
-    content = {name: [[row, column, s] for (row, column), s in cells.items()] for name, cells in begun.items()}
-    _write(folder / STUDIES_FILE, json.dumps(content, indent=1) + "\n")
+    with locked(folder / f"{STUDIES_FILE}.lock"):
+        begun = _begun(folder) | {study.name: study.seeds}
+        content = {name: [[row, column, s] for (row, column), s in cells.items()] for name, cells in begun.items()}
+        _write(folder / STUDIES_FILE, json.dumps(content, indent=1) + "\n")
 
 
 def _write(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
-def _misses(cells: Mapping[Key, Sequence[int]], found: Found) -> bool:
-    return any(seed in found.missing.get(key, []) for key, seeds in cells.items() for seed in seeds)
-
-
-def _missing_labs(state: State) -> list[str]:
-    labs = {row.lab: row.name for row in state.table.rows if row.lab}
-    return [lab for lab, row in labs.items() if not state.found.runs.get((row, state.table.columns[0].name))]
+def _missing_labs(state: State, asked: Collection[Key] | None = None) -> list[str]:
+    """The laboratories that cells are read from and that have not ended in the work folder."""
+    labs = {
+        cell.row.lab: (cell.row.name, cell.column.name)
+        for cell in state.table.cells()
+        if cell.row.lab and (asked is None or (cell.row.name, cell.column.name) in asked)
+    }
+    return [lab for lab, key in labs.items() if not state.found.runs.get(key)]
 
 
 def _updates(study: TableStudy) -> int:

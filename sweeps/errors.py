@@ -18,6 +18,10 @@ class StudyBusyError(StudyError):
     """A study that another driver works at."""
 
 
+class StudyExistsError(StudyError):
+    """A study that somebody has begun already."""
+
+
 class TableError(UserError):
     """A paper table, or its references, that make no sense."""
 

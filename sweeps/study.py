@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from sweeps._optuna import optuna
-from sweeps.errors import StudyBusyError, StudyError
+from sweeps.errors import StudyBusyError, StudyError, StudyExistsError
 from sweeps.journal import Journal, mend
 from sweeps.pruners import make_pruner
 from sweeps.samplers import SLOW_SAMPLERS, GivenSampler, Space, make_sampler
@@ -150,7 +150,9 @@ class Study:
         folder = Path(folder).absolute()
         spec = StudySpec.from_config(spec.to_config())  # a copy that no later change reaches
         spec.validate()
-        exists = StudyError(f"{folder} already holds a study; continue it with --resume, or choose another study name.")
+        exists = StudyExistsError(
+            f"{folder} already holds a study; continue it with --resume, or choose another study name."
+        )
         if (folder / SPEC_FILE).exists():
             raise exists
         try:

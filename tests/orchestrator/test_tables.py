@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +151,7 @@ def test_a_column_is_searched(table: Path, workdir: Path, tmp_path: Path, monkey
     )
     assert run(table, workdir, columns=["bold"])[0] == 0
     assert studies(workdir) == [name]
+    assert "| not run" in (workdir / "tables" / "mine" / "table.md").read_text()  # the whole table is written
 
 
 def test_two_readings_of_the_same_runs_train_them_once(table: Path, workdir: Path):
@@ -171,6 +179,39 @@ def test_a_stopped_table_goes_on_with_its_studies(table: Path, workdir: Path, mo
     assert code == 0
     assert f"going on with {begun[0]}" in text
     assert studies(workdir) == begun
+
+
+@pytest.mark.slow
+def test_a_table_whose_processes_are_killed_is_that_of_an_undisturbed_one(table: Path, workdir: Path, tmp_path: Path):
+    table.write_text(TABLE.replace("updates: 40", "updates: 4000"))
+    other = Path(shutil.copytree(workdir, tmp_path / "other"))
+    command = [sys.executable, "-m", "orchestrator", "table", "run", str(table), "--workdir", str(workdir), *INLINE]
+    for _ in range(2):
+        process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+        before = trained(workdir)
+        wait_for(lambda before=before: trained(workdir) > before + 10, process)  # type: ignore[misc]
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert run(table, workdir)[0] == 0
+    assert len(studies(workdir)) == 1
+    assert run(table, other)[0] == 0
+    found, undisturbed = shown(table, workdir), shown(table, other)
+    for column in ("cautious", "bold"):
+        runs, same = found["medium", column]["runs"], undisturbed["medium", column]["runs"]
+        assert [one["values"] for one in runs] == [one["values"] for one in same]
+
+
+def trained(workdir: Path) -> int:
+    """Lines that its runs have logged."""
+    return sum(len(path.read_bytes().splitlines()) for path in workdir.glob("studies/*/spool/t*.jsonl"))
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
 
 
 def test_another_process_is_left_alone(table: Path, workdir: Path):
