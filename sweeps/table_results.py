@@ -10,7 +10,7 @@ from functools import cached_property
 
 from sweeps import table_statistics as ts
 from sweeps.selection import expected_online_performance
-from sweeps.statistics import mean_difference, student_interval
+from sweeps.statistics import student_interval
 from sweeps.table_statistics import Array, Estimate, Verdict, score_matrix, stratified_bootstrap, verdict
 from sweeps.tables import AVERAGED, Cell, Table, search_trials
 
@@ -208,8 +208,10 @@ class TableResult:
     def caption(self) -> list[tuple[str, str]]:
         """What is to be known before the numbers are believed, as (label, sentence)."""
         table, p = self.table, self.table.protocol
-        said = [("paper", table.paper), ("values", f"{table.unit}; {_meaning(p.selection)}; mean ± std over runs")]
-        if any(not row.lab for row in table.rows):
+        trained = any(not row.lab for row in table.rows)
+        which = f"{_meaning(p.selection)}; " if trained else ""
+        said = [("paper", table.paper), ("values", f"{table.unit}; {which}mean ± std over runs")]
+        if trained:
             updates = sorted({table.updates(column) for column in table.columns if not column.reference_only})
             every = " or ".join(f"{n:,}" for n in updates)
             said.append(("protocol", f"{p.seeds} runs per cell, {every} updates, {p.episodes} episodes per evaluation"))
@@ -258,23 +260,14 @@ def table_result(
 
 
 def _best_of(row: str, cells: Mapping[tuple[str, str], CellResult], table: Table) -> list[tuple[str, str]]:
-    """The cells of a row with the best mean, and those that cannot be told apart from it at 95 %."""
+    """The cells of a row with the best mean, and those that Welch's test cannot tell apart from it at 5 %."""
     keys = [(row, column.name) for column in table.columns]
     mean = {key: m for key in keys if (m := cells[key].mean) is not None}
     if len(mean) < 2:
         return []
-    first = (max if table.higher_is_better else min)(mean, key=mean.__getitem__)
-
-    def by_seed(key: tuple[str, str]) -> dict[int, float]:
-        return {run.seed: run.value(table.protocol.selection) for run in cells[key].runs}
-
-    found = [first]
-    for key in mean:
-        if key != first:
-            low, high = mean_difference(by_seed(first), by_seed(key)).interval
-            if low <= 0 <= high:
-                found.append(key)
-    return found
+    best = cells[(max if table.higher_is_better else min)(mean, key=mean.__getitem__)]
+    held = {key: verdict(cells[key].values, best.mean, best.std, len(best.runs)).name for key in mean}
+    return [key for key in mean if cells[key] is best or held[key] == "reproduced"]
 
 
 def _bootstrap(statistic: Callable[..., Array], *scores: Array) -> Estimate:
