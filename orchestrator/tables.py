@@ -134,7 +134,7 @@ def show_table(
     Raises:
         UserError: there is no such table, or MLflow does not answer.
     """
-    table = wanted.table()
+    table, address = wanted.table(), pages_address(wanted.store, mlflow)
     state = State(table, cell_runs(table, wanted.workdir), RunIndex(wanted.store, wanted.workdir))
     state.look(wanted.workdir, anew)
     result = state.result
@@ -143,7 +143,7 @@ def show_table(
     else:
         print_table(console, result, cells)
     if out is not None:
-        for path in save_all(result, out, pages_address(wanted.store, mlflow)):
+        for path in save_all(result, out, address):
             if not as_json:
                 console.print(str(path), highlight=False, soft_wrap=True)
 
