@@ -192,13 +192,17 @@ class RunSpool:
         self.close()
 
     def unsent(self, offset: int) -> str:
-        """The whole lines behind a byte offset, for `take_in`."""
+        """The whole lines behind a byte offset, for `take_in`; also of a file that is being written and that somebody
+        has removed."""
         try:
-            with open(self.path, "rb") as file:
-                file.seek(offset)
-                content = file.read()
+            file = os.open(self.path, os.O_RDONLY) if self._file is None else self._file
         except FileNotFoundError:
             return ""
+        try:
+            content = os.pread(file, max(0, os.fstat(file).st_size - offset), offset)
+        finally:
+            if file != self._file:
+                os.close(file)
         return content[: content.rfind(b"\n") + 1].decode()
 
     def take_in(self, lines: str) -> None:

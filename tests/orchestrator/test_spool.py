@@ -136,3 +136,15 @@ def test_the_last_whole_record(tmp_path, block):
     assert last_record(spool.path, block)["step"] == 19
     spool.path.write_bytes(b'{"type": "end"')
     assert last_record(spool.path, block) is None
+
+
+def test_what_is_not_sent_is_known_of_a_file_that_was_removed(tmp_path: Path):
+    with RunSpool(tmp_path, "r") as spool:
+        spool.metrics(1, {"a": 1.0})
+        first = spool.path.stat().st_size
+        spool.metrics(2, {"a": 2.0})
+        assert [json.loads(line)["step"] for line in spool.unsent(first).splitlines()] == [2]
+        spool.path.unlink()  # with the disk that it lies on
+        spool.metrics(3, {"a": 3.0})
+        assert [json.loads(line)["step"] for line in spool.unsent(0).splitlines()] == [1, 2, 3]
+    assert spool.unsent(0) == ""
