@@ -35,7 +35,8 @@ def connected(address: str | None, cpus: int, gpus: int = 0, ship_code: bool = T
         ship_code: to nodes of a cluster that is joined, where they need it.
 
     Raises:
-        UserError: no cluster answers at the address, or offsweep's code does not get to a node of it.
+        UserError: no cluster answers at the address, offsweep's code does not get to a node of it, or Ray does not
+            start here.
     """
     prepare_environment(address)
     import ray
@@ -72,15 +73,21 @@ def _connect(options: Mapping[str, Any], code: Mapping[str, str] | None = None) 
             **options, logging_level=logging.ERROR, log_to_driver=False,
             runtime_env={"env_vars": worker_environment(), **(code or {})},
         )  # fmt: skip
-    except (AuthenticationError, ConnectionError, TimeoutError) as error:
+    except RuntimeEnvSetupError as error:
+        raise UserError(f"offsweep's code could not be shipped to the Ray cluster: {_first_sentence(error)}.") from None
+    except Exception as error:
+        if options["address"] == "local":  # Ray raises a bare Exception where its processes do not come up
+            raise UserError(
+                f"Ray did not start on this machine ({_first_sentence(error)}); try again when it has less to do"
+            ) from error
+        if not isinstance(error, AuthenticationError | ConnectionError | TimeoutError):
+            raise
         # Ray says no more than that it cannot connect where the token is not the cluster's
         raise UserError(
             f"no Ray cluster answers at {options['address']}, or it does not let this driver in, whose RAY_AUTH_MODE "
             f"is {os.environ['RAY_AUTH_MODE']} ({_first_sentence(error)}); start the cluster, or give the driver the "
             "cluster's mode and its token, in RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
         ) from None
-    except RuntimeEnvSetupError as error:
-        raise UserError(f"offsweep's code could not be shipped to the Ray cluster: {_first_sentence(error)}.") from None
 
 
 def _first_sentence(error: Exception) -> str:

@@ -19,6 +19,7 @@ import pytest
 from benchmarks.kill_tests import (
     CASES,
     RAY,
+    SETTINGS,
     STUDY,
     TITLES,
     Remains,
@@ -32,6 +33,29 @@ from benchmarks.kill_tests import (
 from orchestrator.cluster import InlineSlots, RaySlots
 from orchestrator.tracking import Tracker
 from tests.orchestrator.studies import configured, copied, dataset_of, drive
+
+VGDF: dict[str, Any] = {
+    **SETTINGS,
+    "dataset": "online/Pendulum-v1",
+    "method": {
+        "name": "vgdf",
+        "target": "offsweep/Pendulum-gravity-0.5-v1",
+        "hidden": [16, 16],
+        "batch_size": 8,
+        "num_updates": 200,
+        "updates_per_epoch": 50,
+        "updates_per_target_step": 2,
+        "start_gate": 60,
+        "dynamics": {
+            "ensemble_size": 2,
+            "hidden": [16],
+            "weight_decay": [0.0, 0.0],
+            "refit_every": 25,
+            "batch_size": 16,
+        },
+    },
+    "study": {**SETTINGS["study"], "space": {"method.keep_fraction": {"type": "float", "low": 0.1, "high": 0.5}}},
+}
 
 
 def tracked(workdir: Path) -> None:
@@ -112,18 +136,35 @@ def undisturbed_sweep(base: Path, tmp_path_factory: pytest.TempPathFactory) -> R
     return Sweep(copied(base, tmp_path_factory), RAY).finish()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_a_sweep_with_a_process_killed_ends_the_same(workdir: Path, undisturbed_sweep: Remains, case: str):
-    sweep = Sweep(workdir, RAY)
+@pytest.fixture(scope="module")
+def undisturbed_vgdf(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Remains:
+    return Sweep(copied(base, tmp_path_factory), RAY, settings=VGDF).finish()
+
+
+def killed_sweep(workdir: Path, case: str, settings: dict[str, Any]) -> Remains:
+    """What a sweep leaves of which a process is killed in its second trial."""
+    sweep = Sweep(workdir, RAY, settings=settings)
     sweep.wait_for_training(9)
     if case in TITLES:
         assert sweep.kill_worker(case)
-        remains = sweep.finish()
-    else:
-        sweep.kill()
-        remains = Sweep(workdir, RAY, resume=True).finish()
-    assert_equal(undisturbed_sweep, remains)
+        return sweep.finish()
+    sweep.kill()
+    return Sweep(workdir, RAY, resume=True, settings=settings).finish()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_sweep_with_a_process_killed_ends_the_same(workdir: Path, undisturbed_sweep: Remains, case: str):
+    assert_equal(undisturbed_sweep, killed_sweep(workdir, case, SETTINGS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_so_does_one_whose_runs_step_environments(workdir: Path, undisturbed_vgdf: Remains, case: str):
+    """What the killed process knew were the states of environments, two replays and an ensemble amid its refits."""
+    assert undisturbed_vgdf.values["t0002-s0", "train/gate/accepted", 200] > 0
+    assert undisturbed_vgdf.values["t0002-s0", "dynamics/epochs", 200] > 0
+    assert_equal(undisturbed_vgdf, killed_sweep(workdir, case, VGDF))
 
 
 def alive(pid: int) -> bool:
