@@ -23,10 +23,8 @@ from torch import Tensor
 from agents.config import check_positive
 from agents.method import TrainingData, per_member
 from agents.model_free import ModelFree, ModelFreeConfig, NetworkUpdater, split_rows
-from agents.networks import StackedMLP, initialise
 from agents.optim import Adam
 from agents.policies import tanh_arrays
-from agents.randomness import generator
 from envs.errors import UserError
 
 
@@ -73,34 +71,16 @@ def best_episodes(data: TrainingData, fraction: float, discount: float) -> Train
     )  # fmt: skip
 
 
-class BCUpdater(NetworkUpdater):
-    """The policies of a pack and their update.
+class BCUpdater(NetworkUpdater[BCConfig]):
+    """The policies of a pack and their update."""
 
-    Args:
-        configs: one per member; M is their number.
-        seeds: one per member.
-        observation_dim, action_dim: S and A; actions lie in [-1, 1].
-        device: where everything lives.
-    """
-
-    num_noises = 0
-    period = 1
     stacks = ("actor",)
     optimisers = ("actor_optim",)
 
-    def __init__(
-        self,
-        configs: Sequence[BCConfig],
-        seeds: Sequence[int],
-        observation_dim: int,
-        action_dim: int,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.configs = list(configs)
-        self.observation_dim, self.action_dim = observation_dim, action_dim
-        self.actor = StackedMLP((len(configs),), (observation_dim, *configs[0].hidden, action_dim), device)
-        initialise(self.actor, [generator(seed, "init actor") for seed in seeds], scheme="torch", last_bound=0.0)
-        self.actor_optim = Adam(self.actor, [c.actor_lr for c in configs])
+    def build(self, seeds: Sequence[int], device: torch.device | str) -> None:
+        sizes = (self.observation_dim, *self.shared.hidden, self.action_dim)
+        self.actor = self.network("actor", seeds, sizes, device)
+        self.actor_optim = Adam(self.actor, self.of_each("actor_lr"))
 
     @torch.inference_mode()
     def update(

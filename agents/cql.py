@@ -57,10 +57,9 @@ from agents.model_free import (
     scaled,
     split_rows,
 )
-from agents.networks import StackedMLP, StackedScalar, initialise
+from agents.networks import StackedMLP, StackedScalar
 from agents.optim import Adam
 from agents.policies import squashed_arrays
-from agents.randomness import generator
 from envs.errors import UserError
 
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
@@ -136,59 +135,41 @@ class _Sample(NamedTuple):
     scaled_noise: Tensor
 
 
-class CQLUpdater(NetworkUpdater):
+class CQLUpdater(NetworkUpdater[CQLConfig]):
     """Policies, critics, targets and temperatures of a pack, and their update.
-
-    Args:
-        configs: one per member; M is their number.
-        seeds: one per member.
-        observation_dim, action_dim: S and A; actions lie in [-1, 1].
-        device: where everything lives.
 
     Attributes:
         cloning: whether updates train the policies towards the data. Not to be changed under a captured graph.
     """
 
-    period = 1
     stacks = ("actor", "log_std_scale", "log_std_offset", "critic", "target_critic", "log_alpha", "log_alpha_prime")
     optimisers = tuple(f"{name}_optim" for name in stacks if name != "target_critic")
 
-    def __init__(
-        self,
-        configs: Sequence[CQLConfig],
-        seeds: Sequence[int],
-        observation_dim: int,
-        action_dim: int,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.configs, shared = list(configs), configs[0]
-        self.observation_dim, self.action_dim = observation_dim, action_dim
-        self.num_own_noises = shared.own_noises(observation_dim, action_dim)
-        self.num_noises = 1 if shared.max_target_backup else 2
+    def build(self, seeds: Sequence[int], device: torch.device | str) -> None:
+        cfg, m, s, a = self.shared, self.num_members, self.observation_dim, self.action_dim
+        self.num_own_noises = cfg.own_noises(s, a)
+        self.num_noises = 1 if cfg.max_target_backup else 2
         self.cloning = False
-        m, hidden, s, a = len(configs), shared.hidden, observation_dim, action_dim
-        self.actor = StackedMLP((m,), (s, *hidden, 2 * a), device)
-        self.critic = StackedMLP((m, 2), (s + a, *hidden, 1), device)
-        for name, scheme in (("actor", "torch"), ("critic", shared.initialisation)):
-            draws = [generator(seed, f"init {name}") for seed in seeds]
-            initialise(getattr(self, name), draws, scheme=scheme, last_bound=0.0)
-            _shrink_last_layer(getattr(self, name), scheme)
+        self.actor = self.network("actor", seeds, (s, *cfg.hidden, 2 * a), device)
+        sizes = (s + a, *cfg.hidden, 1)
+        self.critic = self.network("critic", seeds, sizes, device, each=2, scheme=cfg.initialisation)
+        _shrink_last_layer(self.actor, "torch")
+        _shrink_last_layer(self.critic, cfg.initialisation)
         self.target_critic = self.critic.clone()
         self.log_std_scale = StackedScalar(m, 1.0, device)
         self.log_std_offset = StackedScalar(m, LOG_STD_OFFSET, device)
-        self.log_alpha = StackedScalar(m, math.log(shared.alpha), device)
+        self.log_alpha = StackedScalar(m, math.log(cfg.alpha), device)
         self.log_alpha_prime = StackedScalar(m, 1.0, device)
-        actor_lrs, critic_lrs = [c.actor_lr for c in configs], [c.critic_lr for c in configs]
+        actor_lrs, critic_lrs = self.of_each("actor_lr"), self.of_each("critic_lr")
         self.actor_optim, self.critic_optim = Adam(self.actor, actor_lrs), Adam(self.critic, critic_lrs)
         self.log_std_scale_optim = Adam(self.log_std_scale, actor_lrs)
         self.log_std_offset_optim = Adam(self.log_std_offset, actor_lrs)
-        self.log_alpha_optim = Adam(self.log_alpha, [c.alpha_lr for c in configs])
+        self.log_alpha_optim = Adam(self.log_alpha, self.of_each("alpha_lr"))
         self.log_alpha_prime_optim = Adam(self.log_alpha_prime, critic_lrs)
-        self.bind()
 
     def bind(self) -> None:
         """Constants of the update that follow from the configs, and views."""
-        device, shared = self.actor.flat.device, self.configs[0]
+        device, shared = self.actor.flat.device, self.shared
         self._weight_M1 = member_values([c.cql_alpha for c in self.configs], device).squeeze(-1)
         self._temperature_M11 = member_values([c.cql_temperature for c in self.configs], device)
         self._gap_goal_M = member_values([c.target_action_gap for c in self.configs], device).view(-1)
@@ -224,7 +205,7 @@ class CQLUpdater(NetworkUpdater):
         uniform actions, those of pi(.|s), those of pi(.|s') and, with `max_target_backup`, a~'."""
         assert own_noise_MZ is not None
         obs, action, _, reward, done, next_obs = split_rows(rows_MBW, self.observation_dim, self.action_dim)
-        (m, batch, a), n, shared = action.shape, self.configs[0].num_actions, self.configs[0]
+        (m, batch, a), n, shared = action.shape, self.shared.num_actions, self.shared
         own_KMnBA = own_noise_MZ.view(m, -1, n, batch, a).transpose(0, 1)
         policy, next_policy = self._policy(obs), self._policy(next_obs)
         alpha_M1 = self.log_alpha.flat.exp().unsqueeze(1)
@@ -293,7 +274,7 @@ class CQLUpdater(NetworkUpdater):
         self, obs: Tensor, action: Tensor, target: Tensor, uniform: Tensor, drawn: tuple[_Sample, _Sample]
     ) -> dict[str, Tensor]:
         """Gradients of the critics and of log alpha'; statistics `(M, any)`."""
-        shared = self.configs[0]
+        shared = self.shared
         m, n, batch, a = uniform.shape
         actions = torch.cat((action.unsqueeze(1), uniform, *(x.action for x in drawn)), dim=1)  # (M, K, B, A)
         states = obs.unsqueeze(1).expand(m, 1 + 3 * n, batch, self.observation_dim)

@@ -51,10 +51,9 @@ from agents.model_free import (
     scaled,
     split_rows,
 )
-from agents.networks import StackedMLP, StackedVector, initialise
+from agents.networks import StackedVector
 from agents.optim import Adam
 from agents.policies import tanh_arrays
-from agents.randomness import generator
 from agents.sac import CRITIC_LOSSES
 from envs.errors import UserError
 
@@ -97,51 +96,30 @@ class IQLConfig(ModelFreeConfig):
         check_choice(self, "reward_scale", ("none", "return-range"))
 
 
-class IQLUpdater(NetworkUpdater):
-    """Policies, values, critics and targets of a pack, and their update.
+class IQLUpdater(NetworkUpdater[IQLConfig]):
+    """Policies, values, critics and targets of a pack, and their update."""
 
-    Args:
-        configs: one per member; M is their number.
-        seeds: one per member.
-        observation_dim, action_dim: S and A; actions lie in [-1, 1].
-        device: where everything lives.
-    """
-
-    num_noises = 0
-    period = 1
     stacks = ("actor", "log_std", "value", "critic", "target_critic")
     optimisers = ("actor_optim", "log_std_optim", "value_optim", "critic_optim")
 
-    def __init__(
-        self,
-        configs: Sequence[IQLConfig],
-        seeds: Sequence[int],
-        observation_dim: int,
-        action_dim: int,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.configs, shared = list(configs), configs[0]
-        self.observation_dim, self.action_dim = observation_dim, action_dim
-        self.gamma, self.tau = shared.gamma, shared.tau
-        m, hidden, s, a = len(configs), shared.hidden, observation_dim, action_dim
-        self.actor = StackedMLP((m,), (s, *hidden, a), device)
-        self.value = StackedMLP((m,), (s, *hidden, 1), device)
-        self.critic = StackedMLP((m, 2), (s + a, *hidden, 1), device)
-        for name in ("actor", "value", "critic"):
-            draws = [generator(seed, f"init {name}") for seed in seeds]
-            initialise(getattr(self, name), draws, scheme=shared.initialisation, last_bound=0.0)
-        self.log_std = StackedVector(m, a, 0.0, device)
+    def build(self, seeds: Sequence[int], device: torch.device | str) -> None:
+        cfg, s, a = self.shared, self.observation_dim, self.action_dim
+        self.gamma, self.tau = cfg.gamma, cfg.tau
+        scheme = cfg.initialisation
+        self.actor = self.network("actor", seeds, (s, *cfg.hidden, a), device, scheme=scheme)
+        self.value = self.network("value", seeds, (s, *cfg.hidden, 1), device, scheme=scheme)
+        self.critic = self.network("critic", seeds, (s + a, *cfg.hidden, 1), device, each=2, scheme=scheme)
+        self.log_std = StackedVector(self.num_members, a, 0.0, device)
         self.target_critic = self.critic.clone()
-        self.actor_optim = Adam(self.actor, [c.actor_lr for c in configs], shared.adam_eps)
-        self.log_std_optim = Adam(self.log_std, [c.actor_lr for c in configs], shared.adam_eps)
-        self.value_optim = Adam(self.value, [c.value_lr for c in configs], shared.adam_eps)
-        self.critic_optim = Adam(self.critic, [c.critic_lr for c in configs], shared.adam_eps)
+        self.actor_optim = Adam(self.actor, self.of_each("actor_lr"), cfg.adam_eps)
+        self.log_std_optim = Adam(self.log_std, self.of_each("actor_lr"), cfg.adam_eps)
+        self.value_optim = Adam(self.value, self.of_each("value_lr"), cfg.adam_eps)
+        self.critic_optim = Adam(self.critic, self.of_each("critic_lr"), cfg.adam_eps)
         self._done_updates = torch.zeros((), device=device)
-        self.bind()
 
     def bind(self) -> None:
         """Constants of the update that follow from the configs, and views."""
-        device, shared = self.actor.flat.device, self.configs[0]
+        device, shared = self.actor.flat.device, self.shared
         self._beta_M1 = member_values([c.beta for c in self.configs], device).squeeze(-1)
         self._kappa_M1 = member_values([c.expectile for c in self.configs], device).squeeze(-1)
         self._one_minus_kappa_M1 = 1.0 - self._kappa_M1
@@ -163,7 +141,7 @@ class IQLUpdater(NetworkUpdater):
         batch = rows_MBW.shape[1]
         q_MB = self.target_critic.values(state_action).amin(1)
         both = torch.cat((obs, next_obs), dim=1)
-        if self.configs[0].update_order == "sequential":
+        if self.shared.update_order == "sequential":
             value_loss = self._update_value(obs, q_MB)
             values = self.value.forward(both)[0].squeeze(-1)
         else:
@@ -209,13 +187,13 @@ class IQLUpdater(NetworkUpdater):
         mean = out.tanh_()
         distance, weight = mean - action, (weight_MB * (1.0 / mean.shape[1])).unsqueeze(-1)
         if self._cosine:
-            total = self.configs[0].num_updates
+            total = self.shared.num_updates
             self._lr_scale.copy_(self._done_updates).mul_(math.pi / total).cos_().add_(1.0).mul_(0.5)
             self._done_updates.add_(1.0)
-        if self.configs[0].deterministic:
+        if self.shared.deterministic:
             grad_mean = distance * (2.0 * weight)
         else:
-            clipped = self._log_std_M1A.clamp(self.configs[0].log_std_min, LOG_STD_MAX)
+            clipped = self._log_std_M1A.clamp(self.shared.log_std_min, LOG_STD_MAX)
             inverse_var = (clipped * -2.0).exp_()
             grad_mean = distance * weight * inverse_var
             # d/d log_std of -w log N(a) is w (1 - z^2); beyond its bounds the log standard deviation stays

@@ -12,7 +12,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -28,8 +28,9 @@ from agents.edm_sampler import SamplerConfig
 from agents.graphs import default_capture
 from agents.guidance import GuidanceConfig, check_guidance
 from agents.method import Job, JobsAhead, Measures, RolloutResult, Stage, TrainingData
-from agents.networks import StackedMLP
+from agents.networks import StackedMLP, initialise
 from agents.policies import with_standardisation
+from agents.randomness import generator
 from agents.replay import Replay, transition_rows
 from agents.rollout import MAX_LENGTH
 from agents.synthetic import DiffusionSource, EnsembleSource, Pools, PoolSource, SyntheticConfig, mapped_rows
@@ -43,6 +44,8 @@ SOURCE_PARTS = {"none": (), "diffusion": ("diffusion", "sampler", "guidance"), "
 
 REWARD_RANGE = 1000.0
 """Best less worst return with reward_scale: return-range."""
+
+ConfigT = TypeVar("ConfigT", bound="ModelFreeConfig")
 
 
 @dataclass
@@ -323,22 +326,67 @@ class ModelFree(ABC):
 # ---- what updaters are made of --------------------------------------------------------------------------------------
 
 
-class NetworkUpdater:
+class NetworkUpdater(Generic[ConfigT]):
     """Networks of a pack and their optimisers, of which members can be dropped and whose state can be kept.
+
+    A method's own has `build` and `update` (see `agents.chunk.Updater`).
+
+    Args:
+        configs: one per member; M is their number.
+        seeds: one per member, of the networks' initial weights.
+        observation_dim, action_dim: S and A; actions lie in [-1, 1].
+        device: where everything lives.
 
     Attributes:
         stacks: names of the networks, each with a leading member axis.
         optimisers: names of the optimisers, `<network>_optim`.
-        configs: one per member.
     """
 
     stacks: ClassVar[tuple[str, ...]]
     optimisers: ClassVar[tuple[str, ...]]
-    configs: list[Any]
+    num_noises: int = 0  # an update takes no random numbers
+    period: int = 1  # every update is the same computation
+
+    def __init__(
+        self, configs: Sequence[ConfigT], seeds: Sequence[int], observation_dim: int, action_dim: int,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
+        self.configs = list(configs)
+        self.observation_dim, self.action_dim = observation_dim, action_dim
+        self.build(seeds, device)
+        self.bind()
 
     @property
     def num_members(self) -> int:
         return len(self.configs)
+
+    @property
+    def shared(self) -> ConfigT:
+        """The settings that all members have in common."""
+        return self.configs[0]
+
+    def of_each(self, name: str) -> list[Any]:
+        """One setting of every member."""
+        return [getattr(config, name) for config in self.configs]
+
+    def build(self, seeds: Sequence[int], device: torch.device | str) -> None:
+        """Make the networks, with the initial weights of the members' seeds, and their optimisers."""
+        raise NotImplementedError
+
+    def network(
+        self, name: str, seeds: Sequence[int], sizes: Sequence[int], device: torch.device | str, *,
+        each: int | None = None, scheme: str = "torch", last_bound: float = 0.0, kind: type[StackedMLP] = StackedMLP,
+    ) -> StackedMLP:  # fmt: skip
+        """Networks of every member with weights drawn for this name from its seed (see `agents.networks.initialise`).
+
+        Args:
+            sizes: input width, hidden widths, output width.
+            each: networks of a member, `(M, each)`; None: one, `(M,)`.
+        """
+        lead = (self.num_members,) if each is None else (self.num_members, each)
+        made = kind(lead, sizes, device)
+        initialise(made, [generator(seed, f"init {name}") for seed in seeds], scheme=scheme, last_bound=last_bound)
+        return made
 
     def bind(self) -> None:
         """Make the constants of the update that follow from the configs, and views of the networks."""

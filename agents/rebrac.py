@@ -39,10 +39,9 @@ from agents.model_free import (
     member_values,
     regress_twins,
 )
-from agents.networks import StackedLayerNormMLP, StackedMLP, initialise
+from agents.networks import StackedLayerNormMLP, StackedMLP
 from agents.optim import Adam
 from agents.policies import tanh_arrays
-from agents.randomness import generator
 from agents.replay import transition_rows
 from envs.errors import UserError
 
@@ -93,43 +92,26 @@ def rows_with_next_actions(data: TrainingData) -> Tensor:
     return torch.cat((rows, next_action), dim=1)[~last | (data.terminals > 0)]
 
 
-class ReBRACUpdater(NetworkUpdater):
-    """Policies, critics and targets of a pack, and their update.
-
-    Args:
-        configs: one per member; M is their number.
-        seeds: one per member.
-        observation_dim, action_dim: S and A; actions lie in [-1, 1].
-        device: where everything lives.
-    """
+class ReBRACUpdater(NetworkUpdater[ReBRACConfig]):
+    """Policies, critics and targets of a pack, and their update."""
 
     num_noises = 1
     stacks = ("actor", "critic", "target_actor", "target_critic")
     optimisers = ("actor_optim", "critic_optim")
 
-    def __init__(
-        self,
-        configs: Sequence[ReBRACConfig],
-        seeds: Sequence[int],
-        observation_dim: int,
-        action_dim: int,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.configs, shared = list(configs), configs[0]
-        self.observation_dim, self.action_dim = observation_dim, action_dim
-        self.period = shared.policy_freq
-        self.gamma, self.tau = shared.gamma, shared.tau
-        m, hidden, s, a = len(configs), shared.hidden, observation_dim, action_dim
-        critics = StackedLayerNormMLP if shared.critic_layer_norm else StackedMLP
-        self.actor = StackedMLP((m,), (s, *hidden, a), device)
-        self.critic = critics((m, 2), (s + a, *hidden, 1), device)
-        for name, last_bound in (("actor", 1e-3), ("critic", 3e-3)):
-            draws = [generator(seed, f"init {name}") for seed in seeds]
-            initialise(getattr(self, name), draws, scheme="edac-fan-in", last_bound=last_bound)
+    def build(self, seeds: Sequence[int], device: torch.device | str) -> None:
+        cfg, s, a = self.shared, self.observation_dim, self.action_dim
+        self.period = cfg.policy_freq
+        self.gamma, self.tau = cfg.gamma, cfg.tau
+        scheme = "edac-fan-in"
+        self.actor = self.network("actor", seeds, (s, *cfg.hidden, a), device, scheme=scheme, last_bound=1e-3)
+        self.critic = self.network(
+            "critic", seeds, (s + a, *cfg.hidden, 1), device, each=2, scheme=scheme, last_bound=3e-3,
+            kind=StackedLayerNormMLP if cfg.critic_layer_norm else StackedMLP,
+        )  # fmt: skip
         self.target_actor, self.target_critic = self.actor.clone(), self.critic.clone()
-        self.actor_optim = Adam(self.actor, [c.actor_lr for c in configs])
-        self.critic_optim = Adam(self.critic, [c.critic_lr for c in configs])
-        self.bind()
+        self.actor_optim = Adam(self.actor, self.of_each("actor_lr"))
+        self.critic_optim = Adam(self.critic, self.of_each("critic_lr"))
 
     def bind(self) -> None:
         """Constants of the update that follow from the configs."""

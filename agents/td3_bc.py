@@ -43,10 +43,8 @@ from agents.model_free import (
     regress_twins,
     split_rows,
 )
-from agents.networks import StackedMLP, initialise
 from agents.optim import Adam
 from agents.policies import tanh_arrays
-from agents.randomness import generator
 from agents.sac import UPDATE_ORDERS
 
 
@@ -76,42 +74,22 @@ class TD3BCConfig(ModelFreeConfig):
         check_choice(self, "initialisation", ("torch", "lecun"))
 
 
-class TD3BCUpdater(NetworkUpdater):
-    """Policies, critics and targets of a pack, and their update.
-
-    Args:
-        configs: one per member; M is their number.
-        seeds: one per member.
-        observation_dim, action_dim: S and A; actions lie in [-1, 1].
-        device: where everything lives.
-    """
+class TD3BCUpdater(NetworkUpdater[TD3BCConfig]):
+    """Policies, critics and targets of a pack, and their update."""
 
     stacks = ("actor", "critic", "target_actor", "target_critic")
     optimisers = ("actor_optim", "critic_optim")
 
-    def __init__(
-        self,
-        configs: Sequence[TD3BCConfig],
-        seeds: Sequence[int],
-        observation_dim: int,
-        action_dim: int,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.configs = list(configs)
-        self.observation_dim, self.action_dim = observation_dim, action_dim
-        shared = configs[0]
-        self.period, self.num_noises = shared.policy_freq, shared.critic_updates
-        self.gamma, self.tau = shared.gamma, shared.tau
-        m, hidden, s, a = len(configs), shared.hidden, observation_dim, action_dim
-        self.actor = StackedMLP((m,), (s, *hidden, a), device)
-        self.critic = StackedMLP((m, 2), (s + a, *hidden, 1), device)
-        for name in ("actor", "critic"):
-            draws = [generator(seed, f"init {name}") for seed in seeds]
-            initialise(getattr(self, name), draws, scheme=shared.initialisation, last_bound=0.0)
+    def build(self, seeds: Sequence[int], device: torch.device | str) -> None:
+        cfg, s, a = self.shared, self.observation_dim, self.action_dim
+        self.period, self.num_noises = cfg.policy_freq, cfg.critic_updates
+        self.gamma, self.tau = cfg.gamma, cfg.tau
+        scheme = cfg.initialisation
+        self.actor = self.network("actor", seeds, (s, *cfg.hidden, a), device, scheme=scheme)
+        self.critic = self.network("critic", seeds, (s + a, *cfg.hidden, 1), device, each=2, scheme=scheme)
         self.target_actor, self.target_critic = self.actor.clone(), self.critic.clone()
-        self.actor_optim = Adam(self.actor, [c.actor_lr for c in configs], shared.adam_eps)
-        self.critic_optim = Adam(self.critic, [c.critic_lr for c in configs], shared.adam_eps)
-        self.bind()
+        self.actor_optim = Adam(self.actor, self.of_each("actor_lr"), cfg.adam_eps)
+        self.critic_optim = Adam(self.critic, self.of_each("critic_lr"), cfg.adam_eps)
 
     def bind(self) -> None:
         """Constants of the update that follow from the configs, and views."""
@@ -127,7 +105,7 @@ class TD3BCUpdater(NetworkUpdater):
         self, rows_MBW: Tensor, noise_KMBA: Tensor, turn: int = 0, with_metrics: bool = False
     ) -> dict[str, Tensor] | None:
         """One update of every member (see `agents.chunk.Updater`); the policies' and the targets' at the last turn."""
-        moves, shared = turn == self.period - 1, self.configs[0]
+        moves, shared = turn == self.period - 1, self.shared
         metrics: dict[str, Tensor] = {}
         if shared.update_order == "actor-first":
             metrics = self._learn_policy(rows_MBW, moves, with_metrics)
@@ -161,8 +139,8 @@ class TD3BCUpdater(NetworkUpdater):
         obs, action, *_ = split_rows(rows_MBW, self.observation_dim, self.action_dim)
         pi, pi_inputs, q_pi, critic_inputs = self._policy_value(obs)
         size_M11 = q_pi.abs().mean(1, keepdim=True)
-        if self.configs[0].lambda_eps:
-            size_M11.add_(self.configs[0].lambda_eps)
+        if self.shared.lambda_eps:
+            size_M11.add_(self.shared.lambda_eps)
         scale_M11 = self._alpha_M11 / size_M11  # lambda
         metrics: dict[str, Tensor] = {}
         if with_metrics:
