@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -235,6 +235,45 @@ def measure_cases(
                 lines.append(line)
                 print_line(line)
     return args, lines
+
+
+Work = Callable[[], int]
+"""Does something once, and says how much of it that was."""
+
+
+def measure_in_turns(
+    benchmark: str, case: str, unit: str, works: Mapping[str, Work], blocks: int, peer: Answer | None, asked: str,
+    peer_name: str, command: str,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The lines of a case that is done in several precisions, in turns with each other and with the peer: rates per
+    CPU-second beside the peer's, or without one beside float32's.
+
+    Args:
+        unit: of what is done.
+        works: by precision.
+        asked: the case in the peer's words.
+    """
+    rates: dict[str, list[float]] = {precision: [] for precision in works}
+    theirs: list[float] = []
+    for block in range(blocks + 1):  # the first is not counted
+        if peer is not None:
+            answer = peer(asked)
+            theirs += [answer["done"] / answer["cpu_seconds"]] if block else []
+        for precision, work in works.items():
+            begun = time.process_time()
+            per_second = work() / (time.process_time() - begun)
+            rates[precision] += [per_second] if block else []
+    against = theirs or rates["float32"]
+    lines = []
+    for precision, mine in rates.items():
+        paired = [a / b for a, b in zip(mine, against, strict=True)]
+        lines.append(record(
+            benchmark, "/".join([*case.split(), precision]), statistics.median(mine), f"{unit} per CPU-second",
+            statistics.median(against), 1, command, reference_is=peer_name if theirs else "ours in float32, in turns",
+            blocks=blocks, **spread("value", mine), **spread("reference", against), **spread("ratio", paired),
+            ratio_median=statistics.median(paired), load_average=os.getloadavg()[0],
+        ))  # fmt: skip
+    return lines
 
 
 # ---- timing ---------------------------------------------------------------------------------------------------------

@@ -17,10 +17,7 @@ with `done` (updates or trajectories) and `cpu_seconds`. `--peer-name` says what
 
 from __future__ import annotations
 
-import os
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,7 +31,7 @@ from agents.networks import StackedMLP, initialise
 from agents.randomness import generator
 from agents.trajectory_diffusion import DiffusionConfig, DiffusionTrainer, TrajectoryModel
 from agents.trajectory_rollout import TrajectoryJob
-from benchmarks.common import Answer, measure_cases, record, spread
+from benchmarks.common import Answer, Work, measure_cases, measure_in_turns
 
 BENCHMARK = "pgd_speed"
 OBS, ACT, LENGTH, BATCH = 11, 3, 32, 32
@@ -45,8 +42,6 @@ CASES = tuple(
     + [f"{kind} 64 {steps}" for steps in (32, 64) for kind in ("unguided", "guided")]
     + [f"{kind} 256 32" for kind in ("unguided", "guided")]
 )
-
-Work = Callable[[], int]  # does something once, and says how many updates or trajectories that were
 
 
 def trainer(features: int, precision: str) -> DiffusionTrainer:
@@ -102,37 +97,11 @@ def works_of(case: str) -> dict[str, Work]:
     return {precision: sampling(*how, precision) for precision in PRECISIONS}
 
 
-def rate(work: Work) -> float:
-    begun = time.process_time()
-    done = work()
-    return done / (time.process_time() - begun)
-
-
 def measure(case: str, blocks: int, peer: Answer | None, name: str, command: str) -> list[dict[str, Any]]:
     kind, size = case.split()[:2]
     asked = case if kind == "train" else f"{case} {TRAJECTORIES[int(size)]}"
-    works = works_of(case)
-    rates: dict[str, list[float]] = {precision: [] for precision in works}
-    theirs: list[float] = []
-    for block in range(blocks + 1):  # the first is not counted
-        if peer is not None:
-            answer = peer(asked)
-            theirs += [answer["done"] / answer["cpu_seconds"]] if block else []
-        for precision, work in works.items():
-            per_second = rate(work)
-            rates[precision] += [per_second] if block else []
-    against = theirs or rates["float32"]
-    unit = "updates per CPU-second" if kind == "train" else "trajectories per CPU-second"
-    lines = []
-    for precision, mine in rates.items():
-        paired = [a / b for a, b in zip(mine, against, strict=True)]
-        lines.append(record(
-            BENCHMARK, "/".join([*case.split(), precision]), statistics.median(mine), unit, statistics.median(against),
-            1, command, reference_is=name if theirs else "ours in float32, in turns", blocks=blocks,
-            **spread("value", mine), **spread("reference", against), **spread("ratio", paired),
-            load_average=os.getloadavg()[0],
-        ))  # fmt: skip
-    return lines
+    unit = "updates" if kind == "train" else "trajectories"
+    return measure_in_turns(BENCHMARK, case, unit, works_of(case), blocks, peer, asked, name, command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,10 +24,7 @@ what it is. Without a peer the reference is `float32`.
 
 from __future__ import annotations
 
-import os
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +39,7 @@ from agents.randomness import generator
 from agents.replay import Replay, transition_rows
 from agents.target_dynamics import TargetDynamics, TargetDynamicsConfig
 from agents.value_proximity import ValueGate
-from benchmarks.common import Answer, measure_cases, print_line, record, spread
+from benchmarks.common import Answer, Work, measure_cases, measure_in_turns, print_line, record
 from envs.episodes import make_env
 from envs.registry import load_dataset
 from envs.termination import never_done
@@ -64,8 +61,9 @@ PARTS = tuple(
     + [f"step {domain}" for domain in ENVIRONMENTS]
 )
 CASES = (*PARTS, *(f"loop {pack}" for pack in PACKS))
-
-Work = Callable[[], int]  # does something once, and says how much of it that was
+UNITS = {
+    "loop": "iterations of a run", "refit": "gradient steps", "update": "updates of a run", "step": "environment steps",
+}  # fmt: skip
 
 
 def drawn_rows(count: int) -> torch.Tensor:
@@ -173,43 +171,11 @@ def works_of(case: str) -> dict[str, Work]:
     return {"float32": stepping(more[0])}
 
 
-def rate(work: Work) -> float:
-    begun = time.process_time()
-    done = work()
-    return done / (time.process_time() - begun)
-
-
 def measure(case: str, blocks: int, peer: Answer | None, name: str, command: str) -> list[dict[str, Any]]:
     """The lines of a case, one for each precision."""
     kind = case.split()[0]
     asked = kind if kind == "loop" else " ".join(case.split()[:2])
-    works = works_of(case)
-    rates: dict[str, list[float]] = {precision: [] for precision in works}
-    theirs: list[float] = []
-    for block in range(blocks + 1):  # the first is not counted
-        if peer is not None:
-            answer = peer(asked)
-            theirs += [answer["done"] / answer["cpu_seconds"]] if block else []
-        for precision, work in works.items():
-            per_second = rate(work)
-            rates[precision] += [per_second] if block else []
-    against = theirs or rates["float32"]
-    unit = {
-        "loop": "iterations of a run",
-        "refit": "gradient steps",
-        "update": "updates of a run",
-        "step": "environment steps",
-    }[kind]
-    lines = []
-    for precision, mine in rates.items():
-        paired = [a / b for a, b in zip(mine, against, strict=True)]
-        lines.append(record(
-            BENCHMARK, "/".join([*case.split(), precision]), statistics.median(mine), f"{unit} per CPU-second",
-            statistics.median(against), 1, command, reference_is=name if theirs else "ours in float32, in turns",
-            blocks=blocks, **spread("value", mine), **spread("reference", against), **spread("ratio", paired),
-            ratio_median=statistics.median(paired), load_average=os.getloadavg()[0],
-        ))  # fmt: skip
-    return lines
+    return measure_in_turns(BENCHMARK, case, UNITS[kind], works_of(case), blocks, peer, asked, name, command)
 
 
 def full_run(lines: Sequence[dict[str, Any]], side: str, precision: str) -> dict[str, float]:

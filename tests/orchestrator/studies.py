@@ -201,6 +201,31 @@ class ScriptedSlots:
         return report
 
 
+class Killed(BaseException):
+    """Stands for a SIGKILL."""
+
+
+def dying(original: Callable[..., Any], call: int, last: Callable[[Any], object] | None = None) -> Callable[..., Any]:
+    """A function after whose n-th call the driver is killed.
+
+    Args:
+        last: what is done with that call's result before.
+    """
+    calls = 0
+
+    def function(*args: Any) -> Any:
+        nonlocal calls
+        result = original(*args)
+        calls += 1
+        if calls == call:
+            if last is not None:
+                last(result)
+            raise Killed
+        return result
+
+    return function
+
+
 def drive(config: Config, slots: Any, resume: bool = False, packing: Packing | None = None) -> Study:
     """Run a study's driver without a tracker; returns the study, closed (its records can be read)."""
     folder = Path(config.workdir) / "studies" / config.study.name

@@ -30,7 +30,17 @@ from orchestrator.memory import OutOfMemory
 from orchestrator.packing import Packing
 from orchestrator.spool import RunInfo, RunSpool
 from sweeps.study import Proposal, Study
-from tests.orchestrator.studies import ScriptedSlots, configured, copied, dataset_of, drive, points, records
+from tests.orchestrator.studies import (
+    Killed,
+    ScriptedSlots,
+    configured,
+    copied,
+    dataset_of,
+    drive,
+    dying,
+    points,
+    records,
+)
 
 ETA = {"method.eta": {"type": "float", "low": 0.01, "high": 10.0, "log": True}}
 ALL_RUNS = [f"t{trial:04d}-s{seed}" for trial in range(3) for seed in range(2)]
@@ -460,25 +470,6 @@ def test_stages_of_a_searched_dynamics_setting_do_not_mix(workdir: Path):
     assert list(steps.values()) == [[0, 1, 2], [0, 1, 2]]
 
 
-class Killed(BaseException):
-    """Stands for a SIGKILL of the driver: nothing that the program does can catch it."""
-
-
-def dying(original: Any, call: int) -> Any:
-    """A method after whose n-th call the driver is killed."""
-    calls = 0
-
-    def method(self: Any, *args: Any) -> Any:
-        nonlocal calls
-        result = original(self, *args)
-        calls += 1
-        if calls == call:
-            raise Killed
-        return result
-
-    return method
-
-
 def too_large(largest: int) -> Any:
     """A learner that more than so many members make run out of memory."""
 
@@ -585,18 +576,8 @@ def test_a_driver_killed_anywhere_leaves_a_study_that_ends_the_same(
 ):
     """The driver dies right after it has written something down; a new one with new learners goes on."""
     owner: Any = RunSpool if moment == "metrics" else Study
-    original, calls = getattr(owner, moment), 0
-
-    def dying(self: Any, *args: Any) -> Any:
-        nonlocal calls
-        result = original(self, *args)
-        calls += 1
-        if calls == call:
-            raise Killed
-        return result
-
     with monkeypatch.context() as patch:
-        patch.setattr(owner, moment, dying)
+        patch.setattr(owner, moment, dying(getattr(owner, moment), call))
         with pytest.raises(Killed):
             pruning(workdir, "killed")
     killed = pruning(workdir, "killed", resume=True)

@@ -12,7 +12,7 @@ from orchestrator.config import check_space
 from orchestrator.learner import PackSpec
 from orchestrator.packing import Packing
 from sweeps.study import Study
-from tests.orchestrator.studies import ScriptedSlots, configured, drive
+from tests.orchestrator.studies import Killed, ScriptedSlots, configured, drive, dying
 
 VALUES = [[10.0, 11.0, 12.0], [1.0, 2.0, 3.0], [10.0, 8.0, 1.0], [10.5, 11.5, 12.5]]  # by trial and seed
 
@@ -62,10 +62,6 @@ def test_trials_that_are_decided_on_together_share_packs(workdir: Path):
     assert [t.attrs["seeds"] for t in study.trials()] == [[0, 1, 2], [0, 1], [0, 1], [0, 1, 2]]
 
 
-class Killed(BaseException):
-    """Stands for a SIGKILL."""
-
-
 # four trials have their packs noted, are then given seeds, and have the packs of these noted
 @pytest.mark.parametrize(("owner", "moment", "call", "runs_per_pack"), [
     ("study", "set_attr", 6, 12), pytest.param("study", "set_attr", 10, 12, marks=pytest.mark.slow),
@@ -76,18 +72,8 @@ def test_a_driver_killed_anywhere_decides_the_same(
 ):
     wanted, _ = race(workdir, name="undisturbed", runs_per_pack=runs_per_pack)
     target: Any = Study if owner == "study" else PackSpec
-    original, calls = getattr(target, moment), 0
-
-    def dying(self: Any, *args: Any) -> Any:
-        nonlocal calls
-        result = original(self, *args)
-        calls += 1
-        if calls == call:
-            raise Killed
-        return result
-
     with monkeypatch.context() as patch:
-        patch.setattr(target, moment, dying)
+        patch.setattr(target, moment, dying(getattr(target, moment), call))
         with pytest.raises(Killed):
             race(workdir, runs_per_pack=runs_per_pack)
     study, _ = race(workdir, resume=True, runs_per_pack=runs_per_pack)
