@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from agents.products import affine, product
+from agents.products import affine, product, write_weight_gradient
 
 _LAYER_NORM_EPS = 1e-6  # flax's, under the square root
 _PART_BYTES = 512 * 1024  # activations of one layer of a part, so that a part's pass stays in a core's cache
@@ -196,7 +196,7 @@ class StackedMLP:
     def write_gradients(self, inputs: list[Tensor], deltas: list[Tensor], grad_out: Tensor) -> None:
         """Fill `grad` from the layers' inputs and the gradients of their outputs."""
         for layer, (x, delta) in enumerate(zip(inputs, [*deltas, grad_out], strict=True)):
-            torch.bmm(x.mT, delta, out=self.weight_grads[layer])
+            write_weight_gradient(x, delta, self.weight_grads[layer])
             torch.sum(delta, dim=1, keepdim=True, out=self.bias_grads[layer])
 
 

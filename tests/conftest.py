@@ -28,10 +28,20 @@ def drawn_the_same_every_time() -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A local Ray of two CPUs, started once (6 s) for all tests that ask for it."""
+def ray_ends() -> Iterator[None]:
     import ray
 
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(ray_ends: None) -> None:
+    """A local Ray of two CPUs, started (6 s) for the first module that asks for it, and anew after `no_ray`."""
+    import ray
+
+    if ray.is_initialized():
+        return
     ray.init(
         address="local",
         num_cpus=2,
@@ -40,5 +50,11 @@ def ray_cluster() -> Iterator[None]:
         logging_level=logging.ERROR,
         runtime_env={"env_vars": worker_environment()},
     )
-    yield
+
+
+@pytest.fixture
+def no_ray() -> None:
+    """For a test with a cluster of its own, before any that asks for `ray_cluster` in its module."""
+    import ray
+
     ray.shutdown()

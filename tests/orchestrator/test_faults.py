@@ -412,7 +412,7 @@ def test_a_pack_in_ray_goes_on_without_a_member_that_diverges(workdir: Path, ray
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["raylet", "cluster"])
 def test_a_study_on_real_nodes_ends_as_if_nothing_had_happened(
-    workdir: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, fault: str, no_ray: None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv(RAY_VARIABLE, faults.GCS_S)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

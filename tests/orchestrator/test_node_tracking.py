@@ -302,7 +302,7 @@ def test_a_failure_is_in_the_logs_of_its_runs(prepared: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 def test_a_machine_dies_while_its_tracker_has_something_to_send(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Path, tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch
 ):
     """Two raylets with a disk each; one is killed under way, its disk is gone, and another one comes."""
     import os

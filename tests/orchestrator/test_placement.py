@@ -72,7 +72,7 @@ def test_what_fits_is_not_refused():
 
 
 @pytest.fixture
-def machines(tmp_path: Path) -> Iterator[Any]:
+def machines(tmp_path: Path, no_ray: None) -> Iterator[Any]:
     """A head without CPUs and two machines with three each."""
     import ray
     from ray.cluster_utils import Cluster
