@@ -67,7 +67,7 @@ def wanted(table: Path, workdir: Path, **more: Any) -> Wanted:
 
 def run(table: Path, workdir: Path, **more: Any) -> tuple[int, str]:
     text = io.StringIO()
-    return run_table(wanted(table, workdir, **more), Console(file=text, width=160)), text.getvalue()
+    return run_table(wanted(table, workdir, **more), Console(file=text, width=1000)), text.getvalue()
 
 
 def shown(table: Path, workdir: Path, **more: Any) -> Any:
@@ -232,7 +232,7 @@ def test_another_process_is_left_alone(table: Path, workdir: Path):
 
 def test_a_reduced_table_is_another_one_and_says_so(table: Path, workdir: Path):
     text = io.StringIO()
-    plan_table(wanted(table, workdir, scale=0.5), Console(file=text, width=160))
+    plan_table(wanted(table, workdir, scale=0.5), Console(file=text, width=1000))
     assert "REDUCED: 0.5 of the updates" in text.getvalue()
     assert "mine-scale0.5-medium-td3_bc-" in text.getvalue()
     assert "4 to train in 1 studies, 80 updates" in text.getvalue()
