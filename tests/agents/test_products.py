@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -64,17 +66,17 @@ def test_rounding_by_hand_gives_the_products_of_rounded_inputs(monkeypatch: pyte
     with matrix_precision("mixed"):
         mixed = passes()
     out, first, second, delta_first, delta_second, of_first, of_second, of_last = mixed
-    near = {"rtol": 2**-7, "atol": 1e-5}  # of what a product gives
+    near = partial(torch.testing.assert_close, rtol=2**-7, atol=1e-5)  # of what a product gives
     before = torch.bmm(rounded(first), rounded(network.weights[1])) + network.biases[1].double()
     torch.testing.assert_close(second.double(), before.relu(), rtol=2**-7, atol=2e-2)
     back = torch.bmm(rounded(delta_second), rounded(network.weights[1]).mT)
-    torch.testing.assert_close(delta_first.double(), back.where(first > 0, 0.0), **near)
-    torch.testing.assert_close(of_second.double(), torch.bmm(rounded(first).mT, rounded(delta_second)), **near)
-    narrow = {"rtol": 2**-6, "atol": 3e-2}  # torch rounds on some CPUs
-    torch.testing.assert_close(first, plain[1], **narrow)
-    torch.testing.assert_close(out, torch.baddbmm(network.biases[2], second, network.weights[2]), **narrow)
-    torch.testing.assert_close(of_first, torch.bmm(x.mT, delta_first), **narrow)
-    torch.testing.assert_close(of_last, torch.bmm(second.mT, grad_out), **narrow)
+    near(delta_first.double(), back.where(first > 0, 0.0))
+    near(of_second.double(), torch.bmm(rounded(first).mT, rounded(delta_second)))
+    narrow = partial(torch.testing.assert_close, rtol=2**-6, atol=3e-2)  # torch rounds on some CPUs
+    narrow(first, plain[1])
+    narrow(out, torch.baddbmm(network.biases[2], second, network.weights[2]))
+    narrow(of_first, torch.bmm(x.mT, delta_first))
+    narrow(of_last, torch.bmm(second.mT, grad_out))
 
 
 def test_rounding_is_for_mixed_precision_and_wide_layers(monkeypatch: pytest.MonkeyPatch) -> None:
