@@ -25,11 +25,10 @@ import torch
 from torch import Tensor
 
 from agents.networks import StackedMLP
-from agents.sac import LOG_STD_MAX, LOG_STD_MIN, squashed_sample
+from agents.squashed import LARGEST_ACTION, LOG_STD_MAX, LOG_STD_MIN, squashed_log_density, squashed_sample
 from envs.errors import UserError
 
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
-_LARGEST_ACTION = 1.0 - 1e-6  # a squashed density is infinite, or 0, at the bounds
 
 
 class Actor(Protocol):
@@ -220,14 +219,12 @@ class SquashedGaussianActor(_NetworkActor):
 
     def log_prob(self, obs_MBS: Tensor, action_MBA: Tensor) -> Tensor:
         mean, log_std = self._moments(obs_MBS)
-        action = action_MBA.clamp(-_LARGEST_ACTION, _LARGEST_ACTION)
-        z = (action.atanh() - mean).mul_((-log_std).exp())
-        log_det = torch.log1p(-action.square())  # of da / du
-        return _normal_log_prob(z).sub_((log_std + log_det).sum(-1)).sub_(self.action_dim * _HALF_LOG_2PI)
+        u = action_MBA.clamp(-LARGEST_ACTION, LARGEST_ACTION).atanh_()
+        return squashed_log_density((u - mean).mul_((-log_std).exp()), log_std, u)
 
     def log_prob_gradient(self, obs_MBS: Tensor, action_MBA: Tensor) -> Tensor:
         mean, log_std = self._moments(obs_MBS)
-        action = action_MBA.clamp(-_LARGEST_ACTION, _LARGEST_ACTION)
+        action = action_MBA.clamp(-LARGEST_ACTION, LARGEST_ACTION)
         of_normal = (mean - action.atanh()).mul_((log_std * -2.0).exp())  # d log N(u) / du
         # du / da = 1 / (1 - a^2), and d/da of -log(1 - a^2) is 2a / (1 - a^2)
         return of_normal.add_(action, alpha=2.0).div_(1.0 - action.square())

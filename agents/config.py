@@ -129,7 +129,7 @@ def make_sac(
 ) -> SAC:
     """The soft actor-critic that the configs of a pack describe."""
     shared = configs[0]  # what is not per member is equal in a pack
-    hyperparameters = [SACHyperparameters(c.eta, c.actor_lr, c.critic_lr, c.alpha_lr) for c in configs]
+    hyperparameters = [SACHyperparameters(c.actor_lr, c.critic_lr, c.alpha_lr, c.eta) for c in configs]
     settings = SACSettings(
         num_critics=shared.num_critics, actor_hidden=tuple(shared.hidden), critic_hidden=tuple(shared.hidden),
         gamma=shared.gamma, tau=shared.tau, target_entropy=shared.target_entropy, auto_alpha=shared.auto_alpha,

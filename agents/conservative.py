@@ -6,10 +6,6 @@ The a_k are `num_actions` each from the uniform distribution, from pi(.|s) and f
 their densities. Without importance sampling log p_k is left out and the row's own action is one of the a_k. Its
 gradient is a softmax: weight_b softmax_k((Q - log p) / tau) for every a_k, and -weight_b for the row's own action.
 
-With a = tanh(u) and u = mu + sigma eps the density is
-
-    log pi = sum [ -eps^2 / 2 - log sigma - log(2 pi) / 2 - 2 (log 2 - u - softplus(-2 u)) ]
-
 Shapes: M member, N critic, G critics in a row, B batch row, n drawn actions of a kind, K = 1 + 3 n actions of a state,
 S observation, A action, X further rows, Z numbers of an update's noise.
 """
@@ -22,12 +18,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from agents.domain_sac import DomainBatch, DomainSAC
-
-_HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
-_LOG_2 = math.log(2.0)
+from agents.squashed import squashed_log_density
 
 
 class Conservative(NamedTuple):
@@ -70,13 +63,7 @@ def uniform_actions(noise: Tensor) -> Tensor:
 
 def uniform_log_density(action_dim: int) -> float:
     """That of actions uniform in [-1, 1]^A."""
-    return -action_dim * _LOG_2
-
-
-def squashed_log_density(z: Tensor, log_std: Tensor, u: Tensor) -> Tensor:
-    """log pi of a = tanh(u) with u = mu + sigma z, summed over action dimensions, `(..., A)` to `(...)`."""
-    terms = torch.addcmul(log_std, z, z, value=0.5).add_((_LOG_2 - u - softplus(-2.0 * u)).mul_(2.0))
-    return terms.add_(_HALF_LOG_2PI).sum(-1).neg_()
+    return -action_dim * math.log(2.0)
 
 
 class SourcePenalty:

@@ -45,14 +45,13 @@ import torch
 from torch import Tensor
 
 from agents.config import check_choice, check_not_negative, check_positive
-from agents.conservative import conservative_term, squashed_log_density, uniform_actions, uniform_log_density
-from agents.critics import min_value_and_gradient
+from agents.conservative import conservative_term, uniform_actions, uniform_log_density
+from agents.critics import bellman_target, min_value_and_gradient
 from agents.method import TrainingData, per_member
 from agents.model_free import (
     ModelFree,
     ModelFreeConfig,
     NetworkUpdater,
-    bellman_target,
     member_values,
     scaled,
     split_rows,
@@ -60,12 +59,12 @@ from agents.model_free import (
 from agents.networks import StackedMLP, StackedScalar
 from agents.optim import Adam
 from agents.policies import squashed_arrays
+from agents.squashed import LARGEST_ACTION, squashed_log_density
 from envs.errors import UserError
 
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
 LOG_STD_OFFSET = -1.0  # what is added to the network's output at the start
 MAX_ALPHA_PRIME = 1e6
-_LARGEST_ACTION = 1.0 - 1e-6  # a squashed density is infinite, or 0, at the bounds
 _LAST_GAIN = 1e-2  # of every network's last layer
 
 
@@ -239,7 +238,7 @@ class CQLUpdater(NetworkUpdater[CQLConfig]):
         """Gradients of the actors and of their scales and offsets; statistics `(M, B)`."""
         alpha, own = alpha_M1.unsqueeze(-1), sample.action
         if self.cloning:
-            u = action.clamp(-_LARGEST_ACTION, _LARGEST_ACTION).atanh_()
+            u = action.clamp(-LARGEST_ACTION, LARGEST_ACTION).atanh_()
             inverse_std = policy.log_std_MBA.neg().exp_()
             z = (u - policy.mean_MBA).mul_(inverse_std)
             value, log_prob = -squashed_log_density(z, policy.log_std_MBA, u), sample.log_prob

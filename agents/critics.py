@@ -14,6 +14,54 @@ from agents.method import TrainingData
 from agents.networks import StackedMLP
 
 
+def bellman_target(reward_MB: Tensor, done_MB: Tensor, value_MB: Tensor, gamma: float) -> Tensor:
+    """r + gamma (1 - d) V, `(M, B)`."""
+    return torch.add(reward_MB, torch.addcmul(value_MB, done_MB, value_MB, value=-1.0), alpha=gamma)
+
+
+def regress_twins(critic: StackedMLP, x_MBX: Tensor, target_MB: Tensor) -> Tensor:
+    """Write the gradient of sum_i mean_b (Q_i - y)^2; the critics' values `(M, 2, B)` before any step."""
+    m, batch = target_MB.shape
+    x_GBX = critic.spread(x_MBX)
+    y_GB1 = target_MB.unsqueeze(1).expand(m, 2, batch).reshape(2 * m, batch, 1)
+    values = []
+    for place, part in critic.parts(batch):
+        q, inputs = part.forward(x_GBX[place])
+        values.append(q)
+        c = (q - y_GB1[place]).mul_(2.0 / batch)
+        part.write_gradients(inputs, part.hidden_gradients(inputs, c), c)
+    q_GB1 = torch.cat(values) if len(values) > 1 else values[0]
+    return q_GB1.view(m, 2, batch)
+
+
+def extreme_value(
+    critic: StackedMLP, sa_MBX: Tensor, largest: bool = False
+) -> tuple[Tensor, Tensor, list[list[Tensor]], Tensor]:
+    """min (or max) over critics `(M, B)`, its index `(M, 1, B)`, the layers' inputs of every part, every critic's value
+    `(M, N, B)`."""
+    x_GBX, outputs, inputs = critic.spread(sa_MBX), [], []
+    for place, part in critic.parts(sa_MBX.shape[1]):
+        q, layer_inputs = part.forward(x_GBX[place])
+        outputs.append(q)
+        inputs.append(layer_inputs)
+    q_GB1 = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    q_MNB = q_GB1.view(sa_MBX.shape[0], -1, sa_MBX.shape[1])
+    q_MB, index = (q_MNB.max if largest else q_MNB.min)(dim=1, keepdim=True)
+    return q_MB.squeeze(1), index, inputs, q_MNB
+
+
+def extreme_gradient(critic: StackedMLP, index_M1B: Tensor, inputs: list[list[Tensor]], action_dim: int) -> Tensor:
+    """d Q_i / da of the critic i that `extreme_value` chose for a row, `(M, B, A)`."""
+    m, _, batch = index_M1B.shape
+    width, gradients = critic.sizes[0], []
+    chosen_MNB = torch.zeros((m, critic.num_stacked // m, batch), device=index_M1B.device)
+    chosen_GB1 = chosen_MNB.scatter_(1, index_M1B, 1.0).view(-1, batch, 1)
+    for (place, part), layer_inputs in zip(critic.parts(batch), inputs, strict=True):
+        deltas = part.hidden_gradients(layer_inputs, chosen_GB1[place])
+        gradients.append(part.input_gradient(deltas[0], width - action_dim, width))
+    return torch.cat(gradients).view(m, -1, batch, action_dim).sum(1)
+
+
 def min_value_and_gradient(critic: StackedMLP, state_action_MBX: Tensor, action_dim: int) -> tuple[Tensor, Tensor]:
     """min_i Q_i(s, a) `(M, B)` and its gradient with respect to a `(M, B, A)`, which the smallest critic of a row
     passes.
@@ -22,21 +70,8 @@ def min_value_and_gradient(critic: StackedMLP, state_action_MBX: Tensor, action_
         critic: lead `(M, N)`.
         state_action_MBX: columns `[s, a]`.
     """
-    m, batch, width = state_action_MBX.shape
-    x_GBX, outputs, traces = critic.spread(state_action_MBX), [], []
-    parts = critic.parts(batch)
-    for place, part in parts:
-        q, inputs = part.forward(x_GBX[place])
-        outputs.append(q)
-        traces.append(inputs)
-    q_MNB = torch.cat(outputs).view(m, -1, batch)
-    q_M1B, index = q_MNB.min(1, keepdim=True)
-    chosen_GB1 = torch.zeros_like(q_MNB).scatter_(1, index, 1.0).view(-1, batch, 1)
-    gradients = [
-        part.input_gradient(part.hidden_gradients(inputs, chosen_GB1[place])[0], width - action_dim, width)
-        for (place, part), inputs in zip(parts, traces, strict=True)
-    ]
-    return q_M1B.squeeze(1), torch.cat(gradients).view(m, -1, batch, action_dim).sum(1)
+    q_MB, index, inputs, _ = extreme_value(critic, state_action_MBX)
+    return q_MB, extreme_gradient(critic, index, inputs, action_dim)
 
 
 @torch.inference_mode()

@@ -28,7 +28,7 @@ from agents.networks import StackedMLP
 from agents.randomness import generator
 from agents.replay import Replay
 from agents.rollout import tag_cuts, tag_steps
-from agents.sac import squashed_sample
+from agents.squashed import squashed_sample
 from envs.dataset import Scaling
 from envs.environments import specification
 from envs.scores import reference_scores

@@ -21,30 +21,21 @@ O = 2 A outputs of a policy's network.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from agents.config import ScheduleConfig, check_choice, check_not_negative, check_positive
+from agents.critics import bellman_target, extreme_gradient, extreme_value
 from agents.method import per_member
-from agents.model_free import bellman_target
-from agents.networks import INITIALISATIONS, StackedMLP, StackedScalar, initialise
+from agents.networks import INITIALISATIONS, StackedMLP
 from agents.optim import Adam
-from agents.randomness import generator
-from agents.sac import (
-    PolicySample,
-    PolicyScalars,
-    extreme_gradient,
-    extreme_value,
-    policy_gradient,
-    sample_of_outputs,
-    squashed_sample,
-)
+from agents.soft_actor_critic import LearningRates, SoftActorCritic
+from agents.squashed import PolicySample, policy_gradient, sample_of_outputs, squashed_sample
 from envs.errors import UserError
 
 
@@ -68,12 +59,9 @@ class DomainSACSettings:
 
 
 @dataclass(frozen=True)
-class DomainSACHyperparameters:
-    """What one member may have to itself."""
+class DomainSACHyperparameters(LearningRates):
+    """What one member may have to itself; both policies have its `actor_lr`."""
 
-    actor_lr: float = 3e-4  # of both policies
-    critic_lr: float = 3e-4
-    alpha_lr: float = 3e-4
     alpha: float = 0.2  # initial (auto_alpha) or fixed temperature
 
 
@@ -178,66 +166,30 @@ class ActorPenalty(Protocol):
         """
 
 
-class DomainSAC:
-    """Policies, critics, targets and temperatures of a pack, and their update.
+class DomainSAC(SoftActorCritic[DomainSACHyperparameters, DomainSACSettings]):
+    """Policies, critics, targets and temperatures of a pack, and their update; see `SoftActorCritic`."""
 
-    Args:
-        seeds: one per member; M is their number.
-        hyperparameters: one per member.
-        settings: common to the pack.
-        observation_dim, action_dim: S and A; actions lie in [-1, 1].
-        device: where everything lives.
-    """
+    source_actor: StackedMLP | None = None
+    source_actor_optim: Adam | None = None
 
-    def __init__(
-        self,
-        seeds: Sequence[int],
-        hyperparameters: Sequence[DomainSACHyperparameters],
-        settings: DomainSACSettings,
-        observation_dim: int,
-        action_dim: int,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.seeds, self.hyperparameters, self.settings = tuple(seeds), tuple(hyperparameters), settings
-        self.observation_dim, self.action_dim = observation_dim, action_dim
-        self.device = torch.device(device)
-        m, s, a, hidden = len(self.seeds), observation_dim, action_dim, settings.hidden
-        self.actor = StackedMLP((m,), (s, *hidden, 2 * a), device)
-        self.source_actor = StackedMLP((m,), (s, *hidden, 2 * a), device) if settings.optimistic else None
-        self.critic = StackedMLP((m, settings.num_critics), (s + a, *hidden, 1), device)
-        for network, purpose in (
-            (self.actor, "init actor"), (self.source_actor, "init source actor"), (self.critic, "init critic"),
-        ):  # fmt: skip
-            if network is not None:
-                draws, bound = [generator(seed, purpose) for seed in seeds], 1e-3 if "actor" in purpose else 3e-3
-                initialise(network, draws, scheme=settings.initialisation, last_bound=bound)
-        self.target = self.critic.clone()
-        self.log_alpha = StackedScalar(m, 0.0, device)
-        self.log_alpha.flat.copy_(torch.tensor([h.alpha for h in hyperparameters]).log())
-        self.actor_optim = Adam(self.actor, [h.actor_lr for h in hyperparameters])
-        self.source_actor_optim: Adam | None = None
-        if self.source_actor is not None:
-            self.source_actor_optim = Adam(self.source_actor, [h.actor_lr for h in hyperparameters])
-        self.critic_optim = Adam(self.critic, [h.critic_lr for h in hyperparameters])
-        self.alpha_optim = Adam(self.log_alpha, [h.alpha_lr for h in hyperparameters])
-        self._bind()
+    def build(self) -> None:
+        s, a, one = self.observation_dim, self.action_dim, self.settings
+        scheme, sizes = one.initialisation, (s, *one.hidden, 2 * a)
+        self.actor = self.network("actor", self.seeds, sizes, self.device, scheme=scheme, last_bound=1e-3)
+        self.critic = self.network(
+            "critic", self.seeds, (s + a, *one.hidden, 1), self.device, each=one.num_critics, scheme=scheme,
+            last_bound=3e-3,
+        )  # fmt: skip
+        if one.optimistic:
+            self.source_actor = self.network(
+                "source actor", self.seeds, sizes, self.device, scheme=scheme, last_bound=1e-3
+            )
+            self.source_actor_optim = Adam(self.source_actor, [h.actor_lr for h in self.hyperparameters])
+            self.stacks = (*self.stacks, "source_actor")
+            self.optimisers = (*self.optimisers, "source_actor_optim")
 
-    def _bind(self) -> None:
-        """Constants of the update that follow from settings and parameters."""
-        settings = self.settings
-        self._scalars = PolicyScalars.make(self.action_dim, self.device)
-        goal = -float(self.action_dim) if settings.target_entropy is None else settings.target_entropy
-        self._entropy_goal = torch.tensor(goal, device=self.device)
-        self._alpha = torch.empty_like(self.log_alpha.flat)
-        self.alpha_M1 = self._alpha.unsqueeze(1)
-        self._read_alpha()
-
-    def _read_alpha(self) -> None:
-        torch.exp(self.log_alpha.flat, out=self._alpha)
-
-    @property
-    def num_members(self) -> int:
-        return len(self.seeds)
+    def initial_alpha(self) -> Tensor:
+        return torch.tensor([h.alpha for h in self.hyperparameters])
 
     @property
     def period(self) -> int:
@@ -383,9 +335,7 @@ class DomainSAC:
                     "source_actor_loss": (self.alpha_M1 * optimist.log_prob - q_MB).mean(1),
                 }  # fmt: skip
         if self.settings.auto_alpha and moves:
-            torch.mean(sample.log_prob, dim=1, out=self.log_alpha.grad).add_(self._entropy_goal).neg_()
-            self.alpha_optim.step()
-            self._read_alpha()
+            self.step_alpha(sample.log_prob)
         return metrics
 
     def _policy_loss(self, obs_MBS: Tensor, sample: PolicySample, largest: bool) -> tuple[Tensor, Tensor]:
@@ -416,50 +366,6 @@ class DomainSAC:
         for block in blocks:  # views of the gradient
             block.mul_(factor)
         return norm
-
-    # ---- members and checkpoints ----------------------------------------------------------------------------------
-
-    def _stacks(self) -> dict[str, StackedMLP | StackedScalar]:
-        stacks: dict[str, StackedMLP | StackedScalar] = {"actor": self.actor, "critic": self.critic}
-        if self.source_actor is not None:
-            stacks["source_actor"] = self.source_actor
-        return stacks | {"log_alpha": self.log_alpha}
-
-    def _optimisers(self) -> dict[str, Adam]:
-        named = {"actor": self.actor_optim, "critic": self.critic_optim, "log_alpha": self.alpha_optim}
-        return named if self.source_actor_optim is None else {**named, "source_actor": self.source_actor_optim}
-
-    def select(self, members: Sequence[int]) -> DomainSAC:
-        """The same learner with some of its members only."""
-        other = copy.copy(self)
-        other.seeds = tuple(self.seeds[m] for m in members)
-        other.hyperparameters = tuple(self.hyperparameters[m] for m in members)
-        other.actor, other.critic = self.actor.select(members), self.critic.select(members)
-        other.target, other.log_alpha = self.target.select(members), self.log_alpha.select(members)
-        other.actor_optim = self.actor_optim.select(other.actor, members)
-        other.critic_optim = self.critic_optim.select(other.critic, members)
-        other.alpha_optim = self.alpha_optim.select(other.log_alpha, members)
-        if self.source_actor is not None and self.source_actor_optim is not None:
-            other.source_actor = self.source_actor.select(members)
-            other.source_actor_optim = self.source_actor_optim.select(other.source_actor, members)
-        other._bind()
-        return other
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that changes while learning."""
-        stacks = {name: stack.flat for name, stack in self._stacks().items()}
-        optims = {f"{name}_optim": optim.state_dict() for name, optim in self._optimisers().items()}
-        return {**stacks, "target": self.target.flat, **optims}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load in place."""
-        self.target.flat.copy_(state["target"])
-        for name, stack in self._stacks().items():
-            if name != "log_alpha" or self.settings.auto_alpha:  # a fixed temperature is the configuration's
-                stack.flat.copy_(state[name])
-        for name, optim in self._optimisers().items():
-            optim.load_state_dict(state[f"{name}_optim"])
-        self._read_alpha()
 
 
 def _clip_factor(norm_M: Tensor, bound: float) -> Tensor:

@@ -40,14 +40,13 @@ import torch
 from torch import Tensor
 
 from agents.config import check_choice, check_not_negative, check_positive
+from agents.critics import bellman_target, regress_twins
 from agents.method import TrainingData, per_member
 from agents.model_free import (
     ModelFree,
     ModelFreeConfig,
     NetworkUpdater,
-    bellman_target,
     member_values,
-    regress_twins,
     scaled,
     split_rows,
 )

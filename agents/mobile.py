@@ -32,7 +32,8 @@ from agents.config import check_not_negative, check_positive
 from agents.dynamics import Ensemble
 from agents.method import per_member
 from agents.model_based import ModelBasedConfig, ModelBasedSAC
-from agents.sac import SAC, TargetHook, TargetTerms, squashed_sample
+from agents.sac import SAC, TargetHook, TargetTerms
+from agents.squashed import squashed_sample
 from envs.errors import UserError
 
 _CPU_BYTES = 1 << 20  # of one layer's activations at once, which then stay in a core's cache

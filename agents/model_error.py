@@ -39,7 +39,7 @@ from agents.method import Measures, TrainingData
 from agents.networks import StackedMLP
 from agents.randomness import generator
 from agents.rollout import Dynamics
-from agents.sac import squashed_sample
+from agents.squashed import squashed_sample
 from agents.transition_filter import FilteredDynamics
 from envs.environments import specification
 

@@ -12,7 +12,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -28,9 +28,9 @@ from agents.edm_sampler import SamplerConfig
 from agents.graphs import default_capture
 from agents.guidance import GuidanceConfig, check_guidance
 from agents.method import Job, JobsAhead, Measures, RolloutResult, Stage, TrainingData
-from agents.networks import StackedMLP, initialise
+from agents.networks import StackedMLP
+from agents.pack_networks import PackNetworks
 from agents.policies import with_standardisation
-from agents.randomness import generator
 from agents.replay import Replay, transition_rows
 from agents.rollout import MAX_LENGTH
 from agents.synthetic import DiffusionSource, EnsembleSource, Pools, PoolSource, SyntheticConfig, mapped_rows
@@ -326,24 +326,17 @@ class ModelFree(ABC):
 # ---- what updaters are made of --------------------------------------------------------------------------------------
 
 
-class NetworkUpdater(Generic[ConfigT]):
-    """Networks of a pack and their optimisers, of which members can be dropped and whose state can be kept.
-
-    A method's own has `build` and `update` (see `agents.chunk.Updater`).
+class NetworkUpdater(PackNetworks, Generic[ConfigT]):
+    """Networks of a pack and their optimisers. A method's own has `build` and `update` (see `agents.chunk.Updater`).
 
     Args:
         configs: one per member; M is their number.
         seeds: one per member, of the networks' initial weights.
         observation_dim, action_dim: S and A; actions lie in [-1, 1].
         device: where everything lives.
-
-    Attributes:
-        stacks: names of the networks, each with a leading member axis.
-        optimisers: names of the optimisers, `<network>_optim`.
     """
 
-    stacks: ClassVar[tuple[str, ...]]
-    optimisers: ClassVar[tuple[str, ...]]
+    per_member = ("configs",)
     num_noises: int = 0  # an update takes no random numbers
     period: int = 1  # every update is the same computation
 
@@ -355,10 +348,6 @@ class NetworkUpdater(Generic[ConfigT]):
         self.observation_dim, self.action_dim = observation_dim, action_dim
         self.build(seeds, device)
         self.bind()
-
-    @property
-    def num_members(self) -> int:
-        return len(self.configs)
 
     @property
     def shared(self) -> ConfigT:
@@ -373,46 +362,6 @@ class NetworkUpdater(Generic[ConfigT]):
         """Make the networks, with the initial weights of the members' seeds, and their optimisers."""
         raise NotImplementedError
 
-    def network(
-        self, name: str, seeds: Sequence[int], sizes: Sequence[int], device: torch.device | str, *,
-        each: int | None = None, scheme: str = "torch", last_bound: float = 0.0, kind: type[StackedMLP] = StackedMLP,
-    ) -> StackedMLP:  # fmt: skip
-        """Networks of every member with weights drawn for this name from its seed (see `agents.networks.initialise`).
-
-        Args:
-            sizes: input width, hidden widths, output width.
-            each: networks of a member, `(M, each)`; None: one, `(M,)`.
-        """
-        lead = (self.num_members,) if each is None else (self.num_members, each)
-        made = kind(lead, sizes, device)
-        initialise(made, [generator(seed, f"init {name}") for seed in seeds], scheme=scheme, last_bound=last_bound)
-        return made
-
-    def bind(self) -> None:
-        """Make the constants of the update that follow from the configs, and views of the networks."""
-
-    def select(self, members: Sequence[int]) -> Self:
-        other = copy.copy(self)
-        other.configs = [self.configs[m] for m in members]
-        for name in self.stacks:
-            setattr(other, name, getattr(self, name).select(members))
-        for name in self.optimisers:
-            network = getattr(other, name.removesuffix("_optim"))
-            setattr(other, name, getattr(self, name).select(network, members))
-        other.bind()
-        return other
-
-    def state_dict(self) -> dict[str, Any]:
-        stacks = {name: getattr(self, name).flat for name in self.stacks}
-        return {**stacks, **{name: getattr(self, name).state_dict() for name in self.optimisers}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load in place."""
-        for name in self.stacks:
-            getattr(self, name).flat.copy_(state[name])
-        for name in self.optimisers:
-            getattr(self, name).load_state_dict(state[name])
-
 
 def scaled(data: TrainingData, normalize_observations: bool, reward_scale: str) -> TrainingData:
     """Data whose observations are standardised and whose rewards are scaled, if the settings of these names say so."""
@@ -426,26 +375,6 @@ def split_rows(rows_MBW: Tensor, observation_dim: int, action_dim: int) -> tuple
     s, a = observation_dim, action_dim
     obs, action, state_action = rows_MBW[..., :s], rows_MBW[..., s : s + a], rows_MBW[..., : s + a]
     return obs, action, state_action, rows_MBW[..., s + a], rows_MBW[..., s + a + 1], rows_MBW[..., s + a + 2 :]
-
-
-def bellman_target(reward_MB: Tensor, done_MB: Tensor, value_MB: Tensor, gamma: float) -> Tensor:
-    """r + gamma (1 - d) V, `(M, B)`."""
-    return torch.add(reward_MB, torch.addcmul(value_MB, done_MB, value_MB, value=-1.0), alpha=gamma)
-
-
-def regress_twins(critic: StackedMLP, x_MBX: Tensor, target_MB: Tensor) -> Tensor:
-    """Write the gradient of sum_i mean_b (Q_i - y)^2; the critics' values `(M, 2, B)` before any step."""
-    m, batch = target_MB.shape
-    x_GBX = critic.spread(x_MBX)
-    y_GB1 = target_MB.unsqueeze(1).expand(m, 2, batch).reshape(2 * m, batch, 1)
-    values = []
-    for place, part in critic.parts(batch):
-        q, inputs = part.forward(x_GBX[place])
-        values.append(q)
-        c = (q - y_GB1[place]).mul_(2.0 / batch)
-        part.write_gradients(inputs, part.hidden_gradients(inputs, c), c)
-    q_GB1 = torch.cat(values) if len(values) > 1 else values[0]
-    return q_GB1.view(m, 2, batch)
 
 
 def member_values(values: Sequence[float], device: torch.device | str) -> Tensor:

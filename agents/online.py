@@ -51,7 +51,7 @@ def train_online(config: OnlineSACConfig, on_step: Callable[[int], None] | None 
     assert isinstance(space, gymnasium.spaces.Box), f"{config.env_id}: continuous actions only"
     center, scale = (space.high + space.low) / 2, (space.high - space.low) / 2
     obs_dim, action_dim = int(np.prod(env.observation_space.shape or ())), int(np.prod(space.shape))
-    hyper = SACHyperparameters(0.0, config.learning_rate, config.learning_rate, config.learning_rate)
+    hyper = SACHyperparameters(config.learning_rate, config.learning_rate, config.learning_rate)
     settings = SACSettings(
         num_critics=2,
         actor_hidden=config.hidden,

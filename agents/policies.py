@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from agents.networks import StackedMLP
-from agents.sac import LOG_STD_MAX, LOG_STD_MIN
+from agents.squashed import LOG_STD_MAX, LOG_STD_MIN
 
 
 def squashed_arrays(

@@ -29,15 +29,13 @@ import torch
 from torch import Tensor
 
 from agents.config import check_not_negative, check_positive
-from agents.critics import min_value_and_gradient
+from agents.critics import bellman_target, min_value_and_gradient, regress_twins
 from agents.method import TrainingData, per_member
 from agents.model_free import (
     ModelFree,
     ModelFreeConfig,
     NetworkUpdater,
-    bellman_target,
     member_values,
-    regress_twins,
 )
 from agents.networks import StackedLayerNormMLP, StackedMLP
 from agents.optim import Adam

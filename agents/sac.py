@@ -26,25 +26,22 @@ Shapes: M member, N critic, G = M*N, B batch, S observation, A action.
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from agents.networks import StackedMLP, StackedScalar, initialise, relu_gradient_
-from agents.optim import Adam
-from agents.randomness import generator
+from agents.critics import bellman_target, extreme_gradient, extreme_value
+from agents.networks import StackedMLP, relu_gradient_
+from agents.soft_actor_critic import LearningRates, SoftActorCritic
+from agents.squashed import PolicySample, policy_gradient, policy_sample, squashed_sample
 
-LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 UPDATE_ORDERS = ("actor-first", "critics-first")
 CRITIC_LOSSES = ("sum", "mean")
 ACTOR_CRITICS = ("online", "target")
-_HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
 
 def rows_pay(num_critics: int, hidden: Sequence[int]) -> bool:
@@ -53,13 +50,10 @@ def rows_pay(num_critics: int, hidden: Sequence[int]) -> bool:
 
 
 @dataclass(frozen=True)
-class SACHyperparameters:
+class SACHyperparameters(LearningRates):
     """What one member may have to itself; the rest is common to a pack."""
 
     eta: float = 0.0
-    actor_lr: float = 3e-4
-    critic_lr: float = 3e-4
-    alpha_lr: float = 3e-4
 
 
 @dataclass(frozen=True)
@@ -115,15 +109,11 @@ class TargetHook(Protocol):
         return self
 
 
-class SAC:
+class SAC(SoftActorCritic[SACHyperparameters, SACSettings]):
     """Actors, critics, targets and temperatures of a pack, and their update (an `agents.chunk.Updater`).
 
     Args:
-        seeds: one per member; M is their number.
-        hyperparameters: one per member.
-        settings: common to the pack.
-        observation_dim, action_dim: S and A; actions lie in [-1, 1].
-        device: where everything lives.
+        seeds, hyperparameters, settings, observation_dim, action_dim, device: see `SoftActorCritic`.
         hook: what is changed in the targets, if anything.
     """
 
@@ -139,36 +129,30 @@ class SAC:
         device: torch.device | str = "cpu",
         hook: TargetHook | None = None,
     ) -> None:
-        self.seeds = tuple(seeds)
         self.hook = hook
-        self.hyperparameters = tuple(hyperparameters)
-        self.settings = settings
-        self.observation_dim, self.action_dim = observation_dim, action_dim
-        self.device = torch.device(device)
-        m, n = len(self.seeds), settings.num_critics
-        self.num_members, self.num_critics = m, n
-        s, a = observation_dim, action_dim
-        self.actor = StackedMLP((m,), (s, *settings.actor_hidden, 2 * a), device)
-        self.critic = StackedMLP((m, n), (s + a, *settings.critic_hidden, 1), device)
-        scheme = settings.initialisation
-        # the released actors are made of torch.nn.Linear: only the critics have the other bound
-        actor_scheme = "edac-fan-in" if scheme == "edac" else scheme
-        initialise(self.actor, [generator(x, "init actor") for x in seeds], scheme=actor_scheme, last_bound=1e-3)
-        initialise(self.critic, [generator(x, "init critic") for x in seeds], scheme=scheme, last_bound=3e-3)
-        self.target = self.critic.clone()
-        self.log_alpha = StackedScalar(m, math.log(settings.alpha), device)
-        self._bind()
-        self.actor_optim = Adam(self.actor, [h.actor_lr for h in hyperparameters])
-        self.critic_optim = Adam(self.critic, [h.critic_lr for h in hyperparameters])
-        self.alpha_optim = Adam(self.log_alpha, [h.alpha_lr for h in hyperparameters])
+        super().__init__(seeds, hyperparameters, settings, observation_dim, action_dim, device)
 
-    def _bind(self) -> None:
-        """Constants of the update that follow from settings, hyperparameters and parameters."""
+    def build(self) -> None:
+        s, a, one = self.observation_dim, self.action_dim, self.settings
+        # the released actors are made of torch.nn.Linear: only the critics have the other bound
+        scheme = "edac-fan-in" if one.initialisation == "edac" else one.initialisation
+        actor_sizes, critic_sizes = (s, *one.actor_hidden, 2 * a), (s + a, *one.critic_hidden, 1)
+        self.actor = self.network("actor", self.seeds, actor_sizes, self.device, scheme=scheme, last_bound=1e-3)
+        self.critic = self.network(
+            "critic", self.seeds, critic_sizes, self.device, each=one.num_critics, scheme=one.initialisation,
+            last_bound=3e-3,
+        )  # fmt: skip
+
+    def initial_alpha(self) -> Tensor:
+        return torch.full((self.num_members,), self.settings.alpha)
+
+    @property
+    def num_critics(self) -> int:
+        return self.settings.num_critics
+
+    def bind(self) -> None:
+        super().bind()
         settings = self.settings
-        self.target_entropy = -float(self.action_dim) if settings.target_entropy is None else settings.target_entropy
-        # as tensors: torch converts a Python number anew in every call
-        self._scalars = PolicyScalars.make(self.action_dim, self.device)
-        self._entropy_goal = torch.tensor(self.target_entropy, device=self.device)
         self._loss_divisor = self.num_critics if settings.critic_loss == "mean" else 1
         self._eta_G11: Tensor | None = None
         if any(h.eta != 0 for h in self.hyperparameters):
@@ -178,12 +162,9 @@ class SAC:
             self._eta_G11 = eta.repeat_interleave(self.num_critics).view(-1, 1, 1)
         self._by_rows = self.device.type == "cpu" and rows_pay(self.num_critics, settings.critic_hidden)
         self._first_critic_M1 = torch.arange(self.num_members, device=self.device).unsqueeze(1) * self.num_critics
-        self._alpha = torch.empty_like(self.log_alpha.flat)
-        self.alpha_M1 = self._alpha.unsqueeze(1)
-        self._read_alpha()
 
-    def _read_alpha(self) -> None:
-        torch.exp(self.log_alpha.flat, out=self._alpha)
+    def read_alpha(self) -> None:
+        super().read_alpha()
         if self.settings.max_alpha is not None:
             self._alpha.clamp_(max=self.settings.max_alpha)
 
@@ -206,9 +187,6 @@ class SAC:
 
     def _policy(self, obs_MBS: Tensor, noise_MBA: Tensor) -> PolicySample:
         return policy_sample(self.actor, obs_MBS, noise_MBA, self._scalars)
-
-    def _min_q(self, critic: StackedMLP, sa_MBX: Tensor) -> tuple[Tensor, Tensor, list[list[Tensor]], Tensor]:
-        return extreme_value(critic, sa_MBX)
 
     # ---- update ---------------------------------------------------------------------------------------------
 
@@ -234,7 +212,7 @@ class SAC:
         sample = self._policy(obs, noise_MBA)
         alpha_last = self.settings.update_order == "critics-first"
         if self.settings.auto_alpha and not alpha_last:
-            self._update_alpha(sample.log_prob)
+            self.step_alpha(sample.log_prob)
         q_pi = self._update_actor(obs, sample, rows_MBW.shape[1])
         metrics = {}
         if with_metrics:
@@ -244,7 +222,7 @@ class SAC:
                 "actor_loss": (self.alpha_M1 * sample.log_prob - q_pi).mean(1),
             }
         if self.settings.auto_alpha and alpha_last:
-            self._update_alpha(sample.log_prob)
+            self.step_alpha(sample.log_prob)
         if with_metrics:
             metrics["alpha"] = self.alpha_M1.view(-1).clone()
         return metrics
@@ -269,15 +247,10 @@ class SAC:
             metrics["critic_diversity"] = diversity
         return metrics | {name: values.float().mean(1) for name, values in shown.items()}
 
-    def _update_alpha(self, log_prob_MB: Tensor) -> None:
-        torch.mean(log_prob_MB, dim=1, out=self.log_alpha.grad).add_(self._entropy_goal).neg_()
-        self.alpha_optim.step()
-        self._read_alpha()
-
     def _update_actor(self, obs_MBS: Tensor, sample: PolicySample, batch: int) -> Tensor:
         action = sample.action
         critic = self.target if self.settings.actor_critics == "target" else self.critic
-        q_MB, index, inputs, _ = self._min_q(critic, torch.cat((obs_MBS, action), dim=-1))
+        q_MB, index, inputs, _ = extreme_value(critic, torch.cat((obs_MBS, action), dim=-1))
         dq_da = (self._min_gradient_of_rows if self._by_rows else self._min_gradient)(critic, index, inputs)
         grad_out = policy_gradient(sample, dq_da, self.alpha_M1, self._scalars).mul_(self._scalars.one / batch)
         self.actor.write_gradients(sample.inputs, self.actor.hidden_gradients(sample.inputs, grad_out), grad_out)
@@ -316,7 +289,7 @@ class SAC:
             action = sample.action
         else:
             action = self.sample_actions(next_obs, noise)
-        value, _, _, values = self._min_q(self.target, torch.cat((next_obs, action), dim=-1))
+        value, _, _, values = extreme_value(self.target, torch.cat((next_obs, action), dim=-1))
         reward = rows_MBW[..., s + a]
         shown: Mapping[str, Tensor] = {}
         if self.hook is not None:
@@ -325,8 +298,7 @@ class SAC:
             reward, value = terms.reward_MB, terms.value_MB
         if self.settings.entropy_in_target:
             value = torch.addcmul(value, self.alpha_M1, sample.log_prob, value=-1.0)
-        continued = torch.addcmul(value, done, value, value=-1.0)  # (1 - d) * value
-        target = torch.add(reward, continued, alpha=self.settings.gamma)
+        target = bellman_target(reward, done, value, self.settings.gamma)
         return target if self.settings.target_floor is None else target.clamp_(min=self.settings.target_floor), shown
 
     def _update_critic(
@@ -395,135 +367,10 @@ class SAC:
         torch.sum(combined, dim=1, out=critic.weight_grads[-1].squeeze(-1))
         torch.sum(c_GB1, dim=1, keepdim=True, out=critic.bias_grads[-1])
 
-    # ---- members and checkpoints ----------------------------------------------------------------------------
+    # ---- members --------------------------------------------------------------------------------------------
 
-    def select(self, members: Sequence[int]) -> SAC:
+    def select(self, members: Sequence[int]) -> Self:
         """The same learner with some of its members only."""
-        other = copy.copy(self)
-        other.seeds = tuple(self.seeds[m] for m in members)
-        other.hyperparameters = tuple(self.hyperparameters[m] for m in members)
-        other.num_members = len(members)
+        other = super().select(members)
         other.hook = None if self.hook is None else self.hook.select(members)
-        other.actor, other.critic = self.actor.select(members), self.critic.select(members)
-        other.target, other.log_alpha = self.target.select(members), self.log_alpha.select(members)
-        other._bind()
-        other.actor_optim = self.actor_optim.select(other.actor, members)
-        other.critic_optim = self.critic_optim.select(other.critic, members)
-        other.alpha_optim = self.alpha_optim.select(other.log_alpha, members)
         return other
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that changes while learning."""
-        stacks = {name: getattr(self, name).flat for name in ("actor", "critic", "target", "log_alpha")}
-        optims = {name: getattr(self, name).state_dict() for name in ("actor_optim", "critic_optim", "alpha_optim")}
-        return {**stacks, **optims}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("actor", "critic", "target", "log_alpha"):
-            getattr(self, name).flat.copy_(state[name])
-        for name in ("actor_optim", "critic_optim", "alpha_optim"):
-            getattr(self, name).load_state_dict(state[name])
-        self._read_alpha()
-
-
-# ---- squashed Gaussian policies and the critics' extreme, as every soft actor-critic here has them -----------------
-
-
-class PolicyScalars(NamedTuple):
-    """Numbers as tensors: torch converts a Python number anew in every call."""
-
-    one: Tensor
-    two: Tensor
-    tiny: Tensor
-    log_norm: Tensor
-
-    @classmethod
-    def make(cls, action_dim: int, device: torch.device | str) -> PolicyScalars:
-        return cls(*(torch.tensor(c, device=device) for c in (1.0, 2.0, 1e-6, action_dim * _HALF_LOG_2PI)))
-
-
-@dataclass(frozen=True)
-class PolicySample:
-    """An action drawn from the policy and what its gradient needs; axes (M, B, ...)."""
-
-    action: Tensor
-    log_prob: Tensor
-    one_minus_sq: Tensor
-    shifted: Tensor  # 1 - a^2 + 1e-6
-    scaled_noise: Tensor
-    clamped: Tensor  # where log_std is at a bound, so passes no gradient
-    inputs: list[Tensor]
-
-
-def policy_sample(
-    actor: StackedMLP, obs_MBS: Tensor, noise_MBA: Tensor, scalars: PolicyScalars, log_std_min: float = LOG_STD_MIN,
-    log_std_max: float = LOG_STD_MAX,
-) -> PolicySample:  # fmt: skip
-    """Actions of tanh-Gaussian policies and their log densities, whose 1 - a^2 is 1e-6 larger, as is usual."""
-    out, inputs = actor.forward(obs_MBS)
-    return sample_of_outputs(out, inputs, noise_MBA, scalars, log_std_min, log_std_max)
-
-
-def sample_of_outputs(
-    out_MBO: Tensor, inputs: list[Tensor], noise_MBA: Tensor, scalars: PolicyScalars, log_std_min: float,
-    log_std_max: float,
-) -> PolicySample:  # fmt: skip
-    """`policy_sample` from the network's outputs [mean, log std] and its layers' inputs."""
-    mean, raw_log_std = out_MBO.split(noise_MBA.shape[-1], dim=-1)
-    log_std = raw_log_std.clamp(log_std_min, log_std_max)
-    scaled_noise = log_std.exp().mul_(noise_MBA)
-    action = (mean + scaled_noise).tanh_()
-    one_minus_sq = torch.addcmul(scalars.one, action, action, value=-1.0)  # 1 - a^2
-    shifted = one_minus_sq + scalars.tiny
-    # log N(u) - log(1 - a^2 + 1e-6), summed over action dimensions
-    terms = torch.addcmul(log_std, noise_MBA, noise_MBA, value=0.5).add_(shifted.log())
-    log_prob = terms.sum(-1).add_(scalars.log_norm).neg_()
-    return PolicySample(action, log_prob, one_minus_sq, shifted, scaled_noise, raw_log_std != log_std, inputs)
-
-
-def policy_gradient(sample: PolicySample, dq_da_MBA: Tensor, alpha_M1: Tensor, scalars: PolicyScalars) -> Tensor:
-    """Gradient of alpha log pi(a|s) - Q(s, a) of every row with respect to the actor's outputs, `(M, B, 2 A)`."""
-    # d/da of alpha * log pi is 2 alpha a / (1 - a^2 + 1e-6); then through a = tanh(u)
-    alpha = alpha_M1.unsqueeze(-1)
-    grad_u = (sample.action / sample.shifted).mul_(alpha * scalars.two).sub_(dq_da_MBA).mul_(sample.one_minus_sq)
-    grad_log_std = torch.addcmul(-alpha, grad_u, sample.scaled_noise)
-    grad_log_std.masked_fill_(sample.clamped, 0.0)
-    return torch.cat((grad_u, grad_log_std), dim=-1)
-
-
-def extreme_value(
-    critic: StackedMLP, sa_MBX: Tensor, largest: bool = False
-) -> tuple[Tensor, Tensor, list[list[Tensor]], Tensor]:
-    """min (or max) over critics `(M, B)`, its index `(M, 1, B)`, the layers' inputs of every part, every critic's value
-    `(M, N, B)`."""
-    x_GBX, outputs, inputs = critic.spread(sa_MBX), [], []
-    for place, part in critic.parts(sa_MBX.shape[1]):
-        q, layer_inputs = part.forward(x_GBX[place])
-        outputs.append(q)
-        inputs.append(layer_inputs)
-    q_GB1 = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-    q_MNB = q_GB1.view(sa_MBX.shape[0], -1, sa_MBX.shape[1])
-    q_MB, index = (q_MNB.max if largest else q_MNB.min)(dim=1, keepdim=True)
-    return q_MB.squeeze(1), index, inputs, q_MNB
-
-
-def extreme_gradient(critic: StackedMLP, index_M1B: Tensor, inputs: list[list[Tensor]], action_dim: int) -> Tensor:
-    """d Q_i / da of the critic i that `extreme_value` chose for a row, `(M, B, A)`."""
-    m, _, batch = index_M1B.shape
-    width, gradients = critic.sizes[0], []
-    chosen_MNB = torch.zeros((m, critic.num_stacked // m, batch), device=index_M1B.device)
-    chosen_GB1 = chosen_MNB.scatter_(1, index_M1B, 1.0).view(-1, batch, 1)
-    for (place, part), layer_inputs in zip(critic.parts(batch), inputs, strict=True):
-        deltas = part.hidden_gradients(layer_inputs, chosen_GB1[place])
-        gradients.append(part.input_gradient(deltas[0], width - action_dim, width))
-    return torch.cat(gradients).view(m, -1, batch, action_dim).sum(1)
-
-
-def squashed_sample(
-    out: Tensor, noise: Tensor | None, log_std_min: float = LOG_STD_MIN, log_std_max: float = LOG_STD_MAX
-) -> Tensor:
-    """Actions from the actor's outputs `(..., 2A)`: tanh(mu + sigma * noise), or tanh(mu) where noise is None."""
-    mean, log_std = out.chunk(2, dim=-1)
-    if noise is None:
-        return mean.tanh()
-    return torch.addcmul(mean, log_std.clamp(log_std_min, log_std_max).exp_(), noise).tanh_()

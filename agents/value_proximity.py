@@ -32,8 +32,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from agents.critics import bellman_target
 from agents.domain_sac import DomainBatch, DomainSAC, Targets
-from agents.model_free import bellman_target
 from agents.source_filters import Accepted, accept, filtered
 
 FORMS = ("code", "paper")

@@ -16,7 +16,7 @@ from torch.distributions.transforms import TanhTransform
 from agents.actors import Actor, GaussianActor, SquashedGaussianActor, TanhActor, actor_from_arrays
 from agents.networks import StackedMLP
 from agents.policies import squashed_arrays, tanh_arrays
-from agents.sac import squashed_sample
+from agents.squashed import squashed_sample
 from envs.errors import UserError
 from envs.policies import NetworkPolicy
 

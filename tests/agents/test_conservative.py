@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
-from agents.conservative import SourcePenalty, conservative_term, squashed_log_density, uniform_actions
+from agents.conservative import SourcePenalty, conservative_term, uniform_actions
 from agents.domain_sac import DomainBatch, DomainSAC, DomainSACHyperparameters, DomainSACSettings
+from agents.squashed import squashed_log_density
 
 S, A, N, NUM_SOURCE, NUM_TARGET = 3, 2, 4, 5, 6
 B, W = NUM_SOURCE + NUM_TARGET, 2 * S + A + 2

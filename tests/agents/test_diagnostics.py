@@ -30,7 +30,7 @@ from agents.method import TrainingData
 from agents.networks import StackedMLP
 from agents.ravl import RAVL, RAVLConfig
 from agents.replay import Replay, transition_rows
-from agents.sac import LOG_STD_MAX, LOG_STD_MIN
+from agents.squashed import LOG_STD_MAX, LOG_STD_MIN
 from envs.dataset import Scaling
 from envs.reach import exact_edge_test
 

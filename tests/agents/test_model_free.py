@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from agents import bc, model_free, optim, rebrac
+from agents import bc, optim, pack_networks, rebrac
 from agents.bc import BC, BCConfig, BCUpdater
 from agents.chunk import OwnNoiseUpdater
 from agents.cql import CQL, CQLConfig, CQLUpdater
@@ -428,7 +428,7 @@ def test_an_update_could_be_captured(name: str, monkeypatch: pytest.MonkeyPatch)
     # a torch built without CUDA has neither for a GPU's fake tensors
     monkeypatch.setattr(Tensor, "__getitem__", fake_item)
     monkeypatch.setattr(Tensor, "copy_", fake_copy)
-    monkeypatch.setattr(model_free, "initialise", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr(pack_networks, "initialise", lambda *_args, **_kwargs: None)
     with FakeTensorMode():
         updater: Any = UPDATERS[name.split()[0]](CAPTURED[name], SEEDS, OBS, ACT, "cuda")
         width = W + ACT if name == "rebrac" else W

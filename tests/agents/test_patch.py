@@ -12,7 +12,8 @@ from torch import Tensor
 from agents.method import TrainingData
 from agents.patch import EdgePatch, OptimalValue, oracle_stage
 from agents.ravl import RAVL, RAVLConfig
-from agents.sac import SAC, SACHyperparameters, SACSettings, squashed_sample
+from agents.sac import SAC, SACHyperparameters, SACSettings
+from agents.squashed import squashed_sample
 from envs.errors import UserError
 from envs.toys import EdgeOfReach
 

@@ -8,7 +8,7 @@ import torch
 
 from agents.networks import StackedMLP
 from agents.policies import in_environment, squashed_arrays, tanh_arrays, with_standardisation
-from agents.sac import squashed_sample
+from agents.squashed import squashed_sample
 from envs.policies import NetworkPolicy
 
 

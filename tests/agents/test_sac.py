@@ -113,7 +113,7 @@ def test_target_and_temperature_follow_the_equations() -> None:
     expected = reward[0] + 0.99 * (1 - done[0]) * value
     torch.testing.assert_close(sac._critic_target(rows, noise[1:])[0][0], expected)
 
-    sac._update_alpha(log_prob.unsqueeze(0))
+    sac.step_alpha(log_prob.unsqueeze(0))
     torch.testing.assert_close(sac.log_alpha.grad, -(log_prob.mean() - ACT).view(1))
     assert float(sac.alpha_M1) != 1.0
 

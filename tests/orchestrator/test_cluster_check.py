@@ -178,8 +178,11 @@ def test_the_slurm_script_starts_a_head_then_the_others_then_the_command(tmp_pat
         'while [[ "$1" == --* ]]; do shift; done\nexec "$@"',
         commands / "hostname": "echo 127.0.0.1",
         checkout / ".venv/bin/ray": f'echo "$ON $*" >> {log}; exec sleep 60',
-        checkout / ".venv/bin/python": f'case "$1" in -c) printf secret;; -) echo 3;; *) echo "driver $*" >> {log}; '
-        'cat "$RAY_AUTH_TOKEN_PATH" >> ' + f"{log};; esac",
+        checkout / ".venv/bin/python": f"""case "$1" in
+            -c) printf secret;;
+            -) cat {log} | grep -c " start --block "; true;;
+            *) echo "driver $*" >> {log}; cat "$RAY_AUTH_TOKEN_PATH" >> {log};;
+        esac""",
     }
     for path, body in scripts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,7 +190,8 @@ def test_the_slurm_script_starts_a_head_then_the_others_then_the_command(tmp_pat
         path.chmod(0o755)
     text = (ROOT / "docs/cluster/slurm.sbatch").read_text()
     script = tmp_path / "job.sbatch"
-    script.write_text(text.replace("sleep 2", "sleep 0.02").replace("$(seq 60)", "1 2"))
+    text = text.replace("$(seq 60)", "1 2", 1)  # nobody listens at the head's port
+    script.write_text(text.replace("sleep 2", "sleep 0.02").replace("$(seq 60)", "$(seq 500)"))
     variables = {
         "PATH": f"{commands}:/usr/bin:/bin", "HOME": str(tmp_path), "SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "x",
         "SLURM_CPUS_PER_TASK": "16", "SLURM_GPUS_ON_NODE": "1", "OFFSWEEP_CHECKOUT": str(checkout),
