@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.config import check_positive
+from agents.checks import check_positive, check_share
 from agents.method import TrainingData, per_member
 from agents.model_free import ModelFree, ModelFreeConfig, NetworkUpdater, split_rows
 from agents.optim import Adam
@@ -40,9 +40,7 @@ class BCConfig(ModelFreeConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "actor_lr")
-        for name in ("top_fraction", "return_discount"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"method.{name}={getattr(self, name)} must be greater than 0 and at most 1")
+        check_share(self, "top_fraction", "return_discount", interval="(0, 1]")
 
 
 def best_episodes(data: TrainingData, fraction: float, discount: float) -> TrainingData:

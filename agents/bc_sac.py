@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from agents.behaviour_cloning import CLONED_ACTIONS, BehaviourCloning
-from agents.config import check_choice, check_positive
+from agents.checks import check_choice, check_positive
 from agents.cross_domain import CrossDomain, CrossDomainConfig
 from agents.domain_sac import DomainBatch, DomainSAC, DomainSACConfig, make_domain_sac
 from agents.method import per_member

@@ -5,37 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
+from agents.checks import check_choice, check_positive, check_share, check_widths
 from agents.chunk import PRECISIONS
 from agents.method import per_member
 from agents.networks import INITIALISATIONS
 from agents.sac import ACTOR_CRITICS, CRITIC_LOSSES, SAC, UPDATE_ORDERS, SACHyperparameters, SACSettings, TargetHook
 from envs.errors import UserError
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """Raise a UserError if a field is not greater than 0 and finite."""
-    for name in names:
-        if not 0 < getattr(config, name) < math.inf:
-            raise UserError(f"method.{name}={getattr(config, name)} must be greater than 0 and finite")
-
-
-def check_not_negative(config: Any, *names: str) -> None:
-    """Raise a UserError if a field is not 0 or greater and finite."""
-    for name in names:
-        if not 0 <= getattr(config, name) < math.inf:
-            raise UserError(f"method.{name}={getattr(config, name)} must be 0 or greater, and finite")
-
-
-def check_choice(config: Any, name: str, choices: Sequence[str]) -> None:
-    """Raise a UserError if a field is none of the choices."""
-    if getattr(config, name) not in choices:
-        *others, last = choices
-        some = f"one of {', '.join(choices)}" if len(choices) > 2 else f"{', '.join(others)} or {last}"
-        raise UserError(f"method.{name}={getattr(config, name)!r} must be {some}")
 
 
 @dataclass
@@ -54,17 +32,14 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         check_positive(self, "batch_size", "num_updates", "updates_per_epoch")
         check_choice(self, "precision", PRECISIONS)
-        if not 0 < self.gamma < 1:
-            raise UserError(f"method.gamma={self.gamma} must lie between 0 and 1")
-        if not 0 < self.tau <= 1:
-            raise UserError(f"method.tau={self.tau} must lie in (0, 1]")
+        check_share(self, "gamma")
+        check_share(self, "tau", interval="(0, 1]")
         if self.num_updates % self.updates_per_epoch:
             raise UserError(
                 f"method.num_updates={self.num_updates} must be a multiple of "
                 f"method.updates_per_epoch={self.updates_per_epoch}"
             )
-        if not self.hidden or min(self.hidden) < 1:
-            raise UserError(f"method.hidden={self.hidden} needs one or more widths of at least 1, such as [256,256]")
+        check_widths(self, "hidden")
 
     def own_noises(self, observation_dim: int, action_dim: int) -> int:
         """Standard normal numbers that an update of a member takes beside its K draws (`agents.chunk`)."""

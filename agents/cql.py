@@ -44,7 +44,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.config import check_choice, check_not_negative, check_positive
+from agents.checks import check_choice, check_not_negative, check_positive
 from agents.conservative import conservative_term, uniform_actions, uniform_log_density
 from agents.critics import bellman_target, min_value_and_gradient
 from agents.method import TrainingData, per_member

@@ -42,8 +42,9 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from agents.actors import Actor, SquashedGaussianActor
+from agents.checks import check_not_negative, check_positive
 from agents.chunk import METRICS_EVERY, matrix_precision
-from agents.config import ScheduleConfig, check_not_negative, check_positive
+from agents.config import ScheduleConfig
 from agents.domain_sac import DomainBatch, DomainSAC
 from agents.interaction import (
     DOMAINS,

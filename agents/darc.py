@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from agents.checks import check_not_negative, check_positive
 from agents.classified import Classified, ClassifiedConfig
-from agents.config import check_not_negative, check_positive
 from agents.cross_domain import joined
 from agents.domain_sac import DomainSAC, make_domain_sac
 from agents.method import per_member

@@ -25,27 +25,24 @@ row, D = 2 domains, source first.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from agents.checks import check_choice, check_not_negative, check_positive, check_widths
 from agents.draws import Draws
 from agents.method import per_member
-from agents.networks import StackedMLP, initialise
 from agents.optim import Adam
-from agents.randomness import generator
+from agents.pack_networks import PackNetworks
 from agents.replay import Replay
-from envs.errors import UserError
 
 FORMS = ("independent", "residual")
 METRICS = ("sa_classifier_loss", "sas_classifier_loss", "sas_classifier_accuracy")
-_NAMES = ("sa", "sas")
 
 
 @dataclass
@@ -61,21 +58,14 @@ class ClassifierConfig:
     first_update: int = 0  # before which they are not trained
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise UserError(f"method.classifiers.form={self.form!r} must be {' or '.join(FORMS)}")
-        for name in ("learning_rate", "batch_size", "train_every"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"method.classifiers.{name}={getattr(self, name)} must be greater than 0 and finite")
-        for name in ("input_noise", "first_update"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"method.classifiers.{name}={getattr(self, name)} must be 0 or greater, and finite")
-        if not self.hidden or min(self.hidden) < 1:
-            raise UserError(
-                f"method.classifiers.hidden={self.hidden} needs one or more widths of at least 1, such as [256,256]"
-            )
+        part = "method.classifiers"
+        check_choice(self, "form", FORMS, part)
+        check_positive(self, "learning_rate", "batch_size", "train_every", part=part)
+        check_not_negative(self, "input_noise", "first_update", part=part)
+        check_widths(self, "hidden", part=part)
 
 
-class DomainClassifiers:
+class DomainClassifiers(PackNetworks):
     """The two classifiers of every member of a pack.
 
     Args:
@@ -88,6 +78,10 @@ class DomainClassifiers:
         shown: metrics of the last training step, as `update` returns them.
     """
 
+    stacks = ("sa", "sas")
+    optimisers = ("sa_optim", "sas_optim")
+    per_member = ("configs", "seeds")
+
     def __init__(
         self,
         configs: Sequence[ClassifierConfig],
@@ -98,21 +92,18 @@ class DomainClassifiers:
     ) -> None:
         self.configs, self.seeds, self.shared = list(configs), list(seeds), configs[0]
         self.observation_dim, self.action_dim = observation_dim, action_dim
-        m, s, a, hidden = len(configs), observation_dim, action_dim, self.shared.hidden
-        self.sa = StackedMLP((m,), (s + a, *hidden, 2), device)
-        self.sas = StackedMLP((m,), (2 * s + a, *hidden, 2), device)
+        s, a, hidden = observation_dim, action_dim, self.shared.hidden
+        self.sa = self.network("sa classifier", seeds, (s + a, *hidden, 2), device)
+        self.sas = self.network("sas classifier", seeds, (2 * s + a, *hidden, 2), device)
         rates = [c.learning_rate for c in configs]
-        for name in _NAMES:
-            draws = [generator(seed, f"init {name} classifier") for seed in seeds]
-            initialise(getattr(self, name), draws, scheme="torch", last_bound=0.0)
-        self.optims = {name: Adam(getattr(self, name), rates) for name in _NAMES}
-        self._bind()
+        self.sa_optim, self.sas_optim = Adam(self.sa, rates), Adam(self.sas, rates)
+        self.bind()
         rows = 2 * self.shared.batch_size
         self._noise = Draws(seeds, "classifier noise", (rows, self.noise_width), device)
         self._places = Draws(seeds, "classifier rows", (rows,), device, uniform=True)
-        self.shown = {name: torch.zeros(m, device=device) for name in METRICS}
+        self.shown = {name: torch.zeros(self.num_members, device=device) for name in METRICS}
 
-    def _bind(self) -> None:
+    def bind(self) -> None:
         device = self.sa.flat.device
         noise = torch.tensor([c.input_noise for c in self.configs], dtype=torch.float32, device=device)
         self._input_noise_M11 = noise.view(-1, 1, 1)
@@ -185,13 +176,13 @@ class DomainClassifiers:
         # of softmax(z): q(target) = sigmoid(z_target - z_source), and the gradients of the two logits are opposite
         error_sa, error_sas = ((odds.sigmoid() - is_target) / num_rows for odds in (odds_sa, odds_sas))
         of_networks = (
-            (self.sa, trace_sa, error_sa + error_sas if residual else error_sa, "sa"),
-            (self.sas, trace_sas, error_sas, "sas"),
+            (self.sa, self.sa_optim, trace_sa, error_sa + error_sas if residual else error_sa),
+            (self.sas, self.sas_optim, trace_sas, error_sas),
         )
-        for network, trace, error, name in of_networks:
+        for network, optim, trace, error in of_networks:
             grad = torch.stack((-error, error), dim=-1)
             network.write_gradients(trace, network.hidden_gradients(trace, grad), grad)
-            self.optims[name].step()
+            optim.step()
         sign = 1.0 - 2.0 * is_target
         return {
             "sa_classifier_loss": softplus(sign * odds_sa).mean(1),
@@ -201,28 +192,18 @@ class DomainClassifiers:
 
     # ---- members and checkpoints ------------------------------------------------------------------------------
 
-    def select(self, members: Sequence[int]) -> DomainClassifiers:
+    def select(self, members: Sequence[int]) -> Self:
         """The classifiers of some members only."""
-        other = copy.copy(self)
-        other.configs, other.seeds = [self.configs[m] for m in members], [self.seeds[m] for m in members]
-        other.sa, other.sas = self.sa.select(members), self.sas.select(members)
-        other.optims = {name: optim.select(getattr(other, name), members) for name, optim in self.optims.items()}
+        other = super().select(members)
         other._noise, other._places = self._noise.select(members), self._places.select(members)
         other.shown = {name: values[list(members)] for name, values in self.shown.items()}
-        other._bind()
         return other
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that changes while learning."""
-        networks = {name: getattr(self, name).flat for name in _NAMES}
-        optims = {f"{name}_optim": optim.state_dict() for name, optim in self.optims.items()}
-        return {**networks, **optims, "shown": dict(self.shown)}
+        return {**super().state_dict(), "shown": dict(self.shown)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load in place."""
-        for name in _NAMES:
-            getattr(self, name).flat.copy_(state[name])
-            self.optims[name].load_state_dict(state[f"{name}_optim"])
+        super().load_state_dict(state)
         self.shown = {name: values.to(self.sa.flat.device) for name, values in state["shown"].items()}
 
 

@@ -29,7 +29,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from agents.config import ScheduleConfig, check_choice, check_not_negative, check_positive
+from agents.checks import check_choice, check_not_negative, check_positive
+from agents.config import ScheduleConfig
 from agents.critics import bellman_target, extreme_gradient, extreme_value
 from agents.method import per_member
 from agents.networks import INITIALISATIONS, StackedMLP

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from agents.checks import check_choice, check_positive, check_share
 from agents.graphs import WARM_UP, Capture, CaptureError, default_capture, side_stream, warn_eager
 from agents.randomness import generator
 from agents.rollout import Penalty, Predictions, Step
@@ -85,28 +86,25 @@ class DynamicsConfig:
     use_members: int | None = None
 
     def __post_init__(self) -> None:
-        if self.filter not in FILTERS:
-            raise UserError(f"method.dynamics.filter={self.filter!r} must be {' or '.join(FILTERS)}")
-        for name in ("learning_rate", "batch_size", "max_holdout", "patience", "max_epochs"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"dynamics.{name}={getattr(self, name)} must be greater than 0 and finite")
+        part = "method.dynamics"
+        check_choice(self, "filter", FILTERS, part)
+        check_positive(self, "learning_rate", "batch_size", "max_holdout", "patience", "max_epochs", part=part)
+        check_share(self, "holdout_fraction", part=part)
         if not self.initial_cut > 0:
-            raise UserError(f"dynamics.initial_cut={self.initial_cut} must be greater than 0; .inf cuts nothing")
+            raise UserError(f"{part}.initial_cut={self.initial_cut} must be greater than 0; .inf cuts nothing")
         if not 1 <= self.num_elites <= self.ensemble_size:
-            raise UserError(f"dynamics.num_elites={self.num_elites} must lie in 1..ensemble_size={self.ensemble_size}")
+            raise UserError(f"{part}.num_elites={self.num_elites} must lie in 1..ensemble_size={self.ensemble_size}")
         if self.use_members is not None and not 1 <= self.use_members <= self.ensemble_size:
             raise UserError(
-                f"dynamics.use_members={self.use_members} must lie in 1..ensemble_size={self.ensemble_size}, or be null"
+                f"{part}.use_members={self.use_members} must lie in 1..ensemble_size={self.ensemble_size}, or be null"
             )
         if len(self.weight_decay) != len(self.hidden) + 1:
             raise UserError(
-                f"dynamics.weight_decay needs {len(self.hidden) + 1} values, one per hidden layer and one for the "
-                f"output, got {len(self.weight_decay)}"
+                f"{part}.weight_decay needs {len(self.hidden) + 1} values, one per hidden layer and one for the output,"
+                f" got {len(self.weight_decay)}"
             )
         if not self.input_clip > 0:
-            raise UserError(f"dynamics.input_clip={self.input_clip} must be greater than 0; .inf clips nothing")
-        if not 0 < self.holdout_fraction < 1:
-            raise UserError(f"dynamics.holdout_fraction={self.holdout_fraction} must lie between 0 and 1")
+            raise UserError(f"{part}.input_clip={self.input_clip} must be greater than 0; .inf clips nothing")
 
     @property
     def members_used(self) -> int:

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from agents.checks import check_not_negative, check_positive, check_share, check_widths
 from agents.diagnostics import spearman
 from agents.distillation import distil
 from agents.dynamics_policy import DynamicsPolicy
@@ -91,31 +92,18 @@ class DynamicsRewardConfig:
             "learning_rate", "batch_size", "max_epochs", "num_snapshots", "pretraining_epochs",
             "pretraining_learning_rate", "min_std", "max_holdout", "policy_passes", "policy_clip",
         )  # fmt: skip
-        for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"dynamics_reward.{name}={getattr(self, name)} must be greater than 0 and finite")
-        for name in ("weight_decay", "entropy_bonus", "policy_learning_rate", "distil_epochs"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"dynamics_reward.{name}={getattr(self, name)} must be 0 or greater, and finite")
-        for name, low, high in (("snapshots_from", 0, 1), ("logit_decay", 0, 1)):
-            if not low <= getattr(self, name) < high:
-                raise UserError(f"dynamics_reward.{name}={getattr(self, name)} must lie in [{low}, {high})")
-        if not 0 <= self.likelihood_share <= 1:
-            raise UserError(f"dynamics_reward.likelihood_share={self.likelihood_share} must lie between 0 and 1")
-        if not 0 < self.holdout_fraction < 1:
-            raise UserError(f"dynamics_reward.holdout_fraction={self.holdout_fraction} must lie between 0 and 1")
+        part = "method.dynamics_reward"
+        check_positive(self, *positive, part=part)
+        check_not_negative(self, "weight_decay", "entropy_bonus", "policy_learning_rate", "distil_epochs", part=part)
+        check_share(self, "snapshots_from", "logit_decay", interval="[0, 1)", part=part)
+        check_share(self, "likelihood_share", interval="[0, 1]", part=part)
+        check_share(self, "holdout_fraction", part=part)
+        check_share(self, "min_draw_scale", interval="(0, 1]", part=part)
+        check_widths(self, "hidden", "policy_hidden", "distil_hidden", part=part)
         if not 1 <= self.draw_scale < math.inf:
-            raise UserError(f"dynamics_reward.draw_scale={self.draw_scale} must be 1 or greater, and finite")
-        if not 0 < self.min_draw_scale <= 1:
-            raise UserError(f"dynamics_reward.min_draw_scale={self.min_draw_scale} must be above 0 and at most 1")
+            raise UserError(f"{part}.draw_scale={self.draw_scale} must be 1 or greater, and finite")
         if self.policy_draws < 2:
-            raise UserError(
-                f"dynamics_reward.policy_draws={self.policy_draws} must be at least 2: a row's draws are compared"
-            )
-        for name in ("hidden", "policy_hidden", "distil_hidden"):
-            widths = getattr(self, name)
-            if not widths or min(widths) < 1:
-                raise UserError(f"dynamics_reward.{name}={widths} needs one or more widths of at least 1")
+            raise UserError(f"{part}.policy_draws={self.policy_draws} must be at least 2: a row's draws are compared")
 
 
 def reward_stage(config: DynamicsRewardConfig) -> Stage:

@@ -27,6 +27,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from agents.checks import check_choice, check_not_negative, check_positive
 from agents.chunk import PRECISIONS
 from agents.edm import Denoise, noise_levels
 from agents.randomness import generator
@@ -61,17 +62,12 @@ class SamplerConfig:
             raise UserError(
                 f"method.sampler.sigma_min={self.sigma_min} must lie between 0 and sigma_max={self.sigma_max}"
             )
-        if not 0 < self.rho < math.inf:
-            raise UserError(f"method.sampler.rho={self.rho} must be greater than 0 and finite")
-        for name in ("churn", "s_tmin", "s_tmax", "s_noise"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"method.sampler.{name}={getattr(self, name)} must be 0 or greater, and finite")
+        check_positive(self, "rho", part="method.sampler")
+        check_not_negative(self, "churn", "s_tmin", "s_tmax", "s_noise", part="method.sampler")
         if self.order not in (1, 2):
             raise UserError(f"method.sampler.order={self.order} must be 1 (Euler) or 2 (Heun)")
         for name, choices in (("predictor", PREDICTORS), ("terminals", TERMINALS), ("precision", PRECISIONS)):
-            if getattr(self, name) not in choices:
-                *others, last = choices
-                raise UserError(f"method.sampler.{name}={getattr(self, name)!r} must be {', '.join(others)} or {last}")
+            check_choice(self, name, choices, "method.sampler")
         if self.order == 1 and self.predictor == "release":
             raise UserError(
                 "method.sampler.order=1 with method.sampler.predictor=release samples a single point instead of a "

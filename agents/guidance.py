@@ -55,6 +55,7 @@ import torch
 from torch import Tensor
 
 from agents.actors import Actor
+from agents.checks import check_choice, check_not_negative
 from agents.edm import Denoise
 from agents.edm_sampler import SamplerConfig, Schedule
 from agents.method import per_member
@@ -88,11 +89,8 @@ class GuidanceConfig:
     smoothing: bool = True  # of the policy's likelihood over the denoiser's posterior
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise UserError(f"method.guidance.rule={self.rule!r} must be {' or '.join(RULES)}")
-        for name in ("coef", "cosine_coef", "delay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"method.guidance.{name}={getattr(self, name)} must be 0 or greater, and finite")
+        check_choice(self, "rule", RULES, "method.guidance")
+        check_not_negative(self, "coef", "cosine_coef", "delay", part="method.guidance")
         if self.coef_steps is not None and self.coef_steps < 3:
             raise UserError(f"method.guidance.coef_steps={self.coef_steps} must be at least 3, or null")
 

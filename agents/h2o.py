@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from agents.checks import check_choice
 from agents.classified import Classified, ClassifiedConfig
-from agents.config import check_choice
 from agents.iw_clip import check_ratio_bounds
 from agents.symmetric_sampling import SymmetricSampling, SymmetricSamplingConfig
 

@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.config import check_choice, check_not_negative, check_positive
+from agents.checks import check_choice, check_not_negative, check_positive, check_share
 from agents.critics import bellman_target, regress_twins
 from agents.method import TrainingData, per_member
 from agents.model_free import (
@@ -84,8 +84,7 @@ class IQLConfig(ModelFreeConfig):
         super().__post_init__()
         check_positive(self, "actor_lr", "critic_lr", "value_lr", "adam_eps")
         check_not_negative(self, "beta")
-        if not 0 < self.expectile < 1:
-            raise UserError(f"method.expectile={self.expectile} must lie between 0 and 1")
+        check_share(self, "expectile")
         check_choice(self, "actor_lr_schedule", ("constant", "cosine"))
         check_choice(self, "update_order", ("sequential", "simultaneous"))
         check_choice(self, "critic_loss", CRITIC_LOSSES)

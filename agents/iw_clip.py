@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from agents.checks import check_not_negative
 from agents.classified import Classified, ClassifiedConfig
-from agents.config import check_not_negative
 from agents.domain_sac import DomainBatch, DomainSAC, make_domain_sac
 from envs.errors import UserError
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agents.config import check_not_negative, check_positive
+from agents.checks import check_not_negative, check_positive
 from agents.dynamics import Ensemble
 from agents.method import per_member
 from agents.model_based import ModelBasedConfig, ModelBasedSAC

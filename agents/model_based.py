@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from agents.actors import SquashedGaussianActor
+from agents.checks import check_choice, check_positive, check_share
 from agents.chunk import ChunkRunner
-from agents.config import SACConfig, actor_lr_scale, check_positive, make_sac
+from agents.config import SACConfig, actor_lr_scale, make_sac
 from agents.critics import initial_values
 from agents.diagnostics import EdgeTest, Standardiser, measure
 from agents.dynamics import DynamicsConfig
@@ -73,10 +74,8 @@ class ModelBasedConfig(SACConfig):
         check_positive(self, "rollout_length", "rollout_batch", "rollout_epochs_retained")
         if self.rollout_length > MAX_LENGTH:
             raise UserError(f"method.rollout_length={self.rollout_length} must be at most {MAX_LENGTH}")
-        if self.rollout_starts not in ROLLOUT_STARTS:
-            raise UserError(f"method.rollout_starts={self.rollout_starts!r} must be one of {', '.join(ROLLOUT_STARTS)}")
-        if not 0 <= self.real_ratio <= 1:
-            raise UserError(f"method.real_ratio={self.real_ratio} must lie between 0 and 1")
+        check_choice(self, "rollout_starts", ROLLOUT_STARTS)
+        check_share(self, "real_ratio", interval="[0, 1]")
         if not -1 <= self.model_quality <= 1:
             raise UserError(
                 f"method.model_quality={self.model_quality} must lie between -1 (an untrained model) and 1 (the true "

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from agents.config import check_choice, check_not_negative, check_positive
+from agents.checks import check_choice, check_not_negative, check_positive
 from agents.method import per_member
 from agents.model_based import ModelBasedConfig, ModelBasedSAC
 from agents.penalties import MEMBERS, PENALTIES, REDUCTIONS, SCALES, PenaltyWeights, make_penalty

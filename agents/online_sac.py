@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from agents.config import check_choice
+from agents.checks import check_choice
 from agents.cross_domain import CrossDomain, CrossDomainConfig
 from agents.domain_sac import DomainSAC, DomainSACConfig, make_domain_sac
 from agents.replay import Replay

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from agents.checks import check_choice
 from agents.method import Stage, per_member
 from agents.model_based import ModelBasedConfig, ModelBasedSAC
 from agents.patch import PATCHES, EdgePatch, OptimalValue, oracle_stage
@@ -38,8 +39,7 @@ class RAVLConfig(ModelBasedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.patch not in PATCHES:
-            raise UserError(f"method.patch={self.patch!r} must be one of {', '.join(PATCHES)}")
+        check_choice(self, "patch", PATCHES)
         if self.patch == "none":
             return
         if self.model_quality != 1 or self.rollout_starts != "initial":

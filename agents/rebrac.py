@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.config import check_not_negative, check_positive
+from agents.checks import check_not_negative, check_positive
 from agents.critics import bellman_target, min_value_and_gradient, regress_twins
 from agents.method import TrainingData, per_member
 from agents.model_free import (

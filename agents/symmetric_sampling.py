@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from agents.config import check_not_negative, check_positive
+from agents.checks import check_not_negative, check_positive
 from agents.conservative import SourcePenalty
 from agents.cross_domain import CrossDomain, CrossDomainConfig
 from agents.domain_sac import DomainBatch, DomainSAC, DomainSACConfig, make_domain_sac

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from agents.actors import Actor
+from agents.checks import check_choice, check_positive
 from agents.edm_sampler import SamplerConfig
 from agents.guidance import GuidanceConfig
 from agents.method import Job, JobsAhead, RolloutJob, RolloutResult, TrainingData
@@ -71,11 +72,8 @@ class SyntheticConfig:
     synchronous: bool = False  # true: learning waits for the pool of the present policy
 
     def __post_init__(self) -> None:
-        if self.source not in SOURCES:
-            raise UserError(f"method.synthetic.source={self.source!r} must be one of {', '.join(SOURCES)}")
-        for name in ("num_trajectories", "refresh_every", "pools_retained"):
-            if getattr(self, name) < 1:
-                raise UserError(f"method.synthetic.{name}={getattr(self, name)} must be at least 1")
+        check_choice(self, "source", SOURCES, "method.synthetic")
+        check_positive(self, "num_trajectories", "refresh_every", "pools_retained", part="method.synthetic")
         if not 0 <= self.real_ratio < 1:
             raise UserError(
                 f"method.synthetic.real_ratio={self.real_ratio} must be 0 or greater and below 1; a run without "

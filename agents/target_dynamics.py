@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
+from agents.checks import check_choice, check_not_negative, check_positive, check_share
 from agents.chunk import PRECISIONS
 from agents.networks import StackedMLP, gather_members
 from agents.products import affine, product
@@ -80,22 +81,17 @@ class TargetDynamicsConfig:
                 f"method.dynamics.ensemble_size={self.ensemble_size} must be 2 or more: the spread of one network is "
                 "not defined"
             )
-        positive = ("learning_rate", "batch_size", "refit_every", "steps", "patience_decay")
-        for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"method.dynamics.{name}={getattr(self, name)} must be greater than 0 and finite")
-        if self.patience < 0:
-            raise UserError(f"method.dynamics.patience={self.patience} must be 0 or more")
+        part = "method.dynamics"
+        check_positive(self, "learning_rate", "batch_size", "refit_every", "steps", "patience_decay", part=part)
+        check_not_negative(self, "patience", part=part)
+        check_share(self, "holdout_fraction", part=part)
         if len(self.weight_decay) != len(self.hidden) + 1:
             raise UserError(
                 f"method.dynamics.weight_decay needs {len(self.hidden) + 1} values, one per hidden layer and one for "
                 f"the output, got {len(self.weight_decay)}"
             )
-        if not 0 < self.holdout_fraction < 1:
-            raise UserError(f"method.dynamics.holdout_fraction={self.holdout_fraction} must lie between 0 and 1")
         for name, known in (("schedule", SCHEDULES), ("initialisation", INITIALISATIONS), ("precision", PRECISIONS)):
-            if getattr(self, name) not in known:
-                raise UserError(f"method.dynamics.{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
+            check_choice(self, name, known, part)
 
     def patience_at(self, t: int) -> int:
         """Epochs without improvement that a refit at update t waits for."""

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agents.checks import check_choice, check_positive, check_share
 from agents.chunk import PRECISIONS
 from agents.edm import Denoiser, TrainedDenoiser
 from agents.graphs import WARM_UP, Capture, CaptureError, default_capture, side_stream, warn_eager
@@ -82,17 +83,13 @@ class DiffusionConfig:
             "stride", "features", "num_blocks", "num_updates", "batch_size", "learning_rate", "ema_every", "p_std",
             "sigma_data",
         )  # fmt: skip
-        for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"method.diffusion.{name}={getattr(self, name)} must be greater than 0 and finite")
+        part = "method.diffusion"
+        check_positive(self, *positive, part=part)
         for name, choices in (
             ("windows", RULES), ("terminal_scale", TERMINAL_SCALES), ("norm", NORMS), ("precision", PRECISIONS),
         ):  # fmt: skip
-            if getattr(self, name) not in choices:
-                raise UserError(f"method.diffusion.{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
-        for name in ("warm_up", "ema_decay", "holdout_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"method.diffusion.{name}={getattr(self, name)} must lie in [0, 1)")
+            check_choice(self, name, choices, part)
+        check_share(self, "warm_up", "ema_decay", "holdout_fraction", interval="[0, 1)", part=part)
         if self.features % 16:
             raise UserError(f"method.diffusion.features={self.features} must be a multiple of 16, such as 64 or 256")
         shortest = max(3, 2 ** (self.num_blocks - 1))

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agents.checks import check_choice, check_positive
 from agents.dynamics import Ensemble
 from agents.dynamics_reward import SCORER_PRECISIONS, SCORERS, DynamicsReward
 from agents.rollout import CUTS, Penalty, Predictions, Step
@@ -55,16 +56,14 @@ class FilterConfig:
     precision: str = "float32"  # float32 | bfloat16 (not exact), of the discriminators' matrix products
 
     def __post_init__(self) -> None:
-        for name in ("draws", "num_discriminators", "temperature", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"method.filter.{name}={getattr(self, name)} must be greater than 0 and finite")
+        part = "method.filter"
+        check_positive(self, "draws", "num_discriminators", "temperature", "clip", part=part)
         if not 0 <= self.threshold < math.inf:
             raise UserError(f"method.filter.threshold={self.threshold} must be 0 (nothing is cut) or greater")
         for name, choices in (
             ("selection", SELECTIONS), ("cut", CUTS), ("scorer", SCORERS), ("precision", SCORER_PRECISIONS),
         ):  # fmt: skip
-            if getattr(self, name) not in choices:
-                raise UserError(f"method.filter.{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
+            check_choice(self, name, choices, part)
 
 
 def filtering_reward(state: Mapping[str, Any], config: FilterConfig) -> DynamicsReward:

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from agents.config import check_choice, check_not_negative
+from agents.checks import check_choice, check_not_negative
 from agents.cross_domain import CrossDomain, CrossDomainConfig, Part, joined
 from agents.domain_classifiers import ClassifierConfig, DomainClassifiers
 from agents.domain_sac import ActorPenalty, DomainBatch, DomainSAC, DomainSACConfig, Targets, make_domain_sac

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from agents.behaviour_cloning import CLONED_ACTIONS, SCALES, BehaviourCloning
-from agents.config import check_choice, check_not_negative
+from agents.checks import check_choice, check_not_negative
 from agents.domain_sac import ActorPenalty
 from agents.method import per_member
 from agents.vgdf import VGDF, VGDFConfig

@@ -112,7 +112,7 @@ def test_delta_r_tends_to_the_true_log_ratio(form: str) -> None:
     one, source = DomainClassifiers([config], [0], 1, 1), torch.Generator().manual_seed(5)
     for t in range(1200):
         if t == 900:
-            for optim in one.optims.values():
+            for optim in (one.sa_optim, one.sas_optim):
                 optim.scale_rates(0.1)
         one.update(*gaussian_domains(256, source), torch.zeros(1, 512, one.noise_width))
     rows, _ = gaussian_domains(4000, source)

@@ -134,7 +134,7 @@ def test_nothing_waits_for_a_device(settings, monkeypatch):
         ({"s_noise": float("nan")}, "s_noise=nan"),
         ({"rho": 0.0}, "rho=0.0"),
         ({"order": 3}, "order=3 must be 1"),
-        ({"terminals": "all"}, "terminals='all' must be generated, rule or none"),
+        ({"terminals": "all"}, "terminals='all' must be one of generated, rule, none"),
         ({"precision": "half"}, "precision='half' must be float32 or mixed"),
         ({"predictor": "euler"}, "predictor='euler' must be edm or release"),
         ({"order": 1, "predictor": "release"}, "samples a single point"),

@@ -496,7 +496,7 @@ def test_a_sac_policy_is_squashed(name: str) -> None:
         (TD3BCConfig, {"policy_freq": 0}, r"method\.policy_freq=0 must be greater than 0"),
         (TD3BCConfig, {"noise_clip": math.nan}, r"method\.noise_clip=nan must be 0 or greater"),
         (TD3BCConfig, {"tau": 0.0}, r"method\.tau=0\.0 must lie in \(0, 1\]"),
-        (IQLConfig, {"expectile": 1.0}, r"method\.expectile=1\.0 must lie between 0 and 1"),
+        (IQLConfig, {"expectile": 1.0}, r"method\.expectile=1\.0 must lie in \(0, 1\)"),
         (IQLConfig, {"beta": -1.0}, r"method\.beta=-1\.0 must be 0 or greater"),
         (IQLConfig, {"reward_scale": "range"}, r"method\.reward_scale='range' must be none or return-range"),
         (
@@ -509,7 +509,7 @@ def test_a_sac_policy_is_squashed(name: str) -> None:
         (TD3BCConfig, {"update_order": "x"}, r"method\.update_order='x' must be actor-first or critics-first"),
         (TD3BCConfig, {"critic_updates": 0}, r"method\.critic_updates=0 must be greater than 0"),
         (IQLConfig, {"actor_lr_schedule": "x"}, r"method\.actor_lr_schedule='x' must be constant or cosine"),
-        (BCConfig, {"top_fraction": 0.0}, r"method\.top_fraction=0\.0 must be greater than 0 and at most 1"),
+        (BCConfig, {"top_fraction": 0.0}, r"method\.top_fraction=0\.0 must lie in \(0, 1\]"),
         (CQLConfig, {"num_actions": 0}, r"method\.num_actions=0 must be greater than 0"),
         (CQLConfig, {"min_gap": 2.0, "max_gap": 1.0}, r"method\.min_gap=2\.0 must be less than method\.max_gap=1\.0"),
         (CQLConfig, {"cloning_updates": 500}, r"method\.cloning_updates=500 must be a multiple of method\.updates_per"),

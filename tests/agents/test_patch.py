@@ -154,7 +154,7 @@ def test_a_run_with_a_patch_is_trained(values: Tensor) -> None:
     [
         ({"patch": "oracel"}, "must be one of none, oracle"),
         ({"patch": "oracle"}, "needs method.model_quality=1 and method.rollout_starts=initial"),
-        ({"rollout_starts": "first"}, "must be one of all, initial"),
+        ({"rollout_starts": "first"}, "must be all or initial"),
     ],
 )
 def test_what_cannot_be_patched(changes: dict[str, Any], sentence: str) -> None:

@@ -48,7 +48,7 @@ def free_port() -> int:
         (["method.num_critic=3"], "did you mean method.num_critics?"),
         (["seed=one"], "seed: Value 'one'"),
         (["method.hidden=16"], "method.hidden"),
-        (["method.gamma=2"], "method.gamma=2.0 must lie between 0 and 1"),
+        (["method.gamma=2"], "method.gamma=2.0 must lie in (0, 1)"),
         (["num_seeds"], "'num_seeds' is not of the form key=value"),
         (["evaluation.env_id=Pendulun-v1"], "there is no Gymnasium environment 'Pendulun-v1'"),
         (["evaluation.env_id=Hopper-v5"], "environment 'Hopper-v5' has (11,) and (3,)"),

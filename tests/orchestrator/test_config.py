@@ -98,7 +98,7 @@ def test_the_command_line_can_change_the_method_of_a_file():
         ("evaluation.episodes=0", "evaluation.episodes=0 must be at least 1"),
         ("compute.num_learners=-1", "compute.num_learners=-1 must be at least 0"),
         ("compute.device=tpu", "must be auto, cpu or cuda"),
-        ("method.gamma=1", "method.gamma=1.0 must lie between 0 and 1"),
+        ("method.gamma=1", "method.gamma=1.0 must lie in (0, 1)"),
         ("method.num_updates=10", "must be a multiple of method.updates_per_epoch=1000"),
         ("dataset=null", "no dataset given"),
         ("dataset=[a]", "dataset must be one name"),
