@@ -12,6 +12,7 @@ from agents.checks import check_choice, check_positive, check_share, check_width
 from agents.chunk import PRECISIONS
 from agents.method import per_member
 from agents.networks import INITIALISATIONS
+from agents.optim import half_cosine
 from agents.sac import ACTOR_CRITICS, CRITIC_LOSSES, SAC, UPDATE_ORDERS, SACHyperparameters, SACSettings, TargetHook
 from envs.errors import UserError
 
@@ -117,4 +118,4 @@ def make_sac(
 
 def actor_lr_scale(config: SACConfig, epoch: int) -> float:
     """What the actor's learning rate is multiplied with in an epoch."""
-    return 0.5 * (1.0 + math.cos(math.pi * epoch / config.num_epochs)) if config.actor_lr_schedule == "cosine" else 1.0
+    return half_cosine(epoch / config.num_epochs) if config.actor_lr_schedule == "cosine" else 1.0
