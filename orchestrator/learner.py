@@ -74,7 +74,7 @@ from orchestrator.workers import Workers
 from sweeps import plots
 from sweeps.objectives import SCORE
 
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
 MAX_PENDING = 2  # evaluations of a pack under way in evaluators while it trains
 PACK_FILE = "pack.json"
 EVALUATIONS_FILE = "evaluations.json"  # of a run's folder: every evaluation so far, with the return of every episode
